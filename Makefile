@@ -1,0 +1,45 @@
+# The two commands that matter: `make demo` and `make test`. Everything else serves them.
+SHELL := /bin/bash
+.DEFAULT_GOAL := help
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.sotto-ready
+PYTEST_WORKERS ?= 2
+
+.PHONY: help setup demo demo-check test test-all check proto bench clean
+
+help:  ## what there is
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
+
+setup: $(READY)  ## create .venv from the pinned constraints (done once; the others call it)
+
+$(READY): pyproject.toml setup.py constraints.txt scripts/setup_venv.sh
+	@scripts/setup_venv.sh $(VENV)
+	@touch $@
+
+demo: $(READY)  ## train an encrypted, differentially private federation on real data
+	@$(BIN)/sotto demo $(ARGS)
+
+demo-check: $(READY)  ## five seeds: the federation learns as much as central DP-SGD (exit code says)
+	@$(BIN)/python scripts/demo_check.py $(ARGS)
+
+test: $(READY)  ## the test suite, under ten minutes on two cores
+	@$(BIN)/python -m pytest -q -n $(PYTEST_WORKERS) -m "not slow" $(ARGS)
+
+test-all: $(READY)  ## the test suite with the long runs
+	@$(BIN)/python -m pytest -q -n $(PYTEST_WORKERS) $(ARGS)
+
+check: $(READY)  ## ruff, mypy strict, and whether the generated stubs are up to date
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+	@$(BIN)/mypy
+	@PATH="$(CURDIR)/$(BIN):$$PATH" ./generate_grpc.sh --check
+
+proto: $(READY)  ## regenerate src/communication/generated from proto/
+	@PATH="$(CURDIR)/$(BIN):$$PATH" ./generate_grpc.sh
+
+bench: $(READY)  ## measure (ONLY=encryption|…), writes build/bench.json
+	@$(BIN)/python scripts/bench.py $(if $(ONLY),--only $(ONLY)) $(ARGS)
+
+clean:  ## remove what was built (keeps runs/)
+	rm -rf $(VENV) build dist *.egg-info src/*.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -1,0 +1,1 @@
+"""gRPC servers and clients, TLS and identities, error translation, chunked streams."""

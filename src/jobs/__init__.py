@@ -1,0 +1,1 @@
+"""Jobs: what a scientist submits, its states and rules, its store, and the workers that compute."""

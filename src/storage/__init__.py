@@ -1,0 +1,1 @@
+"""The database (one writer, one thread) and the content-addressed blob store."""
