@@ -1,0 +1,1 @@
+"""Generated from proto/ by generate_grpc.sh: never edit a file here."""
