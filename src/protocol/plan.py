@@ -1,0 +1,226 @@
+"""The round plan: one statement over all that a round fixes, signed by the aggregator, checked by every party.
+
+Whatever is signed later in the round (roots, list, opening, shares, transcript) names the plan's digest, so that nobody
+can be shown another model, another noise or another quorum under the same round.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from typing import Any, Final
+
+from ..errors import InvalidInput
+from .signing import Signed
+
+PLAN_KIND: Final = "plan"
+ROOT_KIND: Final = "root"
+LIST_KIND: Final = "list"
+OPENING_KIND: Final = "opening"
+SHARES_KIND: Final = "shares"
+TRANSCRIPT_KIND: Final = "transcript"
+MANIFEST_KIND: Final = "manifest"
+
+PROTOCOL_VERSION: Final = "1.0"
+
+
+def signed_digest(signed: Signed, kind: str) -> str:
+    """SHA-256 (hex) of a signed statement's bytes under its kind: how later statements refer to it."""
+    return hashlib.sha256(f"sotto/v1/{kind}\n".encode() + signed.statement).hexdigest()
+
+
+@dataclass(frozen=True, slots=True)
+class LocalPlan:
+    """DP-SGD at each party; reals are decimal strings (`canonical.real`)."""
+
+    steps: int
+    sampling_rate: str
+    learning_rate: str
+    max_grad_norm: str
+    noise_multiplier: str
+    delta: str
+
+
+@dataclass(frozen=True, slots=True)
+class NoiseSpec:
+    """Party-level noise; variances in squared integer units, as "numerator/denominator".
+
+    Attributes:
+        noise_by: both, parties or aggregator.
+        noise_multiplier: standard deviation of all planned noise over the sensitivity; a decimal string.
+        share_sigma2: of each party's share.
+        aggregator_sigma2: of the aggregator's contribution.
+        bound: no contribution's noise exceeds it in any coordinate but with probability 2^-64 a job.
+        delta: of the party-level guarantee; a decimal string.
+    """
+
+    noise_by: str
+    noise_multiplier: str
+    share_sigma2: str
+    aggregator_sigma2: str
+    bound: int
+    delta: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RoundPlan:
+    """All that one round fixes.
+
+    Attributes:
+        federation, job_id, round: which round this is; rounds count from 1 and are never tried twice.
+        priced_rounds: rounds and spare rounds of the job: the whole plan that budgets are checked against.
+        spec_digest: SHA-256 (hex) of the job's specification.
+        task, task_options, seed: what is trained; the options are public JSON, as canonical text.
+        model_sha256, model_bytes: the global model that the round starts from (safetensors).
+        dimension: trainable parameters.
+        local: DP-SGD.
+        clipping_norm: L2 bound of a party's update, a decimal string.
+        resolution_bits: updates are encoded in multiples of 2^-resolution_bits.
+        rounded_bound: L2 bound of an encoded update, in integer units, rounded up to an integer.
+        scheme, key_id, layout: how values are packed and protected; the layout as its canonical JSON object.
+        noise: party-level noise.
+        roster_digest, cohort, quorum, colluders, threshold, custody: who takes part and who may open.
+    """
+
+    federation: str
+    job_id: str
+    round: int
+    priced_rounds: int
+    spec_digest: str
+    task: str
+    task_options: str
+    seed: int
+    model_sha256: str
+    model_bytes: int
+    dimension: int
+    local: LocalPlan
+    clipping_norm: str
+    resolution_bits: int
+    rounded_bound: int
+    scheme: str
+    key_id: str
+    layout: dict[str, Any]
+    noise: NoiseSpec
+    roster_digest: str
+    cohort: tuple[str, ...]
+    quorum: int
+    colluders: int
+    threshold: int
+    custody: str
+
+    def to_statement(self) -> dict[str, Any]:
+        """Canonical-JSON-able."""
+        return asdict(self)
+
+    @classmethod
+    def from_statement(cls, value: Mapping[str, Any]) -> RoundPlan:
+        """Raises InvalidInput when a field is missing, unknown, or of another type."""
+        try:
+            content = dict(value)
+            content["local"] = LocalPlan(**content["local"])
+            content["noise"] = NoiseSpec(**content["noise"])
+            content["cohort"] = tuple(content["cohort"])
+            plan = cls(**content)
+        except (KeyError, TypeError, ValueError) as error:
+            raise InvalidInput("a round plan is malformed") from error
+        _check_types(plan)
+        return plan
+
+    @property
+    def aggregator_adds_noise(self) -> bool:
+        """Whether the aggregator's noise batch is one of the contributions."""
+        return self.noise.aggregator_sigma2.partition("/")[0] != "0"
+
+    @property
+    def most_contributions(self) -> int:
+        """The most contributions that the sum can hold."""
+        return len(self.cohort) + int(self.aggregator_adds_noise)
+
+
+_TYPES: Final[dict[str, type | tuple[type, ...]]] = {"str": str, "int": int, "dict[str, Any]": dict}
+
+
+def _check_types(record: object) -> None:
+    for field in fields(record):  # type: ignore[arg-type]  # always a dataclass of this module
+        value = getattr(record, field.name)
+        wanted = _TYPES.get(str(field.type))
+        if wanted is not None and (not isinstance(value, wanted) or isinstance(value, bool)):
+            raise InvalidInput(f"a round plan is malformed: {field.name} is not of type {field.type}")
+        if str(field.type) in {"LocalPlan", "NoiseSpec"}:
+            _check_types(value)
+    if isinstance(record, RoundPlan) and not all(isinstance(name, str) for name in record.cohort):
+        raise InvalidInput("a round plan is malformed: cohort holds something that is not a name")
+
+
+@dataclass(frozen=True, slots=True)
+class RootStatement:
+    """Commitment to one batch: the statement of kind "root".
+
+    Attributes:
+        plan: digest of the round plan.
+        contributor: a party's name, or "aggregator" for its noise batch.
+        root: Merkle root (hex) over the batch header and every ciphertext.
+        ciphertexts: how many.
+        body_bytes: length of the ciphertexts back to back.
+    """
+
+    plan: str
+    contributor: str
+    root: str
+    ciphertexts: int
+    body_bytes: int
+
+    def to_statement(self) -> dict[str, Any]:
+        """Canonical-JSON-able."""
+        return asdict(self)
+
+    @classmethod
+    def from_statement(cls, value: Mapping[str, Any]) -> RootStatement:
+        """Raises InvalidInput when malformed."""
+        try:
+            statement = cls(**value)
+        except TypeError as error:
+            raise InvalidInput("a root statement is malformed") from error
+        if not (isinstance(statement.ciphertexts, int) and isinstance(statement.body_bytes, int)):
+            raise InvalidInput("a root statement is malformed")
+        return statement
+
+
+@dataclass(frozen=True, slots=True)
+class OpeningStatement:
+    """What is to be opened: the statement of kind "opening".
+
+    Attributes:
+        plan: digest of the round plan.
+        list: digest of the frozen list.
+        contributors: who delivered, sorted; the aggregator's noise among them where the plan has it.
+        aggregate_root: Merkle root (hex) of the product of their batches.
+    """
+
+    plan: str
+    list: str
+    contributors: tuple[str, ...]
+    aggregate_root: str
+
+    def to_statement(self) -> dict[str, Any]:
+        """Canonical-JSON-able."""
+        return asdict(self)
+
+    @classmethod
+    def from_statement(cls, value: Mapping[str, Any]) -> OpeningStatement:
+        """Raises InvalidInput when malformed."""
+        try:
+            return cls(**{**value, "contributors": tuple(str(name) for name in value["contributors"])})
+        except (KeyError, TypeError) as error:
+            raise InvalidInput("an opening statement is malformed") from error
+
+
+def aggregate_header(plan_digest: str, contributors: tuple[str, ...]) -> bytes:
+    """The first leaf of the aggregate's Merkle tree: what was multiplied, under which plan."""
+    return f"sotto/v1/aggregate\n{plan_digest}\n{','.join(contributors)}".encode()
+
+
+def share_binding(plan_digest: str, aggregate_root: str, party: str) -> bytes:
+    """What a proof of correct shares is bound to: job and round (by the plan), the aggregate, and who opens."""
+    return f"sotto/v1/shares\n{plan_digest}\n{aggregate_root}\n{party}".encode()

@@ -1,0 +1,135 @@
+"""The roster: who is in the federation, with which keys, signed at provisioning and pinned in every kit."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Final
+
+from ..errors import InvalidInput, KeyMaterialError, NotFoundError
+from .canonical import digest
+from .signing import Signed, SigningKey, open_signed
+
+AGGREGATOR: Final = "aggregator"
+OPERATOR: Final = "operator"
+ROSTER_KIND: Final = "roster"
+
+
+@dataclass(frozen=True, slots=True)
+class Member:
+    """An enrolled party.
+
+    Attributes:
+        name: unique in the federation.
+        verify_key: Ed25519, 32 bytes.
+        share_index: which key share it holds, from 1; 0 for none.
+    """
+
+    name: str
+    verify_key: bytes
+    share_index: int = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Roster:
+    """Who is in, and under which rules a sum may be opened.
+
+    Attributes:
+        federation: its name.
+        key_id: of the Paillier public key.
+        custody: "threshold" or "aggregator".
+        threshold: shares an opening needs; 0 with custody aggregator.
+        colluders: corrupt share holders that the threshold rule was checked for.
+        aggregator_verify_key: Ed25519, 32 bytes.
+        members: the parties, by name.
+        created_at: UTC, ISO 8601.
+    """
+
+    federation: str
+    key_id: str
+    custody: str
+    threshold: int
+    colluders: int
+    aggregator_verify_key: bytes
+    members: tuple[Member, ...]
+    created_at: str
+
+    def __post_init__(self) -> None:
+        names = [member.name for member in self.members]
+        indices = [member.share_index for member in self.members if member.share_index]
+        if len(set(names)) != len(names) or len(set(indices)) != len(indices):
+            raise InvalidInput("a roster names a party or a share index twice")
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Of all parties, in the roster's order."""
+        return tuple(member.name for member in self.members)
+
+    @property
+    def holders(self) -> tuple[Member, ...]:
+        """The parties that hold a key share."""
+        return tuple(member for member in self.members if member.share_index)
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 (hex) of the canonical statement."""
+        return digest(self.to_statement(), domain=ROSTER_KIND)
+
+    def member(self, name: str) -> Member:
+        """The party of that name; NotFoundError when it is not enrolled."""
+        for member in self.members:
+            if member.name == name:
+                return member
+        raise NotFoundError(f"no party {name!r} in federation {self.federation!r}", party=name)
+
+    def verify_key(self, signer: str) -> bytes:
+        """Of a party, or of the aggregator by its name."""
+        return self.aggregator_verify_key if signer == AGGREGATOR else self.member(signer).verify_key
+
+    def to_statement(self) -> dict[str, Any]:
+        """Canonical-JSON-able; keys as hex."""
+        value = asdict(self)
+        value["aggregator_verify_key"] = self.aggregator_verify_key.hex()
+        value["members"] = [{**asdict(m), "verify_key": m.verify_key.hex()} for m in self.members]
+        return value
+
+    @classmethod
+    def from_statement(cls, value: Mapping[str, Any]) -> Roster:
+        """Raises InvalidInput when a field is missing, unknown or of another type."""
+        try:
+            fields = dict(value)
+            fields["aggregator_verify_key"] = bytes.fromhex(fields["aggregator_verify_key"])
+            fields["members"] = tuple(
+                Member(**{**member, "verify_key": bytes.fromhex(member["verify_key"])}) for member in fields["members"]
+            )
+            return cls(**fields)
+        except (KeyError, TypeError, ValueError) as error:
+            raise InvalidInput("a roster is malformed") from error
+
+
+def sign_roster(roster: Roster, key: SigningKey, *, signer: str = OPERATOR) -> Signed:
+    """The roster as a signed statement."""
+    return key.sign(ROSTER_KIND, roster.to_statement(), signer=signer)
+
+
+def save_roster(path: Path, signed: Signed, *, operator_verify_key: bytes) -> None:
+    """Write what a kit pins: the signed roster and the key that it verifies under."""
+    content = {"roster": signed.to_json(), "operator_verify_key": operator_verify_key.hex()}
+    path.write_text(json.dumps(content, indent=1, sort_keys=True) + "\n")
+
+
+def load_roster(path: Path) -> tuple[Signed, Roster]:
+    """The roster a kit pins, its signature verified.
+
+    Raises:
+        KeyMaterialError: when the file is not a pinned roster; SignatureError when its signature does not verify.
+    """
+    try:
+        content = json.loads(path.read_text())
+        signed = Signed.from_json(content["roster"])
+        key = bytes.fromhex(content["operator_verify_key"])
+    except (ValueError, KeyError, TypeError, InvalidInput) as error:
+        raise KeyMaterialError(f"{path} is not a pinned roster") from error
+    return signed, Roster.from_statement(open_signed(signed, ROSTER_KIND, verify_key=key))
