@@ -1,0 +1,200 @@
+"""The only place that wires an aggregator together."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import signal
+import time
+from pathlib import Path
+from typing import Final
+
+from google.longrunning import operations_pb2_grpc
+from sqlalchemy import MetaData
+
+from .. import __version__
+from ..communication.generated import federation_pb2_grpc, jobs_pb2_grpc
+from ..communication.grpc_server import GrpcServer
+from ..communication.tls import TlsFiles
+from ..config import AggregatorConfig, split_address
+from ..jobs.executors.pool import WorkerPool
+from ..jobs.service import JobService
+from ..jobs.store import JobStore
+from ..storage.blobs import Blobs
+from ..storage.database import Database
+from ..storage.ledger import LedgerStore
+from .accounts import Accounts
+from .coordinator import Coordinator
+from .federation import Federation, open_federation
+from .pipeline import AggregatorPipeline
+from .servicers import federation as federation_servicer
+from .servicers import jobs as jobs_servicer
+from .servicers import operations as operations_servicer
+from .sessions import Sessions
+from .store import EnrolmentStore, RoundStore
+from .work import has_torch
+
+LOG = logging.getLogger("sotto.aggregator")
+
+SCHEMA_VERSION: Final = 1
+DATABASE_FILE: Final = "aggregator.sqlite"
+GRACE_S: Final = 3.0
+"""How long calls under way may take to end when the aggregator stops."""
+
+
+class App:
+    """An aggregator: started, serving, stopped."""
+
+    def __init__(self, config: AggregatorConfig) -> None:
+        self.config = config
+        state = config.state_dir
+        state.mkdir(parents=True, exist_ok=True)
+        self.federation = open_federation(config, now=time.time())
+        metadata = MetaData()
+        jobs, rounds, ledger, enrolments = (
+            JobStore(metadata),
+            RoundStore(metadata),
+            LedgerStore(metadata),
+            EnrolmentStore(metadata),
+        )
+        self._database = Database(state / DATABASE_FILE, metadata, schema_version=SCHEMA_VERSION)
+        blobs = Blobs(state / "blobs")
+        preload = ("learning.evaluation",) if has_torch() and config.evaluation else ()
+        self._pool = WorkerPool(
+            handlers="aggregator.work",
+            blobs_root=state / "blobs",
+            workspace=state / "work",
+            size=config.workers.count,
+            nice=config.workers.nice,
+            preload=preload,
+        )
+        self._sessions = Sessions()
+        pipeline = AggregatorPipeline(self._pool, self.federation, config)
+        self._coordinator = Coordinator(
+            config=config,
+            database=self._database,
+            jobs=jobs,
+            rounds=rounds,
+            accounts=Accounts(ledger, config.privacy, federation=config.federation),
+            blobs=blobs,
+            pipeline=pipeline,
+            federation=self.federation,
+            sessions=self._sessions,
+            enrolments=enrolments,
+        )
+        self._service = JobService(
+            self._database, jobs, blobs=blobs, coordinator=self._coordinator, limits=config.limits
+        )
+        self._coordinator.notify = self._service.notify
+        self._server = self._make_server(blobs, pipeline)
+        self._loop: asyncio.Task[None] | None = None
+
+    def _make_server(self, blobs: Blobs, pipeline: AggregatorPipeline) -> GrpcServer:
+        server, config = self.config.server, self.config
+        tls = TlsFiles(server.tls.certificate, server.tls.key, server.tls.ca) if server.tls else None
+        grpc_server = GrpcServer(
+            listen=server.listen,
+            tls=tls,
+            insecure=server.insecure,
+            federation=config.federation,
+            roles={**federation_servicer.ROLES, **jobs_servicer.ROLES, **operations_servicer.ROLES},
+            reflection=server.reflection,
+            heartbeat_interval_s=server.heartbeat_interval_s,
+            max_message_bytes=config.limits.max_message_bytes,
+        )
+        parties = federation_servicer.FederationServicer(
+            config=config,
+            coordinator=self._coordinator,
+            federation=self.federation,
+            pipeline=pipeline,
+            sessions=self._sessions,
+            blobs=blobs,
+        )
+        grpc_server.add(
+            federation_pb2_grpc.add_FederationServiceServicer_to_server, parties, federation_servicer.SERVICE
+        )
+        scientists = jobs_servicer.JobServicer(self._service, blobs)
+        grpc_server.add(jobs_pb2_grpc.add_JobServiceServicer_to_server, scientists, jobs_servicer.SERVICE)
+        operations = operations_servicer.OperationsServicer(self._service)
+        grpc_server.add(operations_pb2_grpc.add_OperationsServicer_to_server, operations, operations_servicer.SERVICE)
+        return grpc_server
+
+    async def start(self) -> str:
+        """Serve; returns the bound "host:port"."""
+        await self._database.open()
+        await self._coordinator.restore()
+        await self._pool.start()
+        port = await self._server.start()
+        host, _ = split_address(self.config.server.listen)
+        address = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+        self._loop = asyncio.create_task(self._coordinator.run())
+        log_start(self.config, self.federation, address)
+        if self.config.server.address_file is not None:
+            _write_address(self.config.server.address_file, address)
+        return address
+
+    async def stop(self) -> None:
+        """Stop serving; what runs is left to the rows, from which the next process goes on."""
+        self._service.close()
+        self._sessions.close_all()
+        await self._server.stop(GRACE_S)
+        if self._loop is not None:
+            self._loop.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await self._loop
+        await self._coordinator.stop()
+        await self._pool.close()
+        await self._database.close()
+        LOG.info("stopped")
+
+
+def log_start(config: AggregatorConfig, federation: Federation, address: str) -> None:
+    """What an operator wants to see first: configuration, key, pipeline parameters, address."""
+    privacy, budget = config.privacy, config.privacy.budget
+    LOG.info("Sotto %s, aggregator of federation %r", __version__, config.federation)
+    LOG.info(
+        "custody %s, key id %s, %d bits, threshold %d of %d holders",
+        federation.custody,
+        federation.keyring.key_id,
+        federation.keyring.modulus_bits,
+        federation.roster.threshold,
+        len(federation.roster.holders),
+    )
+    LOG.info(
+        "noise by %s, %d colluders tolerated, party-level budget: rounds %s, epsilon %s at delta %g",
+        privacy.noise_by,
+        privacy.colluders,
+        budget.max_rounds,
+        budget.epsilon,
+        budget.delta,
+    )
+    LOG.info("%d workers, state in %s", config.workers.count, config.state_dir)
+    if federation.custody == "aggregator":
+        LOG.warning("custody aggregator: this process holds the key and can read every update")
+    if config.server.insecure:
+        LOG.warning("INSECURE: no TLS; anybody on this machine can pose as a party or scientist")
+    if federation.keyring.modulus_bits < 2048:  # NIST SP 800-57 part 1: the least that is acceptable
+        LOG.warning("INSECURE: a modulus of %d bits is breakable", federation.keyring.modulus_bits)
+    LOG.info("listening on %s", address)
+
+
+def _write_address(path: Path, address: str) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_suffix(".partial")
+    partial.write_text(address + "\n")
+    partial.rename(path)
+
+
+async def serve(config: AggregatorConfig) -> None:
+    """Run until SIGTERM or SIGINT."""
+    app = App(config)
+    stopping = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, stopping.set)
+    try:
+        await app.start()
+        await stopping.wait()
+    finally:
+        await app.stop()

@@ -1,0 +1,139 @@
+"""AggregatorPipeline: what is computed on a round's contributions, as units of work for the pool."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+from ..config import AggregatorConfig
+from ..encryption.scheme import Scheme
+from ..errors import InvalidInput, PolicyError
+from ..jobs.executors.pool import PoolStats, WorkerPool
+from ..jobs.spec import FederatedTrainingSpec
+from ..jobs.spec import ServerOptimizer as OptimizerSpec
+from ..learning.task import known_tasks
+from ..protocol.batches import StoredBatch
+from ..protocol.canonical import parse_canonical
+from ..protocol.plan import RoundPlan
+from ..protocol.signing import Signed
+from .federation import Federation
+from .planning import Model, check_noise_by
+from .round_row import RoundRow
+from .work import has_torch
+
+
+class AggregatorPipeline:
+    """Noise, check, product, opening, evaluation: each runs in a worker, none blocks the event loop."""
+
+    def __init__(self, pool: WorkerPool, federation: Federation, config: AggregatorConfig) -> None:
+        self._pool = pool
+        self._federation = federation
+        self._config = config
+        self._public = json.dumps(federation.keyring.to_json())
+        self._initial: dict[tuple[str, int], Model] = {}
+
+    def stats(self) -> PoolStats:
+        """How busy the workers are."""
+        return self._pool.stats()
+
+    def scheme(self, name: str) -> Scheme:
+        """A scheme under the federation's key; PolicyError where `plaintext` is not allowed."""
+        return self._federation.scheme(name, allow_plaintext=self._config.privacy.allow_plaintext_scheme)
+
+    def check(self, spec: FederatedTrainingSpec) -> None:
+        """Refuse what no round of the job could do: an unknown task, noise drawn by others than configured."""
+        check_noise_by(spec, self._config.privacy.noise_by)
+        if spec.initial_model_sha256:
+            return
+        if spec.task not in known_tasks():
+            raise InvalidInput(
+                f"no task is called {spec.task!r} here; known: {', '.join(known_tasks())}",
+                violations={"federated_training.task": "not registered at this aggregator"},
+            )
+        if not has_torch():
+            raise PolicyError("this aggregator has no torch to build a model with: submit the job with initial_model")
+
+    async def initial_model(self, spec: FederatedTrainingSpec) -> Model:
+        """The model a job starts from: the one that came with it, or the task's own, by its seed."""
+        if spec.initial_model_sha256:
+            return await self.inspect(spec.initial_model_sha256)
+        key = (spec.task, spec.seed)
+        if key not in self._initial:
+            built = await self._pool.run("initial_model", {"task": spec.task, "seed": spec.seed})
+            self._initial[key] = await self.inspect(built["sha256"])
+        return self._initial[key]
+
+    async def inspect(self, sha256: str) -> Model:
+        """Size and dimension of a stored model; InvalidInput when it is none."""
+        found = await self._pool.run("inspect_model", {"sha256": sha256})
+        return Model(sha256, found["size"], found["dimension"])
+
+    async def make_noise(self, row: RoundRow) -> StoredBatch:
+        """The aggregator's noise, protected like any update."""
+        return StoredBatch(**await self._pool.run("make_noise", self._params(row)))
+
+    async def check_body(self, row: RoundRow, sha256: str) -> None:
+        """Raises CiphertextError, which names the first ciphertext that is none."""
+        await self._pool.run("check_body", {**self._params(row), "sha256": sha256})
+
+    async def fold(self, row: RoundRow) -> StoredBatch:
+        """The product of the contributors' batches."""
+        batches = {
+            name: {
+                "header": row.batches[name].header,
+                "sha256": row.batches[name].sha256,
+                "size": row.batches[name].size,
+                "root": _root(row.roots[name]),
+            }
+            for name in row.contributors
+        }
+        return StoredBatch(**await self._pool.run("fold", {**self._params(row), "batches": batches}))
+
+    async def open(self, row: RoundRow, *, optimizer: OptimizerSpec, state_sha256: str) -> Mapping[str, Any]:
+        """Open the aggregate and apply it; {"wrong": {party: why}} when shares are wrong and nothing was opened."""
+        if row.aggregate is None:
+            raise AssertionError("a round opens after its contributions were multiplied")
+        index = {member.name: member.share_index for member in self._federation.roster.members}
+        private = self._config.keys.private_key
+        updates = len([name for name in row.contributors if name in row.cohort])
+        return await self._pool.run(
+            "open_aggregate",
+            {
+                **self._params(row),
+                "aggregate": row.aggregate.sha256,
+                "aggregate_root": row.aggregate_root,
+                "contributions": len(row.contributors),
+                "updates": updates,
+                "shares": [
+                    {"party": name, "index": index[name], "sha256": sha256} for name, sha256 in row.shares.items()
+                ],
+                "private_key": str(private) if private else "",
+                "optimizer": _optimizer(optimizer),
+                "state_sha256": state_sha256,
+            },
+        )
+
+    async def evaluate(self, plan: RoundPlan, sha256: str) -> dict[str, float]:
+        """The task's metrics on public rows; empty where there are none, or nothing to evaluate with."""
+        if plan.task not in self._config.evaluation:
+            return {}
+        options = {**json.loads(plan.task_options), **dict(self._config.evaluation[plan.task])}
+        found = await self._pool.run("evaluate_model", {"task": plan.task, "options": options, "sha256": sha256})
+        return {str(name): float(value) for name, value in found["metrics"].items()}
+
+    def _params(self, row: RoundRow) -> dict[str, Any]:
+        return {
+            "plan": Signed.from_json(row.plan).statement.decode(),
+            "plan_digest": row.plan_digest,
+            "public": self._public,
+        }
+
+
+def _root(signed: Mapping[str, str]) -> str:
+    return str(parse_canonical(Signed.from_json(signed).statement)["root"])
+
+
+def _optimizer(spec: OptimizerSpec) -> dict[str, Any]:
+    settings: dict[str, Any] = {"kind": spec.name, "learning_rate": spec.learning_rate}
+    return settings if spec.momentum is None else {**settings, "momentum": spec.momentum}

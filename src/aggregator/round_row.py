@@ -1,0 +1,274 @@
+"""A round as data: its states, its row, and the events that may happen to it."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from enum import StrEnum
+from typing import Any, Final
+
+
+class RoundState(StrEnum):
+    """Where a round is; RELEASED, FAILED and CANCELLED are at rest."""
+
+    PLANNED = "PLANNED"
+    TRAINING = "TRAINING"
+    COLLECTING = "COLLECTING"
+    AGGREGATING = "AGGREGATING"
+    OPENING = "OPENING"
+    RELEASED = "RELEASED"
+    FAILED = "FAILED"
+    CANCELLED = "CANCELLED"
+
+
+AT_REST: Final = frozenset({RoundState.RELEASED, RoundState.FAILED, RoundState.CANCELLED})
+
+_ORDER: Final = (
+    RoundState.PLANNED,
+    RoundState.TRAINING,
+    RoundState.COLLECTING,
+    RoundState.AGGREGATING,
+    RoundState.OPENING,
+    RoundState.RELEASED,
+)
+LEGAL_TRANSITIONS: Final[frozenset[tuple[RoundState, RoundState]]] = frozenset(
+    set(itertools.pairwise(_ORDER))
+    | {(a, end) for a in _ORDER[:-1] for end in (RoundState.FAILED, RoundState.CANCELLED)}
+)
+"""Every change of state that may happen; anything else is a StateError."""
+
+
+class Step(StrEnum):
+    """What the aggregator does next. Each is idempotent."""
+
+    MAKE_NOISE = "make noise"
+    FREEZE_LIST = "freeze the list"
+    FOLD = "multiply the contributions"
+    SPEND = "spend the budget"
+    ASK_SHARES = "ask for shares"
+    RELEASE = "open and release"
+    SETTLE = "give back what was not spent"
+
+
+class Work(StrEnum):
+    """What a party does next."""
+
+    CONTRIBUTE = "contribute"
+    REVEAL = "reveal"
+    OPEN = "open"
+    ENDED = "ended"
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """A stored batch: its encoded header (hex), and its body as a blob."""
+
+    header: str
+    sha256: str
+    size: int
+
+
+@dataclass(frozen=True, slots=True)
+class Failure:
+    """What a party could not or would not do: the stage, a reason of the error catalogue, its public text."""
+
+    stage: str
+    reason: str
+    message: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RoundRow:
+    """All that is known of a round. Signed statements are kept as `Signed.to_json()`.
+
+    Times are seconds since the epoch. `roots`, `batches` and `shares` are keyed by contributor; the aggregator's noise
+    batch is under its name. `asked` are the holders whose share was requested, `settled` says that the ledger holds
+    the last word on the round.
+    """
+
+    job_id: str
+    number: int
+    state: RoundState = RoundState.PLANNED
+    plan: dict[str, str]
+    plan_digest: str
+    model_sha256: str
+    cohort: tuple[str, ...]
+    quorum: int
+    holders: tuple[str, ...]
+    threshold: int
+    noise_needed: bool
+    started_at: float
+    timeout_s: float
+    ended_at: float = 0.0
+    roots: dict[str, dict[str, str]] = field(default_factory=dict)
+    batches: dict[str, Batch] = field(default_factory=dict)
+    bytes_up: dict[str, int] = field(default_factory=dict)
+    budgets: dict[str, tuple[float | None, float | None]] = field(default_factory=dict)
+    frozen_list: dict[str, str] | None = None
+    contributors: tuple[str, ...] = ()
+    aggregate: Batch | None = None
+    aggregate_root: str = ""
+    spent: bool = False
+    opening: dict[str, str] | None = None
+    asked: tuple[str, ...] = ()
+    shares: dict[str, str] = field(default_factory=dict)
+    failures: dict[str, Failure] = field(default_factory=dict)
+    result: dict[str, Any] | None = None
+    reason: str = ""
+    settled: bool = False
+
+    @property
+    def at_rest(self) -> bool:
+        """Whether nothing will change but the ledger's last word."""
+        return self.state in AT_REST
+
+    @property
+    def committed(self) -> tuple[str, ...]:
+        """Parties whose root is known."""
+        return tuple(name for name in self.cohort if name in self.roots)
+
+    @property
+    def delivered(self) -> tuple[str, ...]:
+        """Listed parties whose batch is stored."""
+        return tuple(name for name in self.cohort if name in self.batches)
+
+    @property
+    def deadline(self) -> float:
+        """When the round ends, one way or the other."""
+        return self.started_at + self.timeout_s
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain JSON, as the store keeps it."""
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, value: Mapping[str, Any]) -> RoundRow:
+        """What `to_json` wrote."""
+        content = dict(value)
+        content["state"] = RoundState(content["state"])
+        content["batches"] = {name: Batch(**batch) for name, batch in content["batches"].items()}
+        content["aggregate"] = Batch(**content["aggregate"]) if content["aggregate"] else None
+        content["failures"] = {name: Failure(**failure) for name, failure in content["failures"].items()}
+        content["budgets"] = {name: (pair[0], pair[1]) for name, pair in content["budgets"].items()}
+        for name in ("cohort", "holders", "contributors", "asked"):
+            content[name] = tuple(content[name])
+        return cls(**content)
+
+
+@dataclass(frozen=True, slots=True)
+class NoiseMade:
+    """The aggregator's noise batch is stored, its root signed."""
+
+    root: dict[str, str]
+    batch: Batch
+
+
+@dataclass(frozen=True, slots=True)
+class RootCommitted:
+    """A party committed to its batch; `budget` is what it discloses of its example-level ε: spent and left."""
+
+    party: str
+    root: dict[str, str]
+    budget: tuple[float | None, float | None] = (None, None)
+
+
+@dataclass(frozen=True, slots=True)
+class ListFrozen:
+    """The list of roots is signed."""
+
+    frozen_list: dict[str, str]
+
+
+@dataclass(frozen=True, slots=True)
+class BatchStored:
+    """A party's upload is stored; its root and ciphertexts verified."""
+
+    party: str
+    batch: Batch
+    bytes_up: int
+
+
+@dataclass(frozen=True, slots=True)
+class Folded:
+    """The product of the contributors' batches is stored."""
+
+    aggregate: Batch
+    root: str
+
+
+@dataclass(frozen=True, slots=True)
+class BudgetSpent:
+    """The ledger's final entry is written: from here on nothing is given back."""
+
+
+@dataclass(frozen=True, slots=True)
+class SharesAsked:
+    """The opening is signed, and these holders are asked for a share."""
+
+    opening: dict[str, str]
+    asked: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class ShareStored:
+    """A holder's share batch is stored (blob digest)."""
+
+    party: str
+    sha256: str
+
+
+@dataclass(frozen=True, slots=True)
+class PartyFailed:
+    """A party refused or failed, or what it sent was wrong."""
+
+    party: str
+    failure: Failure
+
+
+@dataclass(frozen=True, slots=True)
+class Released:
+    """The sum is opened, applied, evaluated and recorded."""
+
+    result: dict[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class StepFailed:
+    """A step of the aggregator failed for good."""
+
+    step: Step
+    message: str
+
+
+@dataclass(frozen=True, slots=True)
+class Tick:
+    """Time has passed."""
+
+
+@dataclass(frozen=True, slots=True)
+class Cancel:
+    """The job is being cancelled."""
+
+
+@dataclass(frozen=True, slots=True)
+class Settled:
+    """The ledger holds the last word on the round."""
+
+
+Event = (
+    NoiseMade
+    | RootCommitted
+    | ListFrozen
+    | BatchStored
+    | Folded
+    | BudgetSpent
+    | SharesAsked
+    | ShareStored
+    | PartyFailed
+    | Released
+    | StepFailed
+    | Tick
+    | Cancel
+    | Settled
+)

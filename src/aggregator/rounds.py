@@ -1,0 +1,327 @@
+"""The rules of a round: pure functions, no clock, no network, no database.
+
+    PLANNED -> TRAINING -> COLLECTING -> AGGREGATING -> OPENING -> RELEASED
+                  any of the former -> FAILED | CANCELLED
+
+`advance(row, event, now)` gives the next row. What the aggregator has to do next follows from the row alone
+(`next_step`), and so does what a party has to do next (`wanted`): after a crash both are simply asked again. A round is
+never tried twice: a failed one stays failed, and its successor has a new number.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Final
+
+from ..errors import ConflictError, StateError
+from ..protocol.roster import AGGREGATOR
+from .round_row import (
+    AT_REST,
+    LEGAL_TRANSITIONS,
+    BatchStored,
+    BudgetSpent,
+    Cancel,
+    Event,
+    Folded,
+    ListFrozen,
+    NoiseMade,
+    PartyFailed,
+    Released,
+    RootCommitted,
+    RoundRow,
+    RoundState,
+    Settled,
+    SharesAsked,
+    ShareStored,
+    Step,
+    StepFailed,
+    Tick,
+    Work,
+)
+
+COMMIT_SHARE: Final = 0.6
+"""Of the round's time: when the list of roots is frozen at the latest. Training is the long part."""
+UPLOAD_SHARE: Final = 0.8
+"""Of the round's time: when uploads close with at least the quorum."""
+ASK_MORE_SHARE: Final = 0.9
+"""Of the round's time: when every holder is asked for a share, not only as many as are needed."""
+
+
+# --- rules ------------------------------------------------------------------------------------------------------------
+
+
+def advance(row: RoundRow, event: Event, now: float) -> RoundRow:
+    """The row after an event; the same row when the event changes nothing.
+
+    Raises:
+        StateError: when the event cannot happen in the row's state.
+        ConflictError: when it contradicts what is stored (another root of the same party, another batch).
+    """
+    if isinstance(event, Settled):
+        return replace(row, settled=True)
+    if row.at_rest:
+        return _late(row, event)
+    if isinstance(event, Cancel):
+        return _move(row, RoundState.CANCELLED, now, reason="the job was cancelled")
+    if isinstance(event, StepFailed):
+        return _fail(row, now, f"could not {event.step.value}: {event.message}")
+    handler = _HANDLERS[type(event)]
+    return _settle_phase(handler(row, event), now)  # type: ignore[operator]  # the table pairs each event with its rule
+
+
+def _late(row: RoundRow, event: Event) -> RoundRow:
+    """At rest only what a party could not know is taken in silence; whatever would change the round is refused."""
+    if isinstance(event, Tick | Cancel | PartyFailed | StepFailed):
+        return row
+    raise StateError(f"round {row.number} of job {row.job_id} is {row.state.value}", state=row.state.value)
+
+
+def _noise_made(row: RoundRow, event: NoiseMade) -> RoundRow:
+    _expect(row, RoundState.PLANNED)
+    return replace(row, roots={**row.roots, AGGREGATOR: event.root}, batches={**row.batches, AGGREGATOR: event.batch})
+
+
+def _root_committed(row: RoundRow, event: RootCommitted) -> RoundRow:
+    _expect_cohort(row, event.party)
+    known = row.roots.get(event.party)
+    if known is not None:
+        if known != event.root:
+            raise ConflictError(f"party {event.party} committed to another batch in this round", party=event.party)
+        return row
+    _expect(row, RoundState.TRAINING)
+    failures = {name: failure for name, failure in row.failures.items() if name != event.party}
+    return replace(
+        row,
+        roots={**row.roots, event.party: event.root},
+        budgets={**row.budgets, event.party: event.budget},
+        failures=failures,
+    )
+
+
+def _list_frozen(row: RoundRow, event: ListFrozen) -> RoundRow:
+    _expect(row, RoundState.COLLECTING)
+    return row if row.frozen_list else replace(row, frozen_list=event.frozen_list)
+
+
+def _batch_stored(row: RoundRow, event: BatchStored) -> RoundRow:
+    _expect_cohort(row, event.party)
+    known = row.batches.get(event.party)
+    if known is not None:
+        if known != event.batch:
+            raise ConflictError(f"party {event.party} already delivered another batch", party=event.party)
+        return row
+    _expect(row, RoundState.COLLECTING)
+    if event.party not in row.roots:
+        raise StateError(f"party {event.party} is not on the frozen list", party=event.party)
+    return replace(
+        row,
+        batches={**row.batches, event.party: event.batch},
+        bytes_up={**row.bytes_up, event.party: event.bytes_up},
+    )
+
+
+def _folded(row: RoundRow, event: Folded) -> RoundRow:
+    _expect(row, RoundState.AGGREGATING)
+    return replace(row, aggregate=event.aggregate, aggregate_root=event.root)
+
+
+def _budget_spent(row: RoundRow, _event: BudgetSpent) -> RoundRow:
+    _expect(row, RoundState.OPENING)
+    return replace(row, spent=True)
+
+
+def _shares_asked(row: RoundRow, event: SharesAsked) -> RoundRow:
+    _expect(row, RoundState.OPENING)
+    if not row.spent:
+        raise StateError("no share is asked for before the budget is spent")
+    asked = (*row.asked, *(name for name in event.asked if name not in row.asked))
+    return replace(row, opening=row.opening or event.opening, asked=asked)
+
+
+def _share_stored(row: RoundRow, event: ShareStored) -> RoundRow:
+    _expect(row, RoundState.OPENING)
+    if event.party not in row.asked:
+        raise StateError(f"party {event.party} was not asked for a share", party=event.party)
+    return replace(row, shares={**row.shares, event.party: event.sha256})
+
+
+def _party_failed(row: RoundRow, event: PartyFailed) -> RoundRow:
+    if event.party not in row.cohort and event.party not in row.holders:
+        raise StateError(f"party {event.party} has no part in this round", party=event.party)
+    shares = {name: blob for name, blob in row.shares.items() if name != event.party}
+    return replace(row, failures={**row.failures, event.party: event.failure}, shares=shares)
+
+
+def _released(row: RoundRow, event: Released) -> RoundRow:
+    _expect(row, RoundState.OPENING)
+    if not row.spent:
+        raise StateError("nothing is released before the budget is spent")
+    return replace(row, result=event.result)
+
+
+def _tick(row: RoundRow, _event: Tick) -> RoundRow:
+    return row
+
+
+_HANDLERS: Final = {
+    NoiseMade: _noise_made,
+    RootCommitted: _root_committed,
+    ListFrozen: _list_frozen,
+    BatchStored: _batch_stored,
+    Folded: _folded,
+    BudgetSpent: _budget_spent,
+    SharesAsked: _shares_asked,
+    ShareStored: _share_stored,
+    PartyFailed: _party_failed,
+    Released: _released,
+    Tick: _tick,
+}
+
+
+def _settle_phase(row: RoundRow, now: float) -> RoundRow:
+    """Move on when the phase has what it needs, and give up when it cannot get it any more."""
+    if row.result is not None:
+        return _move(row, RoundState.RELEASED, now)
+    late = now >= row.deadline
+    if row.state is RoundState.PLANNED and (not row.noise_needed or AGGREGATOR in row.batches):
+        row = _move(row, RoundState.TRAINING, now)
+    if row.state is RoundState.TRAINING:
+        return _settle_training(row, now)
+    if row.state is RoundState.COLLECTING and row.frozen_list is not None:
+        return _settle_collecting(row, now)
+    if row.state is RoundState.AGGREGATING and row.aggregate is not None:
+        return _move(row, RoundState.OPENING, now)
+    if row.state is RoundState.OPENING and _too_few_holders(row):
+        return _fail(row, now, f"fewer than {row.threshold} parties can open")
+    return _fail(row, now, "the round's deadline has passed") if late else row
+
+
+def _settle_training(row: RoundRow, now: float) -> RoundRow:
+    out = [name for name in row.cohort if name in row.failures]
+    if len(row.cohort) - len(out) < row.quorum:
+        return _fail(row, now, f"fewer than {row.quorum} parties can contribute")
+    pending = [name for name in row.cohort if name not in row.roots and name not in row.failures]
+    closing = now >= row.started_at + COMMIT_SHARE * row.timeout_s
+    if not pending or closing:
+        if len(row.committed) >= row.quorum:
+            return _move(row, RoundState.COLLECTING, now)
+        return _fail(row, now, f"fewer than {row.quorum} parties contributed in time")
+    return row
+
+
+def _settle_collecting(row: RoundRow, now: float) -> RoundRow:
+    listed = row.committed
+    out = [name for name in listed if name in row.failures and name not in row.batches]
+    if len(listed) - len(out) < row.quorum:
+        return _fail(row, now, f"fewer than {row.quorum} parties can deliver")
+    missing = [name for name in listed if name not in row.batches and name not in row.failures]
+    closing = now >= row.started_at + UPLOAD_SHARE * row.timeout_s
+    if not missing or closing:
+        if len(row.delivered) >= row.quorum:
+            contributors = tuple(sorted(row.batches))
+            return _move(replace(row, contributors=contributors), RoundState.AGGREGATING, now)
+        return _fail(row, now, f"fewer than {row.quorum} parties delivered in time")
+    return row
+
+
+def _too_few_holders(row: RoundRow) -> bool:
+    return len([name for name in row.holders if not _cannot_open(row, name)]) < row.threshold
+
+
+def _cannot_open(row: RoundRow, name: str) -> bool:
+    failure = row.failures.get(name)
+    return failure is not None and failure.stage == Work.OPEN.value
+
+
+def _move(row: RoundRow, state: RoundState, now: float, *, reason: str = "") -> RoundRow:
+    if (row.state, state) not in LEGAL_TRANSITIONS:
+        raise StateError(f"a round does not go from {row.state.value} to {state.value}")
+    ended = now if state in AT_REST else 0.0
+    return replace(row, state=state, reason=reason or row.reason, ended_at=ended)
+
+
+def _fail(row: RoundRow, now: float, cause: str) -> RoundRow:
+    return _move(row, RoundState.FAILED, now, reason=explain(row, cause))
+
+
+def _expect(row: RoundRow, state: RoundState) -> None:
+    if row.state is not state:
+        raise StateError(
+            f"round {row.number} of job {row.job_id} is {row.state.value}, not {state.value}", state=row.state.value
+        )
+
+
+def _expect_cohort(row: RoundRow, party: str) -> None:
+    if party not in row.cohort:
+        raise StateError(f"party {party} is not in the cohort of this round", party=party)
+
+
+# --- what follows from a row ------------------------------------------------------------------------------------------
+
+
+def explain(row: RoundRow, cause: str) -> str:
+    """The cause with everybody's part in it: who failed with which reason, and for whom the round waited."""
+    parts = [f"{name}: {failure.message} [{failure.reason}]" for name, failure in sorted(row.failures.items())]
+    parts += [f"{name}: no answer" for name in waiting_for(row)]
+    return f"{cause} ({'; '.join(parts)})" if parts else cause
+
+
+def waiting_for(row: RoundRow) -> tuple[str, ...]:
+    """The parties for which the round waits now."""
+    return tuple(name for name in (*row.cohort, *_only_holders(row)) if wanted(row, name) in _ACTIVE)
+
+
+def wanted(row: RoundRow, party: str) -> Work | None:
+    """What a party has to do now; None when there is nothing (any more)."""
+    if row.at_rest:
+        return Work.ENDED if party in row.cohort or party in row.asked else None
+    if row.state is RoundState.OPENING:
+        open_now = party in row.asked and party not in row.shares and not _cannot_open(row, party)
+        return Work.OPEN if open_now else None
+    if party not in row.cohort or party in row.failures:
+        return None
+    if row.state is RoundState.TRAINING and party not in row.roots:
+        return Work.CONTRIBUTE
+    if row.state is RoundState.COLLECTING and row.frozen_list and party in row.roots and party not in row.batches:
+        return Work.REVEAL
+    return None
+
+
+_ACTIVE: Final = frozenset({Work.CONTRIBUTE, Work.REVEAL, Work.OPEN})
+
+
+def _only_holders(row: RoundRow) -> tuple[str, ...]:
+    return tuple(name for name in row.holders if name not in row.cohort)
+
+
+def next_step(row: RoundRow, now: float) -> Step | None:
+    """What the aggregator has to do now; None while it waits for parties or has nothing left to do."""
+    if row.at_rest:
+        return None if row.settled else Step.SETTLE
+    if row.state is RoundState.PLANNED:
+        return Step.MAKE_NOISE
+    if row.state is RoundState.COLLECTING and row.frozen_list is None:
+        return Step.FREEZE_LIST
+    if row.state is RoundState.AGGREGATING:
+        return Step.FOLD
+    if row.state is RoundState.OPENING:
+        if not row.spent:
+            return Step.SPEND
+        if len(row.shares) >= row.threshold:
+            return Step.RELEASE
+        return Step.ASK_SHARES if holders_to_ask(row, connected=frozenset(), now=now) else None
+    return None
+
+
+def _useful(row: RoundRow) -> tuple[str, ...]:
+    """Holders that were asked and may still answer, or did."""
+    return tuple(name for name in row.asked if not _cannot_open(row, name))
+
+
+def holders_to_ask(row: RoundRow, *, connected: frozenset[str], now: float) -> tuple[str, ...]:
+    """Whom to ask for a share next: as many as are missing, reachable ones first; everybody once time runs short."""
+    fresh = [name for name in row.holders if name not in row.asked and not _cannot_open(row, name)]
+    missing = max(0, row.threshold - len(_useful(row)))
+    if now >= row.started_at + ASK_MORE_SHARE * row.timeout_s:
+        missing = len(fresh)
+    return tuple(sorted(fresh, key=lambda name: (name not in connected, row.holders.index(name)))[:missing])

@@ -1,0 +1,1 @@
+"""What the aggregator answers over gRPC: thin translations between messages and services."""

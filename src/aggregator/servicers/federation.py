@@ -1,0 +1,324 @@
+"""`sotto.v1.FederationService`: what parties ask of the aggregator. Thin: checks, stores, tells the coordinator."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+from collections.abc import AsyncIterator
+from typing import Any, Final
+
+from ... import __version__
+from ...communication.generated import common_pb2, federation_pb2, federation_pb2_grpc
+from ...communication.identity import caller
+from ...communication.messages import signed_from_proto, signed_to_proto
+from ...communication.streams import receive_pieces, send_blob
+from ...config import AggregatorConfig
+from ...encryption.batch import LARGEST_HEADER_BYTES
+from ...errors import (
+    ConflictError,
+    DigestError,
+    InvalidInput,
+    KeyMaterialError,
+    LimitError,
+    NotFoundError,
+    SignatureError,
+    SottoError,
+    VersionError,
+)
+from ...protocol.batches import check_batch_header
+from ...protocol.canonical import canonical_bytes
+from ...protocol.merkle import MerkleHasher
+from ...protocol.plan import PROTOCOL_VERSION, ROOT_KIND, SHARES_KIND, RootStatement
+from ...protocol.signing import Signed, open_signed
+from ...storage.blobs import Blobs
+from ..coordinator import Coordinator
+from ..federation import Federation
+from ..pipeline import AggregatorPipeline
+from ..planning import plan_of
+from ..round_row import Batch, BatchStored, Failure, PartyFailed, RootCommitted, RoundRow, RoundState, ShareStored
+from ..sessions import Session, Sessions
+
+LOG = logging.getLogger("sotto.aggregator")
+
+SERVICE: Final = "sotto.v1.FederationService"
+ROLES: Final[dict[str, frozenset[str]]] = {
+    f"/{SERVICE}/{method}": frozenset({"party"})
+    for method in (
+        "Join",
+        "StreamAssignments",
+        "DownloadModel",
+        "CommitRoot",
+        "UploadUpdate",
+        "DownloadContribution",
+        "UploadShares",
+        "ReportFailure",
+    )
+}
+"""Who may call which method."""
+
+SHARE_OVERHEAD_BYTES: Final = 1 << 16
+"""What a share batch may hold besides its partial decryptions: header and proof."""
+LONGEST_FAILURE_TEXT: Final = 500
+
+
+class FederationServicer(federation_pb2_grpc.FederationServiceServicer):
+    """Answers parties. Who calls is in `identity.caller`: a party speaks for itself only."""
+
+    def __init__(
+        self,
+        *,
+        config: AggregatorConfig,
+        coordinator: Coordinator,
+        federation: Federation,
+        pipeline: AggregatorPipeline,
+        sessions: Sessions,
+        blobs: Blobs,
+    ) -> None:
+        self._config = config
+        self._coordinator = coordinator
+        self._federation = federation
+        self._pipeline = pipeline
+        self._sessions = sessions
+        self._blobs = blobs
+
+    async def Join(  # noqa: N802  # named by the wire, as all methods here
+        self, request: federation_pb2.JoinRequest, context: Any
+    ) -> federation_pb2.JoinResponse:
+        name = caller().name
+        if request.protocol_version.partition(".")[0] != PROTOCOL_VERSION.partition(".")[0]:
+            raise VersionError(
+                f"this aggregator speaks protocol {PROTOCOL_VERSION}, party {name} {request.protocol_version or 'none'}"
+            )
+        if len(request.verify_key) != 32:  # Ed25519
+            raise InvalidInput("a verification key has 32 bytes", violations={"verify_key": "must have 32 bytes"})
+        if self._federation.pinned:
+            self._check_member(name, request)
+        else:
+            await self._coordinator.enrol(name, request.verify_key)
+        LOG.info("party %s joined (Sotto %s)", name, request.software_version)
+        return federation_pb2.JoinResponse(
+            protocol_version=PROTOCOL_VERSION,
+            software_version=__version__,
+            federation=self._federation.roster.federation,
+            public_key=canonical_bytes(self._federation.keyring.to_json()),
+            key_id=self._federation.keyring.key_id,
+            roster=signed_to_proto(self._federation.signed_roster),
+            aggregator_verify_key=self._federation.signing_key.verify_key,
+            custody=self._federation.custody,
+            heartbeat_interval_s=self._config.server.heartbeat_interval_s,
+        )
+
+    def _check_member(self, name: str, request: federation_pb2.JoinRequest) -> None:
+        roster = self._federation.roster
+        if roster.member(name).verify_key != request.verify_key:
+            raise SignatureError(f"party {name} signs with another key than the roster has", party=name)
+        if request.key_id and request.key_id != roster.key_id:
+            raise KeyMaterialError(
+                f"party {name} has public key {request.key_id}, this federation has {roster.key_id}: "
+                "use the kit of this deal",
+                party=name,
+            )
+        if request.roster_digest and request.roster_digest != roster.digest:
+            raise KeyMaterialError(f"party {name} has another roster than this aggregator: use one kit", party=name)
+
+    async def StreamAssignments(  # noqa: N802
+        self, request: federation_pb2.StreamAssignmentsRequest, context: Any
+    ) -> AsyncIterator[federation_pb2.Assignment]:
+        name = caller().name
+        self._federation.roster.member(name)
+        session = self._sessions.open(name, request.session_id[:64])
+        try:
+            rows = [await self._coordinator.row(each.job_id, each.round) for each in request.in_hand[:64]]
+            self._sessions.offer(name, [*rows, *self._coordinator.rows()])
+        except NotFoundError:
+            LOG.warning("party %s has a round in hand that this aggregator does not know", name)
+        self._coordinator.wake()
+        try:
+            while True:
+                assignment = await self._next(session)
+                if assignment is None:
+                    return
+                yield assignment
+        finally:
+            self._sessions.close(session)
+
+    async def _next(self, session: Session) -> federation_pb2.Assignment | None:
+        """The next thing to push, or a heartbeat; None when a newer stream took over."""
+        with contextlib.suppress(TimeoutError):
+            return await asyncio.wait_for(session.queue.get(), self._config.server.heartbeat_interval_s)
+        return federation_pb2.Assignment(heartbeat=federation_pb2.Heartbeat())
+
+    async def DownloadModel(  # noqa: N802
+        self, request: federation_pb2.DownloadModelRequest, context: Any
+    ) -> AsyncIterator[common_pb2.DataChunk]:
+        row = await self._row(request.round, cohort=True)
+        async for chunk in send_blob(self._blobs, row.model_sha256):
+            yield chunk
+
+    async def CommitRoot(  # noqa: N802
+        self, request: federation_pb2.CommitRootRequest, context: Any
+    ) -> federation_pb2.CommitRootResponse:
+        name = caller().name
+        row = await self._row(request.round, cohort=True)
+        signed = signed_from_proto(request.root)
+        self._root_statement(row, name, signed)
+        budget = (
+            request.example_epsilon_spent if request.HasField("example_epsilon_spent") else None,
+            request.example_epsilon_left if request.HasField("example_epsilon_left") else None,
+        )
+        await self._coordinator.happened(row.job_id, row.number, RootCommitted(name, signed.to_json(), budget))
+        return federation_pb2.CommitRootResponse()
+
+    def _root_statement(self, row: RoundRow, name: str, signed: Signed) -> RootStatement:
+        """What a party signed, once it is what this round can use."""
+        key = self._federation.roster.member(name).verify_key
+        statement = RootStatement.from_statement(open_signed(signed, ROOT_KIND, verify_key=key))
+        layout = plan_of(row.plan).layout
+        body_bytes = layout["ciphertext_count"] * layout["ciphertext_bytes"]
+        if statement.plan != row.plan_digest or statement.contributor != name:
+            raise SignatureError(f"the root of {name} was signed for another round or by another name", party=name)
+        if (statement.ciphertexts, statement.body_bytes) != (layout["ciphertext_count"], body_bytes):
+            raise InvalidInput(
+                f"the root of {name} announces {statement.ciphertexts} ciphertexts, the plan has "
+                f"{layout['ciphertext_count']}",
+                party=name,
+            )
+        return statement
+
+    async def UploadUpdate(  # noqa: N802
+        self, request_iterator: AsyncIterator[federation_pb2.UploadUpdateRequest], context: Any
+    ) -> federation_pb2.UploadUpdateResponse:
+        name = caller().name
+        first = await anext(request_iterator, None)
+        if first is None or first.WhichOneof("part") != "header":
+            raise InvalidInput("an upload begins with its header")
+        row = await self._row(first.header.round, cohort=True)
+        signed = signed_from_proto(first.header.root)
+        statement = self._root_statement(row, name, signed)
+        if row.state is not RoundState.COLLECTING or row.roots.get(name) != signed.to_json():
+            if name in row.batches and row.roots.get(name) == signed.to_json():
+                return federation_pb2.UploadUpdateResponse(accepted=True)  # it was stored; the answer was lost
+            raise ConflictError(f"party {name} uploads what is not on the frozen list of this round", party=name)
+        header = first.header.batch_header
+        if len(header) > LARGEST_HEADER_BYTES:
+            raise LimitError(f"a batch header has at most {LARGEST_HEADER_BYTES} bytes")
+        check_batch_header(plan_of(row.plan), row.plan_digest, name, header)
+        if statement.body_bytes > self._config.limits.max_update_bytes:
+            raise LimitError(f"an update of {statement.body_bytes} bytes is larger than limits.max_update_bytes")
+        counter = _Counter(first.ByteSize())
+        ref = await self._receive_body(row, statement, header, counter.bodies(request_iterator))
+        await self._pipeline.check_body(row, ref)
+        batch = Batch(header.hex(), ref, statement.body_bytes)
+        await self._coordinator.happened(row.job_id, row.number, BatchStored(name, batch, counter.total))
+        return federation_pb2.UploadUpdateResponse(accepted=True)
+
+    async def _receive_body(
+        self, row: RoundRow, statement: RootStatement, header: bytes, pieces: AsyncIterator[bytes]
+    ) -> str:
+        """Store a body whose size is fixed before a byte is kept; refuse it unless it has the root it committed to."""
+        hasher = _LeafHasher(header, plan_of(row.plan).layout["ciphertext_bytes"])
+        with await asyncio.to_thread(self._blobs.writer) as writer:
+            ref = await receive_pieces(hasher.through(pieces), writer, size=statement.body_bytes)
+        if hasher.root() != statement.root:
+            self._blobs.path(ref.sha256).unlink(missing_ok=True)
+            raise DigestError(
+                f"the upload of {statement.contributor} does not have the root it committed to",
+                party=statement.contributor,
+            )
+        return ref.sha256
+
+    async def DownloadContribution(  # noqa: N802
+        self, request: federation_pb2.DownloadContributionRequest, context: Any
+    ) -> AsyncIterator[common_pb2.DataChunk]:
+        row = await self._row(request.round, cohort=False)
+        if request.contributor not in row.contributors or caller().name not in row.asked:
+            raise NotFoundError(f"{request.contributor!r} contributed nothing that {caller().name} is asked to open")
+        async for chunk in send_blob(self._blobs, row.batches[request.contributor].sha256):
+            yield chunk
+
+    async def UploadShares(  # noqa: N802
+        self, request_iterator: AsyncIterator[federation_pb2.UploadSharesRequest], context: Any
+    ) -> federation_pb2.UploadSharesResponse:
+        name = caller().name
+        first = await anext(request_iterator, None)
+        if first is None or first.WhichOneof("part") != "header":
+            raise InvalidInput("shares begin with their header")
+        row = await self._row(first.header.round, cohort=False)
+        signed = signed_from_proto(first.header.shares)
+        key = self._federation.roster.member(name).verify_key
+        statement = open_signed(signed, SHARES_KIND, verify_key=key)
+        expected = {"plan": row.plan_digest, "aggregate_root": row.aggregate_root, "party": name}
+        if {field: statement.get(field) for field in expected} != expected:
+            raise SignatureError(f"the shares of {name} are for another round, aggregate or party", party=name)
+        size = statement.get("bytes")
+        layout = plan_of(row.plan).layout
+        most = layout["ciphertext_count"] * layout["ciphertext_bytes"] + SHARE_OVERHEAD_BYTES
+        if not isinstance(size, int) or not 0 < size <= most:
+            raise LimitError(f"shares of this round have at most {most} bytes")
+        counter = _Counter(first.ByteSize())
+        with await asyncio.to_thread(self._blobs.writer) as writer:
+            ref = await receive_pieces(
+                counter.bodies(request_iterator), writer, size=size, expected_sha256=str(statement.get("sha256"))
+            )
+        await self._coordinator.happened(row.job_id, row.number, ShareStored(name, ref.sha256))
+        return federation_pb2.UploadSharesResponse(accepted=True)
+
+    async def ReportFailure(  # noqa: N802
+        self, request: federation_pb2.ReportFailureRequest, context: Any
+    ) -> federation_pb2.ReportFailureResponse:
+        name = caller().name
+        row = await self._row(request.round, cohort=False)
+        failure = Failure(request.stage[:20], request.reason[:40], request.message[:LONGEST_FAILURE_TEXT])
+        LOG.warning("party %s in round %d of job %s: %s", name, row.number, row.job_id, failure.message)
+        with contextlib.suppress(SottoError):  # a party that has no part in the round changes nothing
+            await self._coordinator.happened(row.job_id, row.number, PartyFailed(name, failure))
+        return federation_pb2.ReportFailureResponse()
+
+    async def _row(self, name: federation_pb2.RoundName, *, cohort: bool) -> RoundRow:
+        """The round, if the caller has a part in it; otherwise it does not exist for them."""
+        party = caller().name
+        row = await self._coordinator.row(name.job_id, name.round)
+        if party not in row.cohort and (cohort or party not in row.holders):
+            raise NotFoundError(f"no round {name.round} of job {name.job_id!r} for party {party}")
+        return row
+
+
+class _Counter:
+    """The body parts of an upload, counted as they travel."""
+
+    def __init__(self, header_bytes: int) -> None:
+        self.total = header_bytes
+
+    async def bodies(self, requests: AsyncIterator[Any]) -> AsyncIterator[bytes]:
+        async for request in requests:
+            if request.WhichOneof("part") != "body":
+                raise InvalidInput("after its header an upload holds body parts only")
+            self.total += request.ByteSize()
+            yield request.body
+
+
+class _LeafHasher:
+    """The Merkle root of a header and a body that arrives in pieces of any length."""
+
+    def __init__(self, header: bytes, ciphertext_bytes: int) -> None:
+        self._hasher = MerkleHasher()
+        self._hasher.add(header)
+        self._width = ciphertext_bytes
+        self._pending = b""
+
+    async def through(self, pieces: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
+        async for piece in pieces:
+            data = self._pending + piece
+            whole = len(data) - len(data) % self._width
+            for start in range(0, whole, self._width):
+                self._hasher.add(data[start : start + self._width])
+            self._pending = data[whole:]
+            yield piece
+
+    def root(self) -> str:
+        """Of what has passed."""
+        if self._pending:
+            self._hasher.add(self._pending)
+            self._pending = b""
+        return self._hasher.root()

@@ -1,0 +1,170 @@
+"""The steps of a round, performed: each reads a row, does its work, and gives the event that says so.
+
+Every step is idempotent. What it stores is content-addressed or named by the row, so that a step that is repeated after
+a crash either finds its work done or does it afresh before anything of it was shown to anybody.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from ..errors import SottoError, meaning
+from ..jobs.spec import FederatedTrainingSpec
+from ..privacy.accounting import epsilon
+from ..privacy.events import Event as Mechanism
+from ..protocol.batches import StoredBatch
+from ..protocol.canonical import real
+from ..protocol.plan import (
+    LIST_KIND,
+    OPENING_KIND,
+    ROOT_KIND,
+    TRANSCRIPT_KIND,
+    OpeningStatement,
+    RootStatement,
+    signed_digest,
+)
+from ..protocol.roster import AGGREGATOR
+from ..protocol.signing import Signed
+from .federation import Federation
+from .pipeline import AggregatorPipeline
+from .planning import plan_of
+from .round_row import (
+    Batch,
+    Event,
+    Failure,
+    Folded,
+    ListFrozen,
+    NoiseMade,
+    PartyFailed,
+    Released,
+    RoundRow,
+    SharesAsked,
+    Work,
+)
+from .rounds import holders_to_ask
+
+
+@dataclass(frozen=True, slots=True)
+class History:
+    """What a release needs to know of the job besides its round.
+
+    Attributes:
+        spent: (cost against the release, cost against the aggregator) of each round before that counts as spent.
+        state_sha256: the server optimiser's state after the last release; empty before the first.
+        ledger_head: digest of the aggregator's ledger.
+    """
+
+    spent: tuple[tuple[Mechanism, Mechanism], ...]
+    state_sha256: str
+    ledger_head: str
+
+
+class RoundSteps:
+    """Performs the steps of rounds; holds no state of its own."""
+
+    def __init__(self, pipeline: AggregatorPipeline, federation: Federation, *, clock: Callable[[], float]) -> None:
+        self._pipeline = pipeline
+        self._federation = federation
+        self._clock = clock
+
+    async def make_noise(self, row: RoundRow) -> Event:
+        """The aggregator's noise as one more contribution, its root signed like any other."""
+        batch = await self._pipeline.make_noise(row)
+        return NoiseMade(self._sign_root(row, batch).to_json(), Batch(batch.header, batch.sha256, batch.size))
+
+    async def freeze_list(self, row: RoundRow) -> Event:
+        """Sign the list of roots: nothing else can become a contribution."""
+        statement = {"plan": row.plan_digest, "roots": [row.roots[name] for name in sorted(row.roots)]}
+        return ListFrozen(self._federation.sign(LIST_KIND, statement).to_json())
+
+    async def fold(self, row: RoundRow) -> Event:
+        """Multiply what was delivered."""
+        aggregate = await self._pipeline.fold(row)
+        return Folded(Batch(aggregate.header, aggregate.sha256, aggregate.size), aggregate.root)
+
+    async def ask_shares(self, row: RoundRow, *, connected: frozenset[str]) -> Event:
+        """Sign what is to be opened, and choose whom to ask."""
+        if row.frozen_list is None:
+            raise AssertionError("a round opens after its list was frozen")
+        statement = OpeningStatement(
+            plan=row.plan_digest,
+            list=signed_digest(Signed.from_json(row.frozen_list), LIST_KIND),
+            contributors=row.contributors,
+            aggregate_root=row.aggregate_root,
+        )
+        opening = self._federation.sign(OPENING_KIND, statement.to_statement())
+        return SharesAsked(opening.to_json(), holders_to_ask(row, connected=connected, now=self._clock()))
+
+    async def release(
+        self, row: RoundRow, *, spec: FederatedTrainingSpec, history: History, costs: tuple[Mechanism, Mechanism]
+    ) -> list[Event]:
+        """Open, apply, evaluate, record. Wrong shares instead become the failures of those who sent them."""
+        opened = await self._pipeline.open(row, optimizer=spec.server_optimizer, state_sha256=history.state_sha256)
+        if "wrong" in opened:
+            return [
+                PartyFailed(party, Failure(Work.OPEN.value, "SHARE_INVALID", why))
+                for party, why in opened["wrong"].items()
+            ]
+        metrics = await self._pipeline.evaluate(plan_of(row.plan), opened["model_sha256"])
+        spent = await asyncio.to_thread(_epsilons, [*history.spent, costs], spec.party_privacy.delta)
+        transcript = self._transcript(row, opened, epsilons=spent, ledger_head=history.ledger_head)
+        result: dict[str, Any] = {
+            "model_sha256": opened["model_sha256"],
+            "model_bytes": opened["model_bytes"],
+            "state_sha256": opened["state_sha256"],
+            "blobs": [blob for blob in (opened["model_sha256"], opened["state_sha256"]) if blob],
+            "metrics": metrics,
+            "epsilon_party": _plain(spent[0]),
+            "epsilon_party_against_aggregator": _plain(spent[1]),
+            "transcript": transcript.to_json(),
+        }
+        return [Released(result)]
+
+    def _transcript(self, row: RoundRow, opened: Any, *, epsilons: tuple[float, float], ledger_head: str) -> Signed:
+        listed = Signed.from_json(row.frozen_list or {})
+        statement = {
+            "plan": row.plan_digest,
+            "job_id": row.job_id,
+            "round": row.number,
+            "list": signed_digest(listed, LIST_KIND),
+            "contributors": list(row.contributors),
+            "aggregate_root": row.aggregate_root,
+            "opened_by": sorted(row.shares) or [AGGREGATOR],
+            "model_sha256": opened["model_sha256"],
+            "epsilon_party": real(epsilons[0]),
+            "epsilon_party_against_aggregator": real(epsilons[1]),
+            "ledger_head": ledger_head,
+        }
+        return self._federation.sign(TRANSCRIPT_KIND, statement)
+
+    def _sign_root(self, row: RoundRow, batch: StoredBatch) -> Signed:
+        layout = plan_of(row.plan).layout
+        statement = RootStatement(
+            plan=row.plan_digest,
+            contributor=AGGREGATOR,
+            root=batch.root,
+            ciphertexts=int(layout["ciphertext_count"]),
+            body_bytes=batch.size,
+        )
+        return self._federation.sign(ROOT_KIND, statement.to_statement())
+
+
+def _epsilons(costs: list[tuple[Mechanism, Mechanism]], delta: float) -> tuple[float, float]:
+    return (
+        epsilon([release for release, _ in costs], delta=delta),
+        epsilon([aggregator for _, aggregator in costs], delta=delta),
+    )
+
+
+def _plain(value: float) -> float | str:
+    """JSON has no infinity."""
+    return value if math.isfinite(value) else "inf"
+
+
+def public_reason(error: BaseException) -> str:
+    """What an error may say to anybody: its public message, or that it was unexpected."""
+    return error.message if isinstance(error, SottoError) else f"internal error ({meaning(error).reason})"

@@ -1,0 +1,87 @@
+"""Rounds and enrolled parties in the aggregator's database."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+
+from sqlalchemy import Boolean, Column, Connection, Integer, LargeBinary, MetaData, String, Table, Text, select
+
+from ..errors import ConflictError, NotFoundError
+from .round_row import RoundRow
+
+
+class RoundStore:
+    """The table `rounds`: one row a round, its content as JSON, with the columns that queries need."""
+
+    def __init__(self, metadata: MetaData) -> None:
+        self._table = Table(
+            "rounds",
+            metadata,
+            Column("job_id", String(64), primary_key=True),
+            Column("number", Integer, primary_key=True),
+            Column("state", String(16), nullable=False),
+            Column("settled", Boolean, nullable=False),
+            Column("content", Text, nullable=False),
+        )
+
+    def insert(self, connection: Connection, row: RoundRow) -> None:
+        """Store a new round; a round number is used once (IntegrityError otherwise)."""
+        connection.execute(self._table.insert().values(job_id=row.job_id, number=row.number, **_columns(row)))
+
+    def update(self, connection: Connection, row: RoundRow) -> None:
+        """Replace the content of a stored round."""
+        where = (self._table.c.job_id == row.job_id) & (self._table.c.number == row.number)
+        connection.execute(self._table.update().where(where).values(**_columns(row)))
+
+    def get(self, connection: Connection, job_id: str, number: int) -> RoundRow:
+        """One round; NotFoundError when there is none."""
+        where = (self._table.c.job_id == job_id) & (self._table.c.number == number)
+        content = connection.execute(select(self._table.c.content).where(where)).scalar()
+        if content is None:
+            raise NotFoundError(f"no round {number} of job {job_id}", job=job_id, round=number)
+        return RoundRow.from_json(json.loads(content))
+
+    def of_job(self, connection: Connection, job_id: str) -> list[RoundRow]:
+        """All rounds of a job, oldest first."""
+        query = select(self._table.c.content).where(self._table.c.job_id == job_id).order_by(self._table.c.number)
+        return [RoundRow.from_json(json.loads(content)) for content in connection.execute(query).scalars()]
+
+    def blobs(self, connection: Connection) -> set[str]:
+        """Digests of all blobs that some round names."""
+        named: set[str] = set()
+        for content in connection.execute(select(self._table.c.content)).scalars():
+            row = RoundRow.from_json(json.loads(content))
+            named |= {row.model_sha256, *row.shares.values(), *(batch.sha256 for batch in row.batches.values())}
+            named |= {row.aggregate.sha256} if row.aggregate else set()
+            named |= {str(blob) for blob in (row.result or {}).get("blobs", ())}
+        return named
+
+
+def _columns(row: RoundRow) -> dict[str, object]:
+    return {"state": row.state.value, "settled": row.settled, "content": json.dumps(row.to_json())}
+
+
+class EnrolmentStore:
+    """The table `enrolment`: parties that joined a federation without a pinned roster (the classic set-up)."""
+
+    def __init__(self, metadata: MetaData) -> None:
+        self._table = Table(
+            "enrolment",
+            metadata,
+            Column("name", String(64), primary_key=True),
+            Column("verify_key", LargeBinary(32), nullable=False),
+        )
+
+    def enrol(self, connection: Connection, name: str, verify_key: bytes) -> None:
+        """Remember a party by its first key; another key under the same name is a ConflictError."""
+        known = connection.execute(select(self._table.c.verify_key).where(self._table.c.name == name)).scalar()
+        if known is None:
+            connection.execute(self._table.insert().values(name=name, verify_key=verify_key))
+        elif known != verify_key:
+            raise ConflictError(f"party {name!r} joined before with another signing key", party=name)
+
+    def members(self, connection: Connection) -> Sequence[tuple[str, bytes]]:
+        """(name, verification key) of everyone enrolled, by name."""
+        query = select(self._table.c.name, self._table.c.verify_key).order_by(self._table.c.name)
+        return [(str(name), bytes(key)) for name, key in connection.execute(query)]

@@ -1,0 +1,180 @@
+"""What the aggregator's workers compute. Each unit is data: JSON parameters and blobs in, JSON and blobs out.
+
+A worker holds no channel and no database. Torch is imported only by the two units that need it, so that an aggregator
+without torch can do everything else.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..encryption.scheme import Layout, Scheme
+from ..errors import PolicyError, ShareError
+from ..jobs.executors.units import Handler, WorkContext
+from ..learning.flatten import flatten, from_safetensors, to_safetensors, unflatten
+from ..learning.server_optimizer import ServerOptimizer
+from ..privacy.entropy import SystemEntropy
+from ..privacy.noise import discrete_gaussian
+from ..privacy.noise_plan import fraction_from_json
+from ..protocol.batches import StoredBatch, fold_batches, read_body, write_batch
+from ..protocol.canonical import parse_canonical
+from ..protocol.keyring import Keyring, load_private_key
+from ..protocol.plan import RoundPlan, share_binding
+from ..protocol.roster import AGGREGATOR
+
+Params = Mapping[str, Any]
+Result = dict[str, Any]
+
+
+def has_torch() -> bool:
+    """Whether this installation can build and evaluate models."""
+    return find_spec("torch") is not None
+
+
+def initial_model(params: Params, context: WorkContext) -> Result:
+    """{task, seed} → {sha256}: the task's model as its seed initialises it."""
+    if not has_torch():
+        raise PolicyError("this aggregator has no torch to build a model with: submit the job with an initial model")
+    from ..learning.flatten import model_to_tensors
+    from ..learning.task import find_task
+
+    tensors = model_to_tensors(find_task(params["task"]).build_model(params["seed"]))
+    return {"sha256": context.blobs.write(to_safetensors(tensors)).sha256}
+
+
+def inspect_model(params: Params, context: WorkContext) -> Result:
+    """{sha256} → {dimension, size}: how many parameters a model has, and its bytes."""
+    data = context.blobs.read(params["sha256"])
+    vector, _ = flatten(from_safetensors(data))
+    return {"dimension": int(vector.size), "size": len(data)}
+
+
+def make_noise(params: Params, context: WorkContext) -> Result:
+    """{plan, plan_digest, public} → the aggregator's noise batch."""
+    plan, scheme = _plan(params), _scheme(params)
+    entropy = SystemEntropy()
+    sigma2 = fraction_from_json(plan.noise.aggregator_sigma2)
+    noise = discrete_gaussian(sigma2, plan.dimension, entropy=entropy)
+    batch = write_batch(
+        scheme,
+        plan,
+        noise,
+        plan_digest=params["plan_digest"],
+        contributor=AGGREGATOR,
+        blobs=context.blobs,
+        entropy=entropy,
+    )
+    return batch.to_json()
+
+
+def check_body(params: Params, context: WorkContext) -> Result:
+    """{plan, public, sha256} → {}: CiphertextError names the first ciphertext of an upload that is none."""
+    layout = Layout.from_json(_plan(params).layout)
+    with context.blobs.open(params["sha256"]) as file:
+        for _ in _scheme(params).check(layout, read_body(layout, file)):
+            pass
+    return {}
+
+
+def fold(params: Params, context: WorkContext) -> Result:
+    """{plan, plan_digest, public, batches} → the aggregate."""
+    batches = {name: StoredBatch(**batch) for name, batch in params["batches"].items()}
+    aggregate = fold_batches(
+        _scheme(params), _plan(params), batches, plan_digest=params["plan_digest"], blobs=context.blobs
+    )
+    return aggregate.to_json()
+
+
+def open_aggregate(params: Params, context: WorkContext) -> Result:
+    """Open the aggregate and apply it to the model.
+
+    {plan, plan_digest, public, aggregate, aggregate_root, contributions, updates, shares: [{party, index, sha256}],
+    private_key, optimizer, state_sha256} → {model_sha256, state_sha256}, or {wrong: {party: why}} where shares are
+    wrong: then nothing has been opened.
+    """
+    plan, scheme = _plan(params), _scheme(params)
+    layout = Layout.from_json(plan.layout)
+    with context.blobs.open(params["aggregate"]) as file:
+        material = b"".join(scheme.opening_material(layout, file))
+    if plan.custody == "aggregator":
+        private = load_private_key(Path(params["private_key"]), insecure_small=True)
+        opened = scheme.open_with_key(layout, private, [material])
+    else:
+        shares, wrong = _checked_shares(scheme, layout, material, params, context)
+        if wrong:
+            return {"wrong": wrong}
+        opened = scheme.combine(layout, material, shares)
+    parts = list(scheme.decode(layout, opened, contributions=params["contributions"]))
+    total = np.concatenate(parts).astype(np.float64)
+    return _apply(plan, total / 2.0**plan.resolution_bits / params["updates"], params, context)
+
+
+def _checked_shares(
+    scheme: Scheme, layout: Layout, material: bytes, params: Params, context: WorkContext
+) -> tuple[dict[int, bytes], dict[str, str]]:
+    shares: dict[int, bytes] = {}
+    wrong: dict[str, str] = {}
+    for share in params["shares"]:
+        batch = context.blobs.read(share["sha256"])
+        binding = share_binding(params["plan_digest"], params["aggregate_root"], share["party"])
+        try:
+            scheme.verify_share(layout, material, batch, index=share["index"], binding=binding)
+        except ShareError as error:
+            wrong[share["party"]] = error.message
+        else:
+            shares[share["index"]] = batch
+    return shares, wrong
+
+
+def _apply(plan: RoundPlan, mean: NDArray[np.float64], params: Params, context: WorkContext) -> Result:
+    parameters, signature = flatten(from_safetensors(context.blobs.read(plan.model_sha256)))
+    state = from_safetensors(context.blobs.read(params["state_sha256"])) if params["state_sha256"] else {}
+    parameters, state = ServerOptimizer(**params["optimizer"]).step(parameters, mean, state=state)
+    model = context.blobs.write(to_safetensors(unflatten(parameters, signature)))
+    kept = context.blobs.write(to_safetensors(state)).sha256 if state else ""
+    return {"model_sha256": model.sha256, "model_bytes": model.size, "state_sha256": kept}
+
+
+def evaluate_model(params: Params, context: WorkContext) -> Result:
+    """{task, options, sha256} → {metrics}: on the task's public rows; empty where it has none."""
+    if not has_torch():
+        return {"metrics": {}}
+    from ..learning.evaluation import evaluate
+    from ..learning.task import find_task, holdout_of
+
+    task = find_task(params["task"])
+    rows = holdout_of(task, params["options"])
+    if rows is None:
+        return {"metrics": {}}
+    return {"metrics": evaluate(task, from_safetensors(context.blobs.read(params["sha256"])), rows)}
+
+
+def _plan(params: Params) -> RoundPlan:
+    statement = parse_canonical(params["plan"].encode())
+    statement.pop("kind", None)
+    return RoundPlan.from_statement(statement)
+
+
+def _scheme(params: Params) -> Scheme:
+    # The role's main process has checked the key's size; here the smallest test keys must pass too.
+    keyring = Keyring.from_json(json.loads(params["public"]), insecure_small=True)
+    plan = _plan(params)
+    return keyring.scheme(plan.scheme, expected_ciphertexts=int(plan.layout["ciphertext_count"]))
+
+
+HANDLERS: Final[dict[str, Handler]] = {
+    "initial_model": initial_model,
+    "inspect_model": inspect_model,
+    "make_noise": make_noise,
+    "check_body": check_body,
+    "fold": fold,
+    "open_aggregate": open_aggregate,
+    "evaluate_model": evaluate_model,
+}

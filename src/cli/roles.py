@@ -1,0 +1,32 @@
+"""`sotto aggregator` and `sotto party`: start a role and stay until it is told to stop."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+aggregator_app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
+party_app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
+
+Config = Annotated[Path, typer.Option("--config", "-c", help="The YAML file that says everything else.")]
+
+
+@aggregator_app.command()
+def aggregator(config: Config) -> None:
+    """Run the aggregator of a federation, until SIGTERM or Ctrl-C."""
+    from ..aggregator.main import run
+
+    run(config)
+
+
+@party_app.command()
+def party(
+    config: Config,
+    name: Annotated[str | None, typer.Option("--name", help="Be this party instead of the one in the file.")] = None,
+) -> None:
+    """Run a party: a data owner's node, until SIGTERM or Ctrl-C. It makes outbound connections only."""
+    from ..party.main import run
+
+    run(config, name=name)

@@ -1,0 +1,104 @@
+"""A gRPC server: mutual TLS, a role table, translated errors, health, and reflection on request."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import grpc
+from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection
+
+from ..errors import ConfigError, StateError
+from .errors import ServerErrors
+from .identity import Gate
+from .options import DEFAULT_MAX_MESSAGE_BYTES, server_options
+from .tls import TlsFiles, check_transport, server_credentials
+
+
+class GrpcServer:
+    """One listening address. Services are added, then it is started once and stopped once.
+
+    Args:
+        listen: "host:port"; port 0 takes a free one.
+        tls: certificate, key and CA; None only with `insecure`.
+        insecure: plaintext, with identities from metadata; loopback addresses only.
+        federation: whose members may call.
+        roles: full method name → roles that may call it; a method without a row is for nobody.
+        reflection: describe the services to clients that ask.
+        heartbeat_interval_s: how often a silent client is asked whether it is there.
+        max_message_bytes: of one message, both ways.
+
+    Raises:
+        ConfigError: neither TLS nor plaintext on loopback.
+    """
+
+    def __init__(
+        self,
+        *,
+        listen: str,
+        tls: TlsFiles | None,
+        insecure: bool,
+        federation: str,
+        roles: Mapping[str, frozenset[str]],
+        reflection: bool = False,
+        heartbeat_interval_s: float = 10.0,
+        max_message_bytes: int = DEFAULT_MAX_MESSAGE_BYTES,
+    ) -> None:
+        check_transport("server.listen", listen, tls=tls, insecure=insecure)
+        self._listen = listen
+        self._tls = tls
+        self._gate = Gate(federation, roles, insecure=insecure)
+        self._reflection = reflection
+        self._options = server_options(max_message_bytes, ping_interval_s=heartbeat_interval_s)
+        self._services: list[tuple[str, Callable[[Any, Any], None], Any]] = []
+        self._server: Any = None
+        self._health = health.aio.HealthServicer()  # type: ignore[attr-defined]  # the stubs lack it
+
+    def add(self, add_servicer: Callable[[Any, Any], None], servicer: Any, service: str) -> None:
+        """Serves `servicer`, a generated servicer's subclass with asynchronous methods.
+
+        Args:
+            add_servicer: the generated `add_…Servicer_to_server`.
+            servicer: the object.
+            service: full name, "sotto.v1.JobService".
+        """
+        if self._server is not None:
+            raise StateError("services are added before the server starts")
+        self._services.append((service, add_servicer, servicer))
+
+    async def start(self) -> int:
+        """Binds, serves, and returns the port.
+
+        Raises:
+            ConfigError: the TLS files cannot be used, or the address cannot be bound.
+        """
+        if self._server is not None:
+            raise StateError("the server was started already")
+        credentials = server_credentials(self._tls) if self._tls is not None else None
+        server = grpc.aio.server(interceptors=(ServerErrors(), self._gate), options=self._options)
+        names = [health.SERVICE_NAME, *(service for service, _, _ in self._services)]
+        health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
+        for _, add_servicer, servicer in self._services:
+            add_servicer(servicer, server)
+        if self._reflection:
+            reflection.enable_server_reflection((*names, reflection.SERVICE_NAME), server)
+        try:
+            if credentials is None:
+                port = server.add_insecure_port(self._listen)
+            else:
+                port = server.add_secure_port(self._listen, credentials)
+        except RuntimeError as error:
+            problem = f"server.listen: {self._listen} cannot be bound: is another process listening there?"
+            raise ConfigError(problem, problems=(problem,), private=str(error)) from error
+        await server.start()
+        self._server = server
+        for name in names:
+            await self._health.set(name, health_pb2.HealthCheckResponse.SERVING)
+        return int(port)
+
+    async def stop(self, grace_s: float = 5.0) -> None:
+        """Says NOT_SERVING, takes no new calls, gives those under way `grace_s` and then cancels them."""
+        if self._server is not None:
+            await self._health.enter_graceful_shutdown()
+            await self._server.stop(grace_s)

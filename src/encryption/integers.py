@@ -1,0 +1,123 @@
+"""The typed face of gmpy2: the only module here that imports it.
+
+Every big integer in this room is a gmpy2 `mpz`, which acts as an `int` in arithmetic, comparison, hashing, `format` and
+`to_bytes`; the signatures therefore say `int`. `mpz` is not an `int` to `isinstance`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterable, Sequence
+from functools import cache
+from typing import Final, Protocol
+
+import gmpy2  # type: ignore[import-untyped, unused-ignore]
+
+mpz: Final[Callable[[int], int]] = gmpy2.mpz
+powmod: Final[Callable[[int, int, int], int]] = gmpy2.powmod
+"""base^exponent mod modulus, in time that depends on the exponent: for public exponents only."""
+powmod_sec: Final[Callable[[int, int, int], int]] = gmpy2.powmod_sec
+"""The same without branches or addresses that depend on the exponent; exponent > 0, modulus odd."""
+invert: Final[Callable[[int, int], int]] = gmpy2.invert
+"""The inverse modulo the second argument; ZeroDivisionError where there is none."""
+divmod_floor: Final[Callable[[int, int], tuple[int, int]]] = gmpy2.f_divmod
+gcd: Final[Callable[[int, int], int]] = gmpy2.gcd
+jacobi: Final[Callable[[int, int], int]] = gmpy2.jacobi
+is_power: Final[Callable[[int], bool]] = gmpy2.is_power
+from_bytes: Final[Callable[[bytes], int]] = gmpy2.mpz.from_bytes
+"""Big-endian, unsigned."""
+
+PRIMALITY_ROUNDS: Final = 40
+"""Miller–Rabin rounds: a composite passes with probability below 4^-40 = 2^-80 whatever it is, and far less often when
+it was drawn at random (Damgård, Landrock & Pomerance 1993)."""
+
+SMALL_PRIME_LIMIT: Final = 1 << 16
+"""Moduli with a prime factor below this are refused as trivially composite; it also bounds the sieve for small keys."""
+
+
+class Entropy(Protocol):
+    """A source of secret random bytes: the operating system, or a cipher keyed by it."""
+
+    def token(self, size: int) -> bytes:
+        """`size` fresh uniform bytes."""
+        ...
+
+
+def is_prime(candidate: int) -> bool:
+    """Whether `candidate` is prime, by trial division and `PRIMALITY_ROUNDS` of Miller–Rabin."""
+    return bool(gmpy2.is_prime(candidate, PRIMALITY_ROUNDS))
+
+
+@cache
+def small_primorial() -> int:
+    """The product of all primes below `SMALL_PRIME_LIMIT`: one gcd with it is a trial division by all of them."""
+    return mpz(gmpy2.primorial(SMALL_PRIME_LIMIT))
+
+
+def random_bits(entropy: Entropy, bits: int) -> int:
+    """A uniform integer in [0, 2^bits)."""
+    size = -(-bits // 8)
+    return from_bytes(entropy.token(size)) >> (8 * size - bits)
+
+
+def random_below(entropy: Entropy, limit: int) -> int:
+    """A uniform integer in [0, limit), by rejection: no bias."""
+    bits = (limit - 1).bit_length()
+    while True:
+        candidate = random_bits(entropy, bits)
+        if candidate < limit:
+            return candidate
+
+
+def random_unit(entropy: Entropy, modulus: int) -> int:
+    """A uniform element of Z*_modulus."""
+    while True:
+        candidate = random_below(entropy, modulus)
+        if gcd(candidate, modulus) == 1:
+            return candidate
+
+
+def split(block: bytes, width: int) -> list[int]:
+    """The big-endian integers of `width` bytes that lie back to back in `block` (whose length is a multiple of it)."""
+    return [from_bytes(block[start : start + width]) for start in range(0, len(block), width)]
+
+
+def join(values: Iterable[int], width: int) -> bytes:
+    """Integers in [0, 256^width) as big-endian words of `width` bytes, back to back."""
+    return b"".join([value.to_bytes(width, "big") for value in values])
+
+
+def multi_power(bases: Sequence[int], exponents: Sequence[int], modulus: int, *, exponent_bits: int) -> int:
+    """∏ bases[j]^exponents[j] mod modulus for public exponents in [0, 2^exponent_bits), by buckets.
+
+    Pippenger 1976 as told by Bernstein, Doumen, Lange & Oosterwijk (Indocrypt 2012): with 128-bit exponents a base
+    costs some 16–25 products instead of the 150 of its own exponentiation.
+    """
+
+    def cost(width: int) -> int:
+        return -(-exponent_bits // width) * (len(bases) + (2 << width))
+
+    window = min(range(1, 17), key=cost)
+    mask = (1 << window) - 1
+    result = mpz(1)
+    for shift in reversed(range(0, exponent_bits, window)):
+        result = powmod(result, 1 << window, modulus)
+        buckets = [mpz(1)] * (mask + 1)
+        for base, exponent in zip(bases, exponents, strict=True):
+            digit = (exponent >> shift) & mask
+            buckets[digit] = buckets[digit] * base % modulus
+        running = total = mpz(1)
+        for bucket in reversed(buckets[1:]):
+            running = running * bucket % modulus
+            total = total * running % modulus
+        result = result * total % modulus
+    return result
+
+
+def digest_parts(domain: bytes, *parts: bytes) -> bytes:
+    """SHA-256 over `domain` and `parts`, each preceded by its length in 8 bytes: no two lists hash alike."""
+    state = hashlib.sha256()
+    for part in (domain, *parts):
+        state.update(len(part).to_bytes(8, "big"))
+        state.update(part)
+    return state.digest()

@@ -1,0 +1,179 @@
+"""A job's files on the scientist's disk: whole or not at all, and verified against what the aggregator signed."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import re
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, Final
+
+from ..communication.generated import jobs_pb2
+from ..errors import DigestError, InvalidInput, SignatureError, SottoError, StorageError
+from ..protocol.plan import MANIFEST_KIND
+from ..protocol.roster import AGGREGATOR, Roster
+from ..protocol.signing import Signed, open_signed
+
+MANIFEST_FILE: Final = "manifest.json"
+PART_SUFFIX: Final = ".part"
+_NAME: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
+_READ_BYTES: Final = 1 << 20
+
+
+class Partial:
+    """One file on its way in. Until `keep` it lies under its name and ".part".
+
+    Attributes:
+        name: of the file; target: where it will lie.
+        total: bytes of the whole.
+        size: bytes that are there.
+        resumed: whether some of them are from an earlier attempt.
+    """
+
+    def __init__(self, folder: Path, file: jobs_pb2.ArtifactFile) -> None:
+        """Looks at what is on disk already.
+
+        Raises:
+            InvalidInput: the name is no plain file name: whoever sends it may not choose where it lands.
+            StorageError: the directory cannot be used.
+        """
+        if not _NAME.fullmatch(file.name) or file.name.endswith(PART_SUFFIX):
+            raise InvalidInput(f"an artifact's file has a name that is not a plain one: {file.name!r}")
+        self.name = file.name
+        self.target = folder / file.name
+        self.total = file.bytes
+        self._sha256 = bytes(file.sha256)
+        self._part = folder / (file.name + PART_SUFFIX)
+        with _storing(folder):
+            folder.mkdir(parents=True, exist_ok=True)
+            whole = self.target.is_file() and _hash(self.target).digest() == self._sha256
+            self.path = self.target if whole else self._part
+            if not whole:
+                self._part.touch()
+            self._hash = _hash(self.path)
+            self.size = self.path.stat().st_size
+        self.resumed = self.path is self._part and self.size > 0
+
+    @property
+    def complete(self) -> bool:
+        """Whether nothing is missing (it may still be wrong: `verify`)."""
+        return self.size >= self.total
+
+    def write(self, data: bytes, *, offset: int) -> None:
+        """Append a chunk.
+
+        Raises:
+            DigestError: it does not begin where the last one ended, or goes beyond the announced size.
+        """
+        if offset != self.size or self.size + len(data) > self.total:
+            raise DigestError(f"{self.name}: {len(data)} bytes at {offset} do not follow {self.size} of {self.total}")
+        with _storing(self._part), self._part.open("ab") as file:
+            file.write(data)
+        self._hash.update(data)
+        self.size += len(data)
+
+    def verify(self) -> None:
+        """Raises DigestError when the bytes are not those announced; they are removed then."""
+        if self.size != self.total or self._hash.digest() != self._sha256:
+            self.discard()
+            raise DigestError(f"{self.name} does not have the announced SHA-256", file=self.name)
+
+    def restart(self) -> None:
+        """Forget what is there."""
+        self.discard()
+        with _storing(self._part):
+            self._part.touch()
+        self._hash, self.size, self.resumed = hashlib.sha256(), 0, False
+
+    def discard(self) -> None:
+        """Remove the part, never a file that was whole before."""
+        with _storing(self._part):
+            self._part.unlink(missing_ok=True)
+
+    def keep(self) -> None:
+        """Give the verified file its name."""
+        if self.path is self._part:
+            with _storing(self.target):
+                with self._part.open("rb") as file:
+                    os.fsync(file.fileno())
+                self._part.replace(self.target)
+            self.path = self.target
+
+
+def keep(partials: Sequence[Partial], *, roster: Roster | None, job_id: str) -> None:
+    """Give complete files their names; with a roster only once the manifest is verified against job and model.
+
+    Raises:
+        InvalidInput, SignatureError, DigestError: as `verify_manifest`; the parts are removed then.
+    """
+    files = {partial.name: partial.path for partial in partials}
+    try:
+        if roster is not None:
+            if MANIFEST_FILE not in files:
+                raise SignatureError(f"job {job_id} has no manifest: nothing vouches for its files")
+            verify_manifest(files[MANIFEST_FILE], roster, files=files, job_id=job_id)
+    except SottoError:
+        for partial in partials:
+            partial.discard()
+        raise
+    for partial in partials:
+        partial.keep()
+
+
+def verify_manifest(
+    path: Path, roster: Roster, *, files: dict[str, Path] | None = None, job_id: str = ""
+) -> dict[str, Any]:
+    """What the aggregator of a federation signed about a job.
+
+    Args:
+        path: manifest.json: {"manifest": the signed statement, "readable": the same for the eye}.
+        roster: pinned; its key of the aggregator is the one that counts.
+        files: where files lie, by name; by default the model is looked for beside the manifest.
+        job_id: the job it has to be about, where that is known.
+
+    Raises:
+        InvalidInput: the file is not a manifest.
+        SignatureError: it was not signed by this aggregator, is about another job, or its readable half says something
+            else than the signed one.
+        DigestError: the model is not there, or is another one.
+    """
+    try:
+        content = json.loads(path.read_bytes())
+        signed = Signed.from_json(content["manifest"])
+        extra = set(content) - {"manifest", "readable"}
+    except (OSError, ValueError, KeyError, TypeError, InvalidInput) as error:
+        raise InvalidInput(f"{path.name} is not a manifest") from error
+    if signed.signer != AGGREGATOR:
+        raise SignatureError(f"the manifest is signed by {signed.signer!r}, not by the aggregator")
+    statement = open_signed(signed, MANIFEST_KIND, verify_key=roster.aggregator_verify_key)
+    if extra or content.get("readable", statement) != statement:
+        raise SignatureError("the manifest's readable half is not what the aggregator signed")
+    if job_id and statement.get("job_id") != job_id:
+        raise SignatureError(f"the manifest is of job {statement.get('job_id')}, not of {job_id}")
+    model = statement.get("model", {})
+    name, sha256 = str(model.get("file")), model.get("sha256")
+    lies_at = path.parent / Path(name).name if files is None else files.get(name)
+    if lies_at is None or not lies_at.is_file():
+        raise DigestError(f"the manifest is about {name}, which is not there")
+    if _hash(lies_at).hexdigest() != sha256:
+        raise DigestError(f"{name} is not the model that the manifest is about", file=name)
+    return statement
+
+
+def _hash(path: Path) -> Any:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while piece := file.read(_READ_BYTES):
+            digest.update(piece)
+    return digest
+
+
+@contextlib.contextmanager
+def _storing(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise StorageError(f"cannot write {path}: {error.strerror}") from error

@@ -1,0 +1,169 @@
+"""A unit of CPU work is data: a short name, a version, JSON parameters, blobs by digest; its result likewise.
+
+Nothing is pickled, and what is sent names no module: a worker looks the short name up in its own table. JSON here is
+Python's dialect, in which a float may be NaN or infinite (an ε can be).
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import traceback
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import Any, Final, TypeAlias, TypeVar
+
+from ...errors import (
+    BY_REASON,
+    ConfigError,
+    InvalidInput,
+    LimitError,
+    NotFoundError,
+    SottoError,
+    VersionError,
+    WorkerError,
+    meaning,
+)
+from ...storage.blobs import Blobs
+
+ROOT: Final = __name__.removesuffix(".jobs.executors.units")
+"""The name this package goes by: "sotto" where it is installed, "src" in a checkout."""
+
+MAX_FRAME_BYTES: Final = 16 << 20
+"""Of a unit or its result as JSON: ten times the largest plan; whatever is larger belongs into a blob."""
+
+
+@dataclass(frozen=True, slots=True)
+class WorkContext:
+    """What a handler may use besides its parameters.
+
+    Attributes:
+        blobs: the role's blob store.
+        workspace: a directory of this unit's own, empty at its start, removed at its end.
+    """
+
+    blobs: Blobs
+    workspace: Path
+
+
+Handler: TypeAlias = Callable[[Mapping[str, Any], WorkContext], dict[str, Any]]
+
+_H = TypeVar("_H", bound=Callable[..., Any])
+
+
+def unit_version(version: int) -> Callable[[_H], _H]:
+    """Marks a handler as answering units of this version; without the mark it is 1."""
+
+    def mark(handler: _H) -> _H:
+        handler.unit_version = version  # type: ignore[attr-defined]
+        return handler
+
+    return mark
+
+
+def import_short(name: str) -> ModuleType:
+    """The module that is called `name` inside this package, or else outside it ("party.work", "numpy")."""
+    try:
+        return importlib.import_module(f"{ROOT}.{name}")
+    except ModuleNotFoundError as error:
+        if error.name is None or not f"{ROOT}.{name}".startswith(error.name):
+            raise  # it exists, and misses something itself
+        return importlib.import_module(name)
+
+
+def load_handlers(name: str) -> dict[str, Handler]:
+    """`HANDLERS` of the module with this short name.
+
+    Raises:
+        ConfigError: the module has no such table.
+    """
+    table = getattr(import_short(name), "HANDLERS", None)
+    if not isinstance(table, dict):
+        raise ConfigError(f"{name} has no table HANDLERS of units of work")
+    return table
+
+
+def encode_unit(name: str, params: Mapping[str, Any], *, version: int) -> bytes:
+    """One unit as a frame.
+
+    Raises:
+        InvalidInput: the parameters are not JSON.
+        LimitError: they are larger than `MAX_FRAME_BYTES`.
+    """
+    try:
+        frame = _encode({"name": name, "version": version, "params": dict(params)})
+    except (TypeError, ValueError):
+        raise InvalidInput(f"the parameters of unit {name} are not JSON") from None
+    if len(frame) > MAX_FRAME_BYTES:
+        raise LimitError(f"the parameters of unit {name} have {len(frame)} bytes", limit_bytes=MAX_FRAME_BYTES)
+    return frame
+
+
+def execute(frame: bytes, handlers: Mapping[str, Handler], context: WorkContext) -> bytes:
+    """Runs the unit in `frame` and returns the frame with its result or error. Never raises."""
+    name = "?"
+    try:
+        unit = json.loads(frame)
+        name = unit["name"]
+        handler = handlers.get(name)
+        if handler is None:
+            raise NotFoundError(f"there is no unit of work called {name}")
+        known = getattr(handler, "unit_version", 1)
+        if known != unit["version"]:
+            raise VersionError(f"unit {name} has version {known} here, not {unit['version']}")
+        reply = _encode({"result": handler(unit["params"], context)})
+        if len(reply) > MAX_FRAME_BYTES:
+            raise LimitError(f"the result of unit {name} has {len(reply)} bytes", limit_bytes=MAX_FRAME_BYTES)
+    except SottoError as error:
+        return _encode(_described(error))
+    except BaseException as error:  # a handler that exits or is interrupted failed, and the worker lives on
+        private = f"{type(error).__name__} at {_location(error)}"
+        return _encode(_described(WorkerError(f"unit {name} failed", private=private, unit=name)))
+    return reply
+
+
+def decode_reply(frame: bytes) -> dict[str, Any]:
+    """The result in a frame.
+
+    Raises:
+        SottoError: the error in it, of the class that the handler raised; `WorkerError` for any other exception, with
+            nothing of it but its type and place in `private` (its text may hold private data).
+    """
+    reply = json.loads(frame)
+    if "result" in reply:
+        result: dict[str, Any] = reply["result"]
+        return result
+    description = reply["error"]
+    error = BY_REASON.get(description["reason"], SottoError)(description["message"], private=description["private"])
+    error.metadata = description["metadata"]
+    if isinstance(error, InvalidInput):
+        error.violations = description["violations"]
+    if isinstance(error, ConfigError):
+        error.problems = tuple(description["problems"])
+    raise error
+
+
+def _encode(value: object) -> bytes:
+    return json.dumps(value, separators=(",", ":")).encode("ascii")
+
+
+def _described(error: SottoError) -> dict[str, Any]:
+    description: dict[str, Any] = {
+        "reason": meaning(error).reason,
+        "message": error.message,
+        "private": error.private,
+        "metadata": error.metadata,
+    }
+    if isinstance(error, InvalidInput):
+        description["violations"] = error.violations
+    if isinstance(error, ConfigError):
+        description["problems"] = list(error.problems)
+    return {"error": description}
+
+
+def _location(error: BaseException) -> str:
+    """Where it was raised, as file names and lines from the handler inwards; never the text of the exception."""
+    frames = traceback.extract_tb(error.__traceback__)[1:][-4:]
+    return " > ".join(f"{Path(frame.filename).name}:{frame.lineno}" for frame in frames) or "units.py"

@@ -1,0 +1,87 @@
+"""What the same model reaches where all rows lie in one place: the yardsticks of a federation."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from ..errors import InvalidInput
+from ..privacy.entropy import Entropy
+from .dpsgd import train_dpsgd, train_plain
+from .evaluation import evaluate
+from .flatten import model_to_tensors
+from .settings import LocalTraining
+from .task import Dataset, Task, loss_of
+
+
+@dataclass(frozen=True, slots=True)
+class Baselines:
+    """Metrics on the hold-out rows of the same model, trained on the union of the parties' rows.
+
+    Attributes:
+        central: with no privacy.
+        central_dp: with DP-SGD, at the example-level (ε, δ) of a party in the federation.
+    """
+
+    central: dict[str, float]
+    central_dp: dict[str, float]
+
+
+def pool(parties: Sequence[Dataset]) -> Dataset:
+    """The union of the parties' rows, in their order.
+
+    Raises:
+        InvalidInput: there is no party, or their rows have different shapes.
+    """
+    if not parties or len({data.features.shape[1:] for data in parties}) != 1:
+        raise InvalidInput("only data sets of one shape, and at least one, can be pooled")
+    return Dataset(
+        np.concatenate([data.features for data in parties]),
+        np.concatenate([data.labels for data in parties]),
+        f"union of {len(parties)} parties' rows",
+    )
+
+
+def pooled_training(local: LocalTraining, *, rounds: int, parties: int, learning_rate: float) -> LocalTraining:
+    """Central DP-SGD that costs what `rounds` of `local` cost one party: same rate, noise multiplier and total steps.
+
+    An example is sampled as often and noised as much as in the federation, so ε and δ are equal; what differs is that
+    one step sees all parties' rows. The learning rate costs no privacy and is the baseline's own.
+    """
+    return replace(
+        local,
+        steps=local.steps * rounds,
+        declared_rows=local.declared_rows * parties,
+        learning_rate=learning_rate,
+    )
+
+
+def central(
+    task: Task,
+    parties: Sequence[Dataset],
+    *,
+    holdout: Dataset,
+    plain: LocalTraining,
+    private: LocalTraining,
+    seed: int,
+    entropy: Entropy,
+) -> Baselines:
+    """Train both baselines from the model that `seed` gives, and evaluate them. The caller sets torch's threads.
+
+    Args:
+        parties: each party's rows, pooled here.
+        plain: for the baseline without privacy; its clipping and noise are ignored.
+        private: for DP-SGD, as `pooled_training` gives.
+
+    Raises:
+        InvalidInput: as `pool` and `train_dpsgd`.
+    """
+    data = pool(parties)
+    results = []
+    for train, config in ((train_plain, plain), (train_dpsgd, private)):
+        model = task.build_model(seed)
+        train(model, data, loss=loss_of(task), config=config, entropy=entropy)
+        results.append(evaluate(task, model_to_tensors(model), holdout))
+    return Baselines(central=results[0], central_dp=results[1])

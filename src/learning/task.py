@@ -1,0 +1,154 @@
+"""What a learning task is, and how one is found by its short name.
+
+A task brings the model, the data and, if it likes, its own loss and metrics. Sotto's demonstration is written against
+this protocol, and so are tasks of your own: put a class in a package, give it an entry point in the group
+`sotto.tasks`, install the package where the parties and the aggregator run. Only registered short names are ever
+looked up: nothing that comes over the wire is imported.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from importlib import import_module
+from importlib.metadata import entry_points
+from typing import TYPE_CHECKING, Any, Final, Protocol, cast
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..errors import ConfigError, InvalidInput, NotFoundError
+
+if TYPE_CHECKING:
+    import torch
+
+ENTRY_POINT_GROUP: Final = "sotto.tasks"
+BUILT_IN: Final[Mapping[str, tuple[str, str]]] = {"randhie": (".tasks.randhie", "RandHieTask")}
+"""Short name → (module relative to this package, class): found without an installed distribution too."""
+
+Options = Mapping[str, object]
+Loss = Callable[["torch.Tensor", "torch.Tensor"], "torch.Tensor"]
+Metrics = Callable[[NDArray[Any], NDArray[Any]], dict[str, float]]
+
+
+@dataclass(frozen=True, slots=True)
+class Dataset:
+    """Rows to train or evaluate on; one row is one example.
+
+    Attributes:
+        features: float32, finite, shape (n, …): the first axis counts the rows.
+        labels: shape (n,): whole numbers for classes, floats for anything else.
+        description: public text on what the rows are; no count or statistic of private rows.
+
+    Raises:
+        InvalidInput: the shapes or dtypes are others, or a feature is not finite (one such row would turn a whole
+            gradient sum into NaN, which no noise hides).
+    """
+
+    features: NDArray[np.float32]
+    labels: NDArray[Any]
+    description: str
+
+    def __post_init__(self) -> None:
+        if self.features.dtype != np.float32 or self.features.ndim < 2:
+            raise InvalidInput("features are float32 with at least two axes, rows first")
+        if self.labels.shape != self.features.shape[:1]:
+            raise InvalidInput("there is one label for each row of features")
+        if not np.isfinite(self.features).all():
+            raise InvalidInput("every feature is finite")
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+
+class Task(Protocol):
+    """What every task brings.
+
+    It may bring three more, found by `holdout_of`, `loss_of` and `metrics_of`:
+
+    - `load_holdout(options) -> Dataset`: public rows on which the aggregator evaluates;
+    - `loss(outputs, labels) -> Tensor` of shape (n,): one loss for each example, never their mean, since DP-SGD clips
+      each example's gradient by itself;
+    - `metrics(outputs, labels) -> dict[str, float]`, over numpy arrays.
+    """
+
+    @property
+    def name(self) -> str:
+        """The short name under which it is registered."""
+        ...
+
+    def build_model(self, seed: int) -> torch.nn.Module:
+        """A fresh float32 model; the same seed gives the same parameters."""
+        ...
+
+    def load_data(self, options: Options) -> Dataset:
+        """The rows that one party trains on.
+
+        Raises:
+            ConfigError: an option is unknown or cannot be used.
+        """
+        ...
+
+
+def find_task(name: str) -> Task:
+    """The task registered under a short name: the built-in ones first, then the entry points in `sotto.tasks`.
+
+    Raises:
+        NotFoundError: none has this name; the message lists those there are.
+    """
+    if name in BUILT_IN:
+        module, attribute = BUILT_IN[name]
+        return cast(Task, getattr(import_module(module, __package__), attribute)())
+    for point in entry_points(group=ENTRY_POINT_GROUP):
+        if point.name == name:
+            return cast(Task, point.load()())
+    raise NotFoundError(f"no task is called {name!r}; known: {', '.join(known_tasks())}")
+
+
+def known_tasks() -> tuple[str, ...]:
+    """Every registered short name, sorted."""
+    return tuple(sorted({*BUILT_IN, *(point.name for point in entry_points(group=ENTRY_POINT_GROUP))}))
+
+
+def check_options(options: Options, *, known: tuple[str, ...], task: str) -> None:
+    """Refuse options that a task does not know.
+
+    Raises:
+        ConfigError: with one problem for each unknown key.
+    """
+    allowed = ", ".join(sorted(known))
+    unknown = sorted(set(options) - set(known))
+    problems = tuple(f"{key}: not an option of task {task!r}; known: {allowed}" for key in unknown)
+    if problems:
+        raise ConfigError(f"task {task!r} was given options that it does not know", problems=problems)
+
+
+def holdout_of(task: Task, options: Options) -> Dataset | None:
+    """The task's public rows, or None where it has none: then a job says "not evaluated"."""
+    load = getattr(task, "load_holdout", None)
+    return None if load is None else cast(Dataset, load(options))
+
+
+def loss_of(task: Task) -> Loss:
+    """The task's own per-example loss, or `default_loss`."""
+    return cast(Loss, getattr(task, "loss", default_loss))
+
+
+def metrics_of(task: Task) -> Metrics:
+    """The task's own metrics, or `evaluation.default_metrics`."""
+    own = getattr(task, "metrics", None)
+    if own is not None:
+        return cast(Metrics, own)
+    from .evaluation import default_metrics
+
+    return default_metrics
+
+
+def default_loss(outputs: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """Binary cross entropy of logits for one output, cross entropy for several; shape (n,), in nats."""
+    from torch.nn import functional
+
+    if outputs.ndim == 1 or outputs.shape[-1] == 1:
+        logits = outputs.reshape(len(outputs))
+        return functional.binary_cross_entropy_with_logits(logits, labels.to(logits.dtype), reduction="none")
+    return functional.cross_entropy(outputs, labels.long(), reduction="none")

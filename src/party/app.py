@@ -1,0 +1,117 @@
+"""The only place that wires a party together."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import signal
+from typing import Final
+
+import grpc
+from sqlalchemy import MetaData
+
+from .. import __version__
+from ..communication.grpc_client import connect
+from ..communication.identity import Identity
+from ..communication.tls import TlsFiles
+from ..config import PartyConfig
+from ..jobs.executors.pool import WorkerPool
+from ..storage.blobs import Blobs
+from ..storage.database import Database
+from ..storage.ledger import LedgerStore
+from .accounts import PartyAccounts
+from .home import Home
+from .node import Node
+from .rounds import RoundWorker
+from .store import RoundMemory
+
+LOG = logging.getLogger("sotto.party")
+
+SCHEMA_VERSION: Final = 1
+DATABASE_FILE: Final = "party.sqlite"
+
+
+class App:
+    """A party: started, working, stopped."""
+
+    def __init__(self, config: PartyConfig) -> None:
+        self.config = config
+        state = config.state_dir
+        state.mkdir(parents=True, exist_ok=True)
+        home = Home(config)
+        metadata = MetaData()
+        self._memory, ledger = RoundMemory(metadata), LedgerStore(metadata)
+        self._database = Database(state / DATABASE_FILE, metadata, schema_version=SCHEMA_VERSION)
+        self._blobs = Blobs(state / "blobs")
+        self._accounts = PartyAccounts(ledger, config)
+        self._pool = WorkerPool(
+            handlers="party.work",
+            blobs_root=state / "blobs",
+            workspace=state / "work",
+            size=config.workers.count,
+            nice=config.workers.nice,
+            preload=("learning.dpsgd",),
+        )
+        worker = RoundWorker(
+            home=home,
+            database=self._database,
+            memory=self._memory,
+            accounts=self._accounts,
+            blobs=self._blobs,
+            pool=self._pool,
+        )
+        self._node = Node(home=home, database=self._database, memory=self._memory, worker=worker, dial=self._dial)
+
+    def _dial(self) -> grpc.aio.Channel:
+        server = self.config.server
+        tls = TlsFiles(server.tls.certificate, server.tls.key, server.tls.ca) if server.tls else None
+        return connect(
+            server.address,
+            tls=tls,
+            insecure=server.insecure,
+            identity=Identity("party", self.config.name),
+            max_message_bytes=self.config.limits.max_message_bytes,
+        )
+
+    async def run(self) -> None:
+        """Work until cancelled."""
+        await self._database.open()
+        try:
+            await self._database.run(self._accounts.verify)
+            keep = await self._database.run(self._memory.blobs)
+            await asyncio.to_thread(self._blobs.collect, keep)
+            await self._pool.start()
+            self._log_start()
+            await self._node.run()
+        finally:
+            await self._pool.close()
+            await self._database.close()
+            LOG.info("stopped")
+
+    def _log_start(self) -> None:
+        config, budgets = self.config, self.config.privacy.budgets
+        LOG.info("Sotto %s, party %r of federation %r", __version__, config.name, config.federation)
+        LOG.info("aggregator %s, custody %s, state in %s", config.server.address, config.keys.custody, config.state_dir)
+        LOG.info(
+            "budget for a row: epsilon %s, rounds %s; for this party: epsilon %s, rounds %s",
+            budgets.example.epsilon,
+            budgets.example.max_rounds,
+            budgets.party.epsilon,
+            budgets.party.max_rounds,
+        )
+        if config.keys.custody == "aggregator":
+            LOG.warning("custody aggregator: the aggregator holds the key and can read this party's updates")
+        if config.server.insecure:
+            LOG.warning("INSECURE: no TLS; anybody on this machine can pose as the aggregator")
+
+
+async def work(config: PartyConfig) -> None:
+    """Run until SIGTERM or SIGINT."""
+    app = App(config)
+    loop = asyncio.get_running_loop()
+    task = asyncio.create_task(app.run())
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, task.cancel)
+    with contextlib.suppress(asyncio.CancelledError):
+        await task

@@ -1,0 +1,175 @@
+"""What a party is: its keys, the roster it believes, and what it remembers of the aggregator it met."""
+
+from __future__ import annotations
+
+import json
+import logging
+from pathlib import Path
+from typing import Any, Final
+
+from ..communication.generated import federation_pb2
+from ..communication.messages import signed_from_proto
+from ..config import PartyConfig
+from ..encryption.keys import check_kit
+from ..encryption.scheme import Scheme
+from ..errors import ConfigError, KeyMaterialError, PolicyError, VersionError
+from ..protocol.canonical import parse_canonical
+from ..protocol.keyring import Keyring, load_share
+from ..protocol.plan import PROTOCOL_VERSION
+from ..protocol.roster import ROSTER_KIND, Roster, load_roster
+from ..protocol.signing import SigningKey, open_signed
+
+LOG = logging.getLogger("sotto.party")
+
+ACQUAINTANCE_FILE: Final = "aggregator.json"
+
+
+class Home:
+    """Keys and roster of one party.
+
+    With a kit, roster and public key are pinned in it. Without one (the classic set-up) the party makes its signing
+    key, and believes the first aggregator it meets: that one's key is written down, another one is refused.
+    """
+
+    def __init__(self, config: PartyConfig) -> None:
+        self.config = config
+        self.signing_key = _load_or_make_key(config.keys.signing_key)
+        self.pinned = config.keys.roster is not None
+        self._roster: Roster | None = None
+        self._keyring: Keyring | None = None
+        if config.keys.roster is not None:
+            _, self._roster = load_roster(config.keys.roster)
+            self._check_kit(self._roster)
+
+    @property
+    def name(self) -> str:
+        """This party's name."""
+        return self.config.name
+
+    @property
+    def roster(self) -> Roster:
+        """The roster in force; known at latest after joining."""
+        if self._roster is None:
+            raise KeyMaterialError("this party has not joined a federation yet")
+        return self._roster
+
+    @property
+    def keyring(self) -> Keyring:
+        """The federation's public key; known at latest after joining."""
+        if self._keyring is None:
+            raise KeyMaterialError("this party has not joined a federation yet")
+        return self._keyring
+
+    def scheme(self, name: str) -> Scheme:
+        """A scheme under the federation's key; PolicyError for `plaintext` where it is not allowed."""
+        if name == "plaintext" and not self.config.policy.allow_plaintext_scheme:
+            raise PolicyError("this party does not send unencrypted updates (policy.allow_plaintext_scheme)")
+        return self.keyring.scheme(name)
+
+    def introduction(self) -> federation_pb2.JoinRequest:
+        """What the party says of itself when it joins."""
+        from .. import __version__
+
+        return federation_pb2.JoinRequest(
+            protocol_version=PROTOCOL_VERSION,
+            software_version=__version__,
+            verify_key=self.signing_key.verify_key,
+            key_id=self._keyring.key_id if self.pinned and self._keyring else "",
+            roster_digest=self._roster.digest if self.pinned and self._roster else "",
+        )
+
+    def accept(self, answer: federation_pb2.JoinResponse) -> None:
+        """Check the aggregator's answer against the kit, or against the acquaintance.
+
+        Raises:
+            VersionError, KeyMaterialError, SignatureError: when it is not whom or what this party expects.
+        """
+        if answer.protocol_version.partition(".")[0] != PROTOCOL_VERSION.partition(".")[0]:
+            raise VersionError(
+                f"the aggregator speaks protocol {answer.protocol_version}, this party {PROTOCOL_VERSION}"
+            )
+        if answer.federation != self.config.federation:
+            raise KeyMaterialError(
+                f"the aggregator runs federation {answer.federation!r}, "
+                f"this party belongs to {self.config.federation!r}"
+            )
+        if answer.custody != self.config.keys.custody:
+            raise PolicyError(
+                f"the aggregator's custody is {answer.custody}, this party's keys.custody is {self.config.keys.custody}"
+            )
+        keyring = Keyring.from_json(
+            parse_canonical(answer.public_key), insecure_small=self.config.keys.insecure_small_modulus
+        )
+        if self.pinned:
+            self._check_pinned(answer, keyring)
+            return
+        self._acquaint(answer, keyring)
+        signed = signed_from_proto(answer.roster)
+        statement = open_signed(signed, ROSTER_KIND, verify_key=answer.aggregator_verify_key)
+        self._roster, self._keyring = Roster.from_statement(statement), keyring
+
+    def _check_pinned(self, answer: federation_pb2.JoinResponse, keyring: Keyring) -> None:
+        roster = self.roster
+        if keyring.key_id != roster.key_id and roster.custody == "threshold":
+            raise KeyMaterialError(
+                f"the aggregator's public key is {keyring.key_id}, this party's kit pins {roster.key_id}"
+            )
+        if answer.aggregator_verify_key != roster.aggregator_verify_key:
+            raise KeyMaterialError("the aggregator signs with another key than this party's roster pins")
+        if self._keyring is None:
+            self._keyring = keyring
+
+    def _acquaint(self, answer: federation_pb2.JoinResponse, keyring: Keyring) -> None:
+        path = self.config.state_dir / ACQUAINTANCE_FILE
+        met = {"aggregator_verify_key": answer.aggregator_verify_key.hex(), "key_id": keyring.key_id}
+        if not path.exists():
+            path.write_text(json.dumps(met, indent=1) + "\n")
+            LOG.warning("no kit: believing the aggregator at %s from now on", self.config.server.address)
+            return
+        known: dict[str, Any] = json.loads(path.read_text())
+        if known != met:
+            raise KeyMaterialError(
+                f"the aggregator at {self.config.server.address} has other keys than the one met before; if that is "
+                f"meant, delete {path}"
+            )
+
+    def _check_kit(self, roster: Roster) -> None:
+        """A kit is of one piece: roster, keys and share belong together."""
+        problems = []
+        keys = self.config.keys
+        if roster.federation != self.config.federation:
+            problems.append(f"federation: {self.config.federation!r}, but the roster is of {roster.federation!r}")
+        member = roster.member(self.name)
+        if member.verify_key != self.signing_key.verify_key:
+            problems.append(f"keys.signing_key: is not {self.name}'s key in the roster")
+        if roster.custody != keys.custody:
+            problems.append(f"keys.custody: {keys.custody}, but the roster says {roster.custody}")
+        if roster.custody == "threshold":
+            self._keyring = Keyring.load(keys.public_key, insecure_small=keys.insecure_small_modulus)
+            if self._keyring.key_id != roster.key_id:
+                problems.append(f"keys.public_key: has key id {self._keyring.key_id}, the roster says {roster.key_id}")
+            problems += self._share_problems(member.share_index)
+        if problems:
+            raise ConfigError("the kit's files contradict each other", problems=tuple(problems))
+
+    def _share_problems(self, index: int) -> list[str]:
+        path, key = self.config.keys.share, self.keyring.threshold_key
+        if not index:
+            return []
+        if path is None or key is None:
+            return ["keys.share: the roster says that this party holds a key share"]
+        share = load_share(path)
+        if share.index != index:
+            return [f"keys.share: is share {share.index}, the roster gives this party share {index}"]
+        try:
+            check_kit(key, share)
+        except KeyMaterialError as error:
+            return [f"keys.share: {error.message}"]
+        return []
+
+
+def _load_or_make_key(path: Path) -> SigningKey:
+    if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        SigningKey.generate().save(path)
+    return SigningKey.load(path)

@@ -1,0 +1,38 @@
+"""Start a party: `sotto party`, `sotto-party`, `python -m src.party.main`."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+
+def run(config_path: Path, *, name: str | None = None) -> None:
+    """Work until SIGTERM or SIGINT.
+
+    Args:
+        config_path: the party's YAML file.
+        name: replaces `name` of the file, where one file serves several parties.
+
+    Raises:
+        ConfigError: with every problem of the configuration.
+    """
+    import asyncio
+
+    from ..config import load_party_config
+    from ..logs import configure
+    from .app import work
+
+    config = load_party_config(config_path, name=name)
+    configure(level=config.logging.level, format=config.logging.format)
+    asyncio.run(work(config))
+
+
+def main() -> None:
+    """The console script `sotto-party`: the same as `sotto party`."""
+    from ..cli import main as cli
+
+    cli(["party", *sys.argv[1:]])
+
+
+if __name__ == "__main__":
+    main()

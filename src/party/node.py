@@ -1,0 +1,181 @@
+"""The node's loop: join, listen for assignments, do them; reconnect when the aggregator is gone. Outbound only."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import secrets
+from collections.abc import Awaitable, Callable
+from typing import Final
+
+import grpc
+
+from ..communication.generated import federation_pb2, federation_pb2_grpc
+from ..communication.messages import signed_from_proto
+from ..errors import (
+    AccessError,
+    AuthenticationError,
+    ConfigError,
+    ConflictError,
+    DeadlineError,
+    InvalidInput,
+    LedgerError,
+    NotFoundError,
+    Refused,
+    SottoError,
+    StorageError,
+    UnavailableError,
+)
+from ..protocol.plan import PLAN_KIND
+from ..protocol.roster import AGGREGATOR
+from ..protocol.signing import open_signed
+from ..storage.database import Database
+from .home import Home
+from .rounds import RoundWorker, Stub
+from .store import RoundMemory
+
+LOG = logging.getLogger("sotto.party")
+
+FIRST_PAUSE_S: Final = 0.2
+LONGEST_PAUSE_S: Final = 10.0
+MISSED_HEARTBEATS: Final = 3
+"""After so many the stream counts as dead, whatever TCP says."""
+
+
+FATAL: Final = (
+    AccessError,
+    AuthenticationError,
+    ConfigError,
+    ConflictError,
+    InvalidInput,
+    LedgerError,
+    NotFoundError,
+    Refused,
+    StorageError,
+)
+"""What no later try can mend: the node ends and says so. Everything else is taken for an aggregator that is away."""
+
+
+class Node:
+    """Keeps one stream of assignments open and works on what comes."""
+
+    def __init__(
+        self,
+        *,
+        home: Home,
+        database: Database,
+        memory: RoundMemory,
+        worker: RoundWorker,
+        dial: Callable[[], grpc.aio.Channel],
+    ) -> None:
+        self._home = home
+        self._database = database
+        self._memory = memory
+        self._worker = worker
+        self._dial = dial
+        self._session_id = secrets.token_hex(8)
+        self._last_sequence = 0
+        self._tasks: dict[tuple[str, int, str], asyncio.Task[None]] = {}
+
+    async def run(self) -> None:
+        """Until cancelled. An aggregator that is away is waited for; one that is wrong ends the node."""
+        pause = FIRST_PAUSE_S
+        while True:
+            try:
+                async with self._dial() as channel:
+                    await self._session(federation_pb2_grpc.FederationServiceStub(channel))
+                pause = FIRST_PAUSE_S
+            except SottoError as error:
+                if isinstance(error, FATAL):
+                    raise
+                LOG.log(logging.INFO if pause > 1 else logging.DEBUG, "waiting for the aggregator: %s", error.message)
+            finally:
+                await self._cancel_tasks()
+            await asyncio.sleep(pause * (0.5 + secrets.randbelow(1000) / 1000))  # jitter: parties do not come in step
+            pause = min(pause * 2, LONGEST_PAUSE_S)
+
+    async def _session(self, stub: Stub) -> None:
+        heartbeat_s = await self._join(stub)
+        rows = await self._database.run(self._memory.open_rounds)
+        in_hand = [federation_pb2.RoundName(job_id=row.job_id, round=row.number) for row in rows]
+        request = federation_pb2.StreamAssignmentsRequest(
+            session_id=self._session_id, last_sequence=self._last_sequence, in_hand=in_hand
+        )
+        stream = stub.StreamAssignments(request)
+        iterator = stream.__aiter__()
+        while True:
+            try:
+                assignment = await asyncio.wait_for(anext(iterator), heartbeat_s * MISSED_HEARTBEATS)
+            except StopAsyncIteration:
+                return
+            except TimeoutError:
+                raise UnavailableError("the aggregator has stopped sending heartbeats") from None
+            if assignment.WhichOneof("work") != "heartbeat":
+                self._last_sequence = assignment.sequence
+                self._take(stub, assignment)
+
+    async def _join(self, stub: Stub) -> float:
+        answer = await stub.Join(self._home.introduction())
+        self._home.accept(answer)
+        LOG.info(
+            "joined federation %s at %s (key id %s, custody %s)",
+            answer.federation,
+            self._home.config.server.address,
+            self._home.keyring.key_id,
+            answer.custody,
+        )
+        return float(answer.heartbeat_interval_s)
+
+    def _take(self, stub: Stub, assignment: federation_pb2.Assignment) -> None:
+        """Begin what is asked, once: the same work that is already under way is left to itself."""
+        name = assignment.round
+        kind = str(assignment.WhichOneof("work"))
+        key = (name.job_id, name.round, kind)
+        if key in self._tasks:
+            return
+        task = asyncio.create_task(self._do(stub, assignment, kind))
+        self._tasks[key] = task
+        task.add_done_callback(lambda _: self._tasks.pop(key, None))
+
+    async def _do(self, stub: Stub, assignment: federation_pb2.Assignment, kind: str) -> None:
+        name = assignment.round
+        try:
+            await self._refresh_roster(stub, assignment, kind)
+            await self._work(stub, assignment, kind)
+        except (UnavailableError, DeadlineError) as error:
+            LOG.warning("%s of round %d is interrupted: %s", kind, name.round, error.message)
+        except Exception as error:
+            text = error.message if isinstance(error, SottoError) else type(error).__name__
+            LOG.warning("%s of round %d is refused: %s", kind, name.round, text, extra={"job": name.job_id})
+            if not isinstance(error, SottoError):
+                LOG.exception("unexpected")
+            with contextlib.suppress(SottoError):
+                await self._worker.failed(stub, name, stage=kind, error=error)
+
+    def _work(self, stub: Stub, assignment: federation_pb2.Assignment, kind: str) -> Awaitable[None]:
+        name = assignment.round
+        if kind == "contribute":
+            return self._worker.contribute(stub, name, assignment.contribute)
+        if kind == "reveal":
+            return self._worker.reveal(stub, name, assignment.reveal)
+        if kind == "open":
+            return self._worker.open(stub, name, assignment.open)
+        return self._worker.ended(name, assignment.ended)
+
+    async def _refresh_roster(self, stub: Stub, assignment: federation_pb2.Assignment, kind: str) -> None:
+        """Without a pinned roster others may have joined since: ask again when a plan names a roster not seen yet."""
+        if self._home.pinned or kind == "ended":
+            return
+        signed = getattr(assignment, kind).plan
+        statement = open_signed(
+            signed_from_proto(signed), PLAN_KIND, verify_key=self._home.roster.verify_key(AGGREGATOR)
+        )
+        if statement.get("roster_digest") != self._home.roster.digest:
+            await self._join(stub)
+
+    async def _cancel_tasks(self) -> None:
+        tasks = list(self._tasks.values())
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)

@@ -1,0 +1,320 @@
+"""One party's part in a round: contribute, reveal, open. Durable before visible; refused rather than guessed."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import time
+from collections.abc import AsyncIterator, Callable
+from dataclasses import replace
+from typing import Any, Final, TypeAlias
+
+from sqlalchemy import Connection
+
+from ..communication.generated import federation_pb2, federation_pb2_grpc
+from ..communication.messages import signed_from_proto, signed_to_proto
+from ..communication.streams import blob_pieces, receive_blob
+from ..errors import OpeningError, SottoError, meaning
+from ..jobs.executors.pool import WorkerPool
+from ..protocol.batches import StoredBatch, expected_header
+from ..protocol.plan import ROOT_KIND, SHARES_KIND, TRANSCRIPT_KIND, OpeningStatement, RootStatement
+from ..protocol.roster import AGGREGATOR
+from ..protocol.signing import Signed, open_signed
+from ..storage.blobs import Blobs
+from ..storage.database import Database
+from .accounts import PartyAccounts, finite
+from .home import Home
+from .rules import (
+    CheckedPlan,
+    check_contribution,
+    check_list,
+    check_opening,
+    check_plan,
+    check_reveal,
+    describe,
+)
+from .store import PartyRound, RoundMemory, Stage, check_same
+from .work import dataset_options
+
+LOG = logging.getLogger("sotto.party")
+
+PIECE_BYTES: Final = 1 << 19
+"""Of an upload in one message."""
+
+Stub: TypeAlias = "federation_pb2_grpc.FederationServiceAsyncStub"
+"""Exists for the type checker only: the generated stub's asynchronous face."""
+
+
+class RoundWorker:
+    """Does what an assignment asks, if the rules allow it."""
+
+    def __init__(
+        self,
+        *,
+        home: Home,
+        database: Database,
+        memory: RoundMemory,
+        accounts: PartyAccounts,
+        blobs: Blobs,
+        pool: WorkerPool,
+        clock: Callable[[], float] = time.time,
+    ) -> None:
+        self._home = home
+        self._database = database
+        self._memory = memory
+        self._accounts = accounts
+        self._blobs = blobs
+        self._pool = pool
+        self._clock = clock
+
+    # --- contribute ---------------------------------------------------------------------------------------------------
+
+    async def contribute(self, stub: Stub, name: federation_pb2.RoundName, work: federation_pb2.Contribute) -> None:
+        """Train and commit: send the signed root of the finished batch."""
+        signed = signed_from_proto(work.plan)
+        checked = self._check(signed)
+        check_contribution(checked.plan, self._home.config)
+        row = await self._database.run(lambda c: self._begin(c, checked))
+        if row.stage is Stage.FAILED:
+            await self._report(stub, name, "contribute", row.failure)
+            return
+        if row.stage is Stage.RESERVED:
+            LOG.info("contributing", extra=describe(checked.plan))
+            row = await self._train(stub, checked, signed, row)
+        spent, left = await self._database.run(lambda c: self._accounts.example_balance(c, checked.plan.task))
+        disclose = self._home.config.policy.disclose_epsilon
+        request = federation_pb2.CommitRootRequest(
+            round=name,
+            root=signed_to_proto(Signed.from_json(row.root or {})),
+            example_epsilon_spent=finite(spent) if disclose else None,
+            example_epsilon_left=finite(left) if disclose else None,
+        )
+        await stub.CommitRoot(request)
+
+    def _begin(self, connection: Connection, checked: CheckedPlan) -> PartyRound:
+        """The remembered round, or a new one with its charges; both in one transaction."""
+        plan = checked.plan
+        known = self._memory.find(connection, plan.job_id, plan.round)
+        fresh = PartyRound(job_id=plan.job_id, number=plan.round, plan=checked.digest, stage=Stage.RESERVED)
+        if known is not None:
+            check_same(known, fresh)
+            return known
+        self._accounts.reserve(connection, checked, now=self._clock())
+        self._memory.put(connection, fresh)
+        return fresh
+
+    async def _train(self, stub: Stub, checked: CheckedPlan, signed: Signed, row: PartyRound) -> PartyRound:
+        plan = checked.plan
+        dataset = self._home.config.datasets[plan.task]
+        options = dataset_options(dataset.options, plan)
+        request = federation_pb2.DownloadModelRequest(round=_round_name(row))
+        limit = self._home.config.limits.max_update_bytes
+        await receive_blob(stub.DownloadModel(request), self._blobs, max_bytes=limit, expected_sha256=plan.model_sha256)
+        params = {
+            **self._params(checked, signed),
+            "name": self._home.name,
+            "options": options,
+            "declared_rows": dataset.declared_rows,
+        }
+        batch = StoredBatch(**await self._pool.run("contribute", params))
+        statement = RootStatement(
+            plan=checked.digest,
+            contributor=self._home.name,
+            root=batch.root,
+            ciphertexts=int(plan.layout["ciphertext_count"]),
+            body_bytes=batch.size,
+        )
+        root = self._home.signing_key.sign(ROOT_KIND, statement.to_statement(), signer=self._home.name)
+        row = replace(row, stage=Stage.COMMITTED, batch=batch.to_json(), root=root.to_json())
+        await self._database.run(lambda c: self._memory.put(c, row))
+        self._blobs.path(plan.model_sha256).unlink(missing_ok=True)
+        return row
+
+    # --- reveal -------------------------------------------------------------------------------------------------------
+
+    async def reveal(self, stub: Stub, name: federation_pb2.RoundName, work: federation_pb2.Reveal) -> None:
+        """Upload the stored batch, once the frozen list is one that this party can live with."""
+        signed, listed = signed_from_proto(work.plan), signed_from_proto(work.frozen_list)
+        checked = self._check(signed)
+        roots = check_list(listed, self._home.roster, plan=checked.plan, plan_digest=checked.digest)
+
+        def accept(connection: Connection) -> PartyRound:
+            row = self._memory.find(connection, name.job_id, name.round)
+            if row is None or row.plan != checked.digest or row.batch is None:
+                raise OpeningError("this party has committed to nothing in this round")
+            digest = check_reveal(row, listed, roots, name=self._home.name)
+            if row.stage is Stage.COMMITTED:
+                self._accounts.spend(connection, row.job_id, row.number, now=self._clock())
+                row = replace(row, stage=Stage.REVEALED, list=digest)
+                self._memory.put(connection, row)
+            return row
+
+        row = await self._database.run(accept)
+        answer = await stub.UploadUpdate(self._upload(row))
+        if answer.accepted:
+            await self._database.run(lambda c: self._memory.put(c, replace(row, stage=Stage.DELIVERED)))
+            LOG.info("delivered", extra={"job": row.job_id, "round": row.number})
+
+    async def _upload(self, row: PartyRound) -> AsyncIterator[federation_pb2.UploadUpdateRequest]:
+        batch = StoredBatch(**(row.batch or {}))
+        header = federation_pb2.UpdateHeader(
+            round=_round_name(row),
+            root=signed_to_proto(Signed.from_json(row.root or {})),
+            batch_header=bytes.fromhex(batch.header),
+        )
+        yield federation_pb2.UploadUpdateRequest(header=header)
+        async for piece in blob_pieces(self._blobs, batch.sha256, piece_bytes=PIECE_BYTES):
+            yield federation_pb2.UploadUpdateRequest(body=piece)
+
+    # --- open ---------------------------------------------------------------------------------------------------------
+
+    async def open(self, stub: Stub, name: federation_pb2.RoundName, work: federation_pb2.Open) -> None:
+        """Send a share of the aggregate that this party multiplied itself, and of no other in this round, ever."""
+        signed, listed = signed_from_proto(work.plan), signed_from_proto(work.frozen_list)
+        checked = self._check(signed)
+        roots = check_list(listed, self._home.roster, plan=checked.plan, plan_digest=checked.digest)
+        row = await self._database.run(lambda c: self._memory.find(c, name.job_id, name.round))
+        row = row or PartyRound(job_id=name.job_id, number=name.round, plan=checked.digest, stage=Stage.WITNESS)
+        opening = check_opening(
+            signed_from_proto(work.opening),
+            self._home.roster,
+            row=row,
+            plan=checked.plan,
+            listed=listed,
+            roots=roots,
+            name=self._home.name,
+        )
+        if not row.share:
+            row = await self._make_share(stub, row, checked, signed=signed, opening=opening, roots=roots)
+        await stub.UploadShares(self._shares(row))
+        LOG.info("opened", extra={"job": row.job_id, "round": row.number, "contributions": len(opening.contributors)})
+
+    async def _make_share(
+        self,
+        stub: Stub,
+        row: PartyRound,
+        checked: CheckedPlan,
+        *,
+        signed: Signed,
+        opening: OpeningStatement,
+        roots: dict[str, RootStatement],
+    ) -> PartyRound:
+        batches = {name: await self._fetch(stub, row, checked, roots[name]) for name in opening.contributors}
+        params = self._params(checked, signed)
+        own = {name: batch.to_json() for name, batch in batches.items()}
+        aggregate = StoredBatch(**await self._pool.run("recompute", {**params, "batches": own}))
+        if aggregate.root != opening.aggregate_root:
+            raise OpeningError("the aggregate that this party multiplied is not the one it is asked to open")
+        row = replace(row, aggregate_root=aggregate.root)
+        # Before a share exists: from here on no other aggregate of this round is opened, whatever happens.
+        await self._database.run(lambda c: self._memory.put(c, row))
+        share = await self._pool.run(
+            "open_share",
+            {
+                **params,
+                "name": self._home.name,
+                "share": str(self._home.config.keys.share),
+                "aggregate": aggregate.sha256,
+                "aggregate_root": aggregate.root,
+            },
+        )
+        row = replace(row, share=share["sha256"])
+        await self._database.run(lambda c: self._memory.put(c, row))
+        mine = (row.batch or {}).get("sha256")
+        for blob in {aggregate.sha256, *(batch.sha256 for batch in batches.values())} - {mine}:
+            self._blobs.path(blob).unlink(missing_ok=True)
+        return row
+
+    async def _fetch(self, stub: Stub, row: PartyRound, checked: CheckedPlan, root: RootStatement) -> StoredBatch:
+        """A contributor's batch; its own it has. Whether it has its root is found while multiplying."""
+        header = expected_header(checked.plan, checked.digest, root.contributor).encode().hex()
+        if root.contributor == self._home.name and row.batch is not None:
+            return StoredBatch(**row.batch)
+        request = federation_pb2.DownloadContributionRequest(round=_round_name(row), contributor=root.contributor)
+        limit = min(self._home.config.limits.max_update_bytes, root.body_bytes)
+        ref = await receive_blob(stub.DownloadContribution(request), self._blobs, max_bytes=limit)
+        return StoredBatch(header, ref.sha256, ref.size, root.root)
+
+    async def _shares(self, row: PartyRound) -> AsyncIterator[federation_pb2.UploadSharesRequest]:
+        size = await asyncio.to_thread(self._blobs.size, row.share)
+        statement = {
+            "plan": row.plan,
+            "aggregate_root": row.aggregate_root,
+            "party": self._home.name,
+            "sha256": row.share,
+            "bytes": size,
+        }
+        signed = self._home.signing_key.sign(SHARES_KIND, statement, signer=self._home.name)
+        header = federation_pb2.SharesHeader(round=_round_name(row), shares=signed_to_proto(signed))
+        yield federation_pb2.UploadSharesRequest(header=header)
+        async for piece in blob_pieces(self._blobs, row.share, piece_bytes=PIECE_BYTES):
+            yield federation_pb2.UploadSharesRequest(body=piece)
+
+    # --- the end of a round -------------------------------------------------------------------------------------------
+
+    async def ended(self, name: federation_pb2.RoundName, work: federation_pb2.RoundEnded) -> None:
+        """Note how the round ended; give back what was reserved if no byte left; drop what nobody needs any more."""
+        if work.HasField("transcript"):
+            signed = signed_from_proto(work.transcript)
+            open_signed(signed, TRANSCRIPT_KIND, verify_key=self._home.roster.verify_key(AGGREGATOR))
+
+        def note(connection: Connection) -> PartyRound | None:
+            row = self._memory.find(connection, name.job_id, name.round)
+            if row is None or row.ended:
+                return None
+            if row.stage in (Stage.RESERVED, Stage.COMMITTED):
+                reason = f"the round ended ({work.state[:20]}) before anything was sent"
+                self._accounts.return_(connection, row.job_id, row.number, now=self._clock(), reason=reason)
+            self._memory.put(connection, replace(row, ended=work.state[:20] or "ENDED"))
+            return row
+
+        row = await self._database.run(note)
+        if row is not None:
+            LOG.info("round ended: %s %s", work.state, work.reason, extra={"job": row.job_id, "round": row.number})
+            for blob in [(row.batch or {}).get("sha256", ""), row.share]:
+                if blob:
+                    self._blobs.path(blob).unlink(missing_ok=True)
+
+    # --- refusals -----------------------------------------------------------------------------------------------------
+
+    async def failed(self, stub: Stub, name: federation_pb2.RoundName, *, stage: str, error: BaseException) -> None:
+        """Remember a refusal or failure, give back what did not leave, and tell the aggregator, by public text."""
+        text = error.message if isinstance(error, SottoError) else "internal error"
+        failure = (meaning(error).reason, text)
+
+        def note(connection: Connection) -> None:
+            row = self._memory.find(connection, name.job_id, name.round)
+            if stage == "contribute" and row is not None and row.stage is Stage.RESERVED:
+                self._accounts.return_(connection, row.job_id, row.number, now=self._clock(), reason=failure[0])
+                self._memory.put(connection, replace(row, stage=Stage.FAILED, failure=failure))
+
+        await self._database.run(note)
+        await self._report(stub, name, stage, failure)
+
+    async def _report(self, stub: Stub, name: federation_pb2.RoundName, stage: str, failure: tuple[str, str]) -> None:
+        request = federation_pb2.ReportFailureRequest(round=name, reason=failure[0], message=failure[1], stage=stage)
+        await stub.ReportFailure(request)
+
+    # --- shared -------------------------------------------------------------------------------------------------------
+
+    def _check(self, signed: Signed) -> CheckedPlan:
+        scheme_name = str(json.loads(signed.statement).get("scheme", ""))
+        return check_plan(
+            signed,
+            self._home.roster,
+            config=self._home.config,
+            scheme=self._home.scheme(scheme_name),
+            pinned=self._home.pinned,
+        )
+
+    def _params(self, checked: CheckedPlan, signed: Signed) -> dict[str, Any]:
+        return {
+            "plan": signed.statement.decode(),
+            "plan_digest": checked.digest,
+            "public": json.dumps(self._home.keyring.to_json()),
+        }
+
+
+def _round_name(row: PartyRound) -> federation_pb2.RoundName:
+    return federation_pb2.RoundName(job_id=row.job_id, round=row.number)

@@ -1,0 +1,151 @@
+"""What a party's workers compute. An update leaves the worker only protected: no other form of it is stored or logged.
+
+Each unit is data: JSON parameters and blobs in, JSON and blobs out.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..encryption.keys import KeyShare
+from ..encryption.scheme import Layout, Scheme
+from ..errors import InvalidInput, PolicyError
+from ..jobs.executors.units import Handler, WorkContext
+from ..learning.flatten import flatten, from_safetensors, load_tensors, model_to_tensors
+from ..learning.settings import LocalTraining
+from ..privacy.clipping import clip
+from ..privacy.entropy import Entropy, SystemEntropy
+from ..privacy.noise import discrete_gaussian
+from ..privacy.noise_plan import fraction_from_json
+from ..privacy.rounding import conditional_round
+from ..protocol.batches import StoredBatch, fold_batches, write_batch
+from ..protocol.canonical import parse_canonical
+from ..protocol.keyring import Keyring, load_share
+from ..protocol.plan import RoundPlan, share_binding
+
+Params = Mapping[str, Any]
+Result = dict[str, Any]
+
+
+def contribute(params: Params, context: WorkContext) -> Result:
+    """Train, clip, encode, add the noise share, protect, store.
+
+    {plan, plan_digest, public, name, options, declared_rows} → the stored batch. The plaintext update lives and dies
+    in this function.
+    """
+    plan, entropy = _plan(params), SystemEntropy()
+    update = _train(plan, params, context, entropy)
+    values = encode(update, plan, entropy=entropy)
+    batch = write_batch(
+        _scheme(params, plan),
+        plan,
+        values,
+        plan_digest=params["plan_digest"],
+        contributor=params["name"],
+        blobs=context.blobs,
+        entropy=entropy,
+    )
+    return batch.to_json()
+
+
+def encode(update: NDArray[np.float32], plan: RoundPlan, *, entropy: Entropy) -> NDArray[np.int64]:
+    """The update, shape (dimension,), clipped, rounded to integers, with this party's share of the noise added."""
+    clipped = clip(update, float(plan.clipping_norm))
+    values = conditional_round(
+        clipped, resolution_bits=plan.resolution_bits, bound=float(plan.rounded_bound), entropy=entropy
+    )
+    sigma2 = fraction_from_json(plan.noise.share_sigma2)
+    return values + discrete_gaussian(sigma2, values.size, entropy=entropy) if sigma2 else values
+
+
+def _train(plan: RoundPlan, params: Params, context: WorkContext, entropy: Entropy) -> NDArray[np.float32]:
+    from ..learning.dpsgd import train_dpsgd
+    from ..learning.task import find_task, loss_of
+
+    task = find_task(plan.task)
+    model = task.build_model(plan.seed)
+    tensors = from_safetensors(context.blobs.read(plan.model_sha256))
+    load_tensors(model, tensors)
+    before, _ = flatten(tensors)
+    if before.size != plan.dimension:
+        raise InvalidInput(f"the model has {before.size} parameters, the plan says {plan.dimension}")
+    local = plan.local
+    config = LocalTraining(
+        steps=local.steps,
+        sampling_rate=float(local.sampling_rate),
+        learning_rate=float(local.learning_rate),
+        max_grad_norm=float(local.max_grad_norm),
+        noise_multiplier=float(local.noise_multiplier),
+        declared_rows=int(params["declared_rows"]),
+    )
+    dataset = task.load_data(params["options"])
+    train_dpsgd(model, dataset, loss=loss_of(task), config=config, entropy=entropy)
+    after, _ = flatten(model_to_tensors(model))
+    return after - before
+
+
+def dataset_options(own: Mapping[str, Any], plan: RoundPlan) -> dict[str, Any]:
+    """A party's own options of a task; where one is null it takes the job's value.
+
+    Raises:
+        PolicyError: the job sets an option that this party has not left open: data is chosen by its owner.
+    """
+    asked = json.loads(plan.task_options)
+    closed = sorted(key for key, value in asked.items() if key not in own or own[key] not in (None, value))
+    if closed:
+        raise PolicyError(
+            f"the job sets options of task {plan.task!r} that this party has not left open: {', '.join(closed)} "
+            f"(datasets.{plan.task}.options: null leaves one to the job)"
+        )
+    merged = {key: asked.get(key) if value is None else value for key, value in own.items()}
+    return {key: value for key, value in merged.items() if value is not None}
+
+
+def recompute(params: Params, context: WorkContext) -> Result:
+    """{plan, plan_digest, public, batches} → the aggregate, multiplied by this party itself from signed batches."""
+    plan = _plan(params)
+    batches = {name: StoredBatch(**batch) for name, batch in params["batches"].items()}
+    aggregate = fold_batches(
+        _scheme(params, plan), plan, batches, plan_digest=params["plan_digest"], blobs=context.blobs
+    )
+    return aggregate.to_json()
+
+
+def open_share(params: Params, context: WorkContext) -> Result:
+    """{plan, plan_digest, public, name, share, aggregate, aggregate_root} → {sha256, size} of the share batch."""
+    plan = _plan(params)
+    scheme, layout = _scheme(params, plan), Layout.from_json(plan.layout)
+    share = load_share(Path(params["share"]))
+    if plan.scheme == "plaintext":
+        share = KeyShare(share.index, 1, "")  # a receipt that opens nothing, as that scheme has no key
+    binding = share_binding(params["plan_digest"], params["aggregate_root"], params["name"])
+    with context.blobs.open(params["aggregate"]) as file:
+        material = list(scheme.opening_material(layout, file))
+    batch = scheme.open_share(layout, share, material, binding=binding, entropy=SystemEntropy())
+    ref = context.blobs.write(batch)
+    return {"sha256": ref.sha256, "size": ref.size}
+
+
+def _plan(params: Params) -> RoundPlan:
+    statement = parse_canonical(params["plan"].encode())
+    statement.pop("kind", None)
+    return RoundPlan.from_statement(statement)
+
+
+def _scheme(params: Params, plan: RoundPlan) -> Scheme:
+    # The role's main process has checked the key's size; here the smallest test keys must pass too.
+    keyring = Keyring.from_json(json.loads(params["public"]), insecure_small=True)
+    return keyring.scheme(plan.scheme, expected_ciphertexts=int(plan.layout["ciphertext_count"]))
+
+
+HANDLERS: Final[dict[str, Handler]] = {
+    "contribute": contribute,
+    "recompute": recompute,
+    "open_share": open_share,
+}

@@ -1,0 +1,203 @@
+"""What a privacy mechanism did, as data: the events that a ledger stores instead of epsilons.
+
+An event is versioned and canonical: the same event has one JSON text, reals are decimal strings (the shortest that give
+the float back), unknown types, versions and fields are refused. ε is recomputed from events by `accounting`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import ClassVar, Final, Literal
+
+from ..errors import InvalidInput
+
+Unit = Literal["example", "party"]
+"""Whom a guarantee protects: one row of training data, or everything that one party contributes."""
+
+Relation = Literal["ADD_OR_REMOVE_ONE", "REPLACE_SPECIAL"]
+"""`dp_accounting.NeighboringRelation` by name: one unit more or less, or its contribution replaced by zero."""
+
+RELATIONS: Final[dict[Unit, Relation]] = {"example": "ADD_OR_REMOVE_ONE", "party": "REPLACE_SPECIAL"}
+
+JsonEvent = dict[str, str | int]
+
+_MAX_COUNT: Final = 1 << 53
+_MAX_REASON: Final = 200
+
+
+def _check_count(name: str, value: int) -> None:
+    if type(value) is not int or not 1 <= value <= _MAX_COUNT:
+        raise InvalidInput(f"{name} must be an integer in [1, 2^53]")
+
+
+def _check_real(name: str, value: float, *, upper: float = math.inf) -> None:
+    if type(value) is not float or not math.isfinite(value) or not 0.0 <= value <= upper:
+        raise InvalidInput(f"{name} must be a finite float in [0, {upper}]")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DpSgdSteps:
+    """`steps` of DP-SGD on one data set: Poisson sampling, per-example clipping, Gaussian noise on the sum.
+
+    Attributes:
+        sampling_rate: q in (0, 1], the probability of a row to be in a step.
+        noise_multiplier: standard deviation over clipping norm, ≥ 0.
+        steps: ≥ 1.
+    """
+
+    type: ClassVar[str] = "dp_sgd_steps"
+    sampling_rate: float
+    noise_multiplier: float
+    steps: int
+
+    def __post_init__(self) -> None:
+        _check_real("sampling_rate", self.sampling_rate, upper=1.0)
+        _check_real("noise_multiplier", self.noise_multiplier)
+        _check_count("steps", self.steps)
+        if self.sampling_rate == 0.0:
+            raise InvalidInput("sampling_rate must be above 0")
+
+    @property
+    def unit(self) -> Unit:
+        """Example level."""
+        return "example"
+
+    @property
+    def relation(self) -> Relation:
+        """One example more or less."""
+        return RELATIONS[self.unit]
+
+    def repeated(self, count: int) -> DpSgdSteps:
+        """The same `count` times over."""
+        _check_count("count", count)
+        return replace(self, steps=self.steps * count)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class NoisySum:
+    """`rounds` releases of a sum of clipped updates with discrete Gaussian noise from one or several hands.
+
+    Attributes:
+        noise_multiplier: guaranteed standard deviation of all noise over the sensitivity of the sum, ≥ 0.
+        rounds: ≥ 1.
+        tau: `noise.sum_divergence` of the noise in one round; 0 for a single draw.
+        dimension: coordinates of the sum, ≥ 1.
+        failure_probability: of one round, the total variation distance between what ran and what is described here
+            (noise that was cut or refused at a bound; an overflow that wraps is post-processing and costs nothing).
+            It is taken from δ, times 1 + e^ε.
+    """
+
+    type: ClassVar[str] = "noisy_sum"
+    noise_multiplier: float
+    rounds: int = 1
+    tau: float = 0.0
+    dimension: int = 1
+    failure_probability: float = 0.0
+
+    def __post_init__(self) -> None:
+        _check_real("noise_multiplier", self.noise_multiplier)
+        _check_real("tau", self.tau)
+        _check_real("failure_probability", self.failure_probability, upper=1.0)
+        _check_count("rounds", self.rounds)
+        _check_count("dimension", self.dimension)
+
+    @property
+    def unit(self) -> Unit:
+        """Party level."""
+        return "party"
+
+    @property
+    def relation(self) -> Relation:
+        """One party's update replaced by zero; who contributed is public."""
+        return RELATIONS[self.unit]
+
+    def repeated(self, count: int) -> NoisySum:
+        """The same `count` times over."""
+        _check_count("count", count)
+        return replace(self, rounds=self.rounds * count)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class NonPrivate:
+    """A release without a guarantee: ε is infinite. `reason` says why, in public words (ASCII, at most 200)."""
+
+    type: ClassVar[str] = "non_private"
+    unit: Unit
+    reason: str
+
+    def __post_init__(self) -> None:
+        if self.unit not in RELATIONS:
+            raise InvalidInput("unit must be 'example' or 'party'")
+        if type(self.reason) is not str or not self.reason.isascii() or not 1 <= len(self.reason) <= _MAX_REASON:
+            raise InvalidInput(f"reason must be 1 to {_MAX_REASON} ASCII characters")
+
+    @property
+    def relation(self) -> Relation:
+        """The relation of its unit."""
+        return RELATIONS[self.unit]
+
+    def repeated(self, count: int) -> NonPrivate:
+        """Itself: it cannot get worse."""
+        _check_count("count", count)
+        return self
+
+
+Event = DpSgdSteps | NoisySum | NonPrivate
+
+VERSION: Final = 1
+_TYPES: Final[dict[str, type[DpSgdSteps] | type[NoisySum] | type[NonPrivate]]] = {
+    cls.type: cls for cls in (DpSgdSteps, NoisySum, NonPrivate)
+}
+_REALS: Final = frozenset({"sampling_rate", "noise_multiplier", "tau", "failure_probability"})
+_COUNTS: Final = frozenset({"steps", "rounds", "dimension"})
+
+
+def event_to_json(event: Event) -> JsonEvent:
+    """`event` as a flat object of strings and integers; `event_from_json` gives it back."""
+    fields: JsonEvent = {"type": event.type, "version": VERSION}
+    for field in dataclasses.fields(event):
+        value = getattr(event, field.name)
+        fields[field.name] = repr(value) if field.name in _REALS else value
+    return fields
+
+
+def _real(name: str, text: object) -> float:
+    try:
+        value = float(text) if isinstance(text, str) else math.nan
+    except ValueError:
+        value = math.nan
+    if repr(value) != text or math.isnan(value):
+        raise InvalidInput(f"{name} must be a canonical decimal string")
+    return value
+
+
+def event_from_json(fields: object) -> Event:
+    """The event that `fields` describes.
+
+    Raises:
+        InvalidInput: not an object; an unknown type or version; a field missing, unknown, of another type, not in
+            canonical form, or out of range.
+    """
+    if not isinstance(fields, Mapping):
+        raise InvalidInput("an event must be an object")
+    if type(fields.get("version")) is not int or fields["version"] != VERSION:
+        raise InvalidInput(f"an event must have version {VERSION}")
+    name = fields.get("type")
+    cls = _TYPES.get(name) if isinstance(name, str) else None
+    if cls is None:
+        raise InvalidInput("an event of unknown type")
+    expected = {field.name for field in dataclasses.fields(cls)}
+    if set(fields) != expected | {"type", "version"}:
+        raise InvalidInput(f"an event of type {cls.type} must have exactly the fields {sorted(expected)}")
+    values: dict[str, object] = {}
+    for key in sorted(expected):
+        value = fields[key]
+        if key in _REALS:
+            value = _real(key, value)
+        elif type(value) is not (int if key in _COUNTS else str):
+            raise InvalidInput(f"{key} has another type")
+        values[key] = value
+    return cls(**values)  # type: ignore[arg-type]  # checked above and again in __post_init__

@@ -1,0 +1,178 @@
+"""Who draws how much of a round's noise, and what may be claimed for it.
+
+Only the guaranteed minimum is claimed: of any `quorum` contributors at least `quorum - colluders` are honest and add
+one share each. Whatever a fuller cohort adds is not counted (further independent noise is post-processing).
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from fractions import Fraction
+from typing import Final, Literal, get_args
+
+from ..errors import InvalidInput
+from .events import Event, NoisySum, NonPrivate
+from .noise import MAX_SIGMA2, sum_divergence
+
+NoiseBy = Literal["both", "parties", "aggregator"]
+
+VARIANCE_GRID: Final = 1 << 20
+"""Variances are rounded up to multiples of 2^-20 squared integer units: short exact rationals, at most 4e-6 too large
+at the smallest variance allowed in a sum."""
+
+NO_NOISE: Final = "no noise at party level"
+AGGREGATOR_KNOWS: Final = "the aggregator can know the exact sum"
+
+
+def _ceil_to_grid(value: Fraction) -> Fraction:
+    return Fraction(math.ceil(value * VARIANCE_GRID), VARIANCE_GRID)
+
+
+def fraction_to_json(value: Fraction) -> str:
+    """Exact text of a rational: "num/den" in lowest terms, den ≥ 1."""
+    return f"{value.numerator}/{value.denominator}"
+
+
+def fraction_from_json(text: str) -> Fraction:
+    """The rational ≥ 0 that `text` spells as "num/den" in lowest terms.
+
+    Raises:
+        InvalidInput: any other text.
+    """
+    numerator, slash, denominator = text.partition("/")
+    digits = numerator + denominator
+    if slash and len(text) <= 128 and digits.isascii() and numerator.isdigit() and denominator.strip("0").isdigit():
+        value = Fraction(int(numerator), int(denominator))
+        if fraction_to_json(value) == text:
+            return value
+    raise InvalidInput("a rational must read 'numerator/denominator' in lowest terms")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class NoisePlan:
+    """The noise of one round, in integer units of the encoding.
+
+    Attributes:
+        noise_by: who draws.
+        noise_multiplier: z of all guaranteed noise, as planned.
+        sensitivity: L2 sensitivity of the sum: the rounding bound times the largest weight.
+        quorum, colluders: honest shares counted are `quorum - colluders`.
+        aggregator_sigma2: variance of the aggregator's contribution; 0 if it draws none.
+        share_sigma2: variance of each party's share; 0 if parties draw none.
+    """
+
+    noise_by: NoiseBy
+    noise_multiplier: float
+    sensitivity: float
+    quorum: int
+    colluders: int
+    aggregator_sigma2: Fraction
+    share_sigma2: Fraction
+
+    @property
+    def honest_shares(self) -> int:
+        """Shares that are counted on."""
+        return self.quorum - self.colluders
+
+    @property
+    def parties_sigma2(self) -> Fraction:
+        """Variance that the counted shares add up to."""
+        return self.share_sigma2 * self.honest_shares
+
+    @property
+    def sigma2_total(self) -> Fraction:
+        """Guaranteed variance of a coordinate of the released sum; at least (z · sensitivity)²."""
+        return self.aggregator_sigma2 + self.parties_sigma2
+
+    def largest_sigma2(self, cohort: int) -> Fraction:
+        """Variance when all `cohort` parties add their share: what slot widths must allow for."""
+        return self.aggregator_sigma2 + self.share_sigma2 * cohort
+
+    @property
+    def multiplier_release(self) -> float | None:
+        """Noise multiplier that holds against whoever sees the release; None if ε is infinite."""
+        return self.noise_multiplier or None
+
+    @property
+    def multiplier_against_aggregator(self) -> float | None:
+        """Noise multiplier of the parties' noise alone, which is all that the aggregator does not know; None if ε is
+        infinite."""
+        if self.noise_multiplier == 0.0 or self.noise_by == "aggregator":
+            return None
+        if self.noise_by == "parties":
+            return self.noise_multiplier
+        return math.nextafter(self.noise_multiplier * math.sqrt(0.5), 0.0)
+
+    def release_event(self, *, dimension: int, rounds: int = 1) -> Event:
+        """What `rounds` releases of `dimension` coordinates cost a party, against whoever sees the release."""
+        if self.multiplier_release is None:
+            return NonPrivate(unit="party", reason=NO_NOISE)
+        tau = sum_divergence(
+            self.share_sigma2, self.honest_shares if self.share_sigma2 else 0, other_sigma2=self.aggregator_sigma2
+        )
+        return NoisySum(noise_multiplier=self.multiplier_release, rounds=rounds, tau=tau, dimension=dimension)
+
+    def against_aggregator_event(self, *, dimension: int, rounds: int = 1) -> Event:
+        """What the same rounds cost against the aggregator, who knows the noise that it drew itself."""
+        if self.multiplier_against_aggregator is None:
+            reason = AGGREGATOR_KNOWS if self.noise_multiplier else NO_NOISE
+            return NonPrivate(unit="party", reason=reason)
+        tau = sum_divergence(self.share_sigma2, self.honest_shares)
+        multiplier = self.multiplier_against_aggregator
+        return NoisySum(noise_multiplier=multiplier, rounds=rounds, tau=tau, dimension=dimension)
+
+    def to_json(self) -> dict[str, str | int]:
+        """Strings and integers only; variances are exact."""
+        return {
+            "noise_by": self.noise_by,
+            "noise_multiplier": repr(self.noise_multiplier),
+            "sensitivity": repr(self.sensitivity),
+            "quorum": self.quorum,
+            "colluders": self.colluders,
+            "aggregator_sigma2": fraction_to_json(self.aggregator_sigma2),
+            "share_sigma2": fraction_to_json(self.share_sigma2),
+        }
+
+
+def plan_noise(
+    *, noise_by: NoiseBy, noise_multiplier: float, sensitivity: float, quorum: int, colluders: int
+) -> NoisePlan:
+    """The plan that gives the sum a standard deviation of at least `noise_multiplier` · `sensitivity`.
+
+    Args:
+        noise_by: "both" (half the variance each), "parties" or "aggregator".
+        noise_multiplier: z ≥ 0, finite; 0 means no noise and an infinite ε.
+        sensitivity: L2 sensitivity of the sum in integer units, > 0, finite.
+        quorum: contributions that a round needs, ≥ 1.
+        colluders: parties among them that may leave their share out or tell it, ≥ 0 and below `quorum`.
+
+    Raises:
+        InvalidInput: an argument out of range; a variance above 2^80; shares so small (variance below 1/4) that their
+            sum is not covered by theory.
+    """
+    if noise_by not in get_args(NoiseBy):
+        raise InvalidInput("noise_by must be both, parties or aggregator")
+    if not (math.isfinite(noise_multiplier) and noise_multiplier >= 0.0):
+        raise InvalidInput("noise_multiplier must be finite and not negative")
+    if not (math.isfinite(sensitivity) and sensitivity > 0.0):
+        raise InvalidInput("sensitivity must be finite and positive")
+    if colluders < 0 or quorum - colluders < 1:
+        raise InvalidInput("at least one party of the quorum must be honest: quorum - colluders ≥ 1")
+    total = (Fraction(noise_multiplier) * Fraction(sensitivity)) ** 2
+    if total > MAX_SIGMA2:
+        raise InvalidInput("the noise variance exceeds 2^80: lower the resolution")
+    parts = {"both": Fraction(1, 2), "parties": Fraction(1), "aggregator": Fraction(0)}
+    parties = parts[noise_by]
+    plan = NoisePlan(
+        noise_by=noise_by,
+        noise_multiplier=float(noise_multiplier),
+        sensitivity=float(sensitivity),
+        quorum=quorum,
+        colluders=colluders,
+        aggregator_sigma2=_ceil_to_grid(total * (1 - parties)),
+        share_sigma2=_ceil_to_grid(total * parties / (quorum - colluders)),
+    )
+    plan.release_event(dimension=1)  # raises where the theory of sums does not reach
+    plan.against_aggregator_event(dimension=1)
+    return plan

@@ -1,0 +1,115 @@
+"""The privacy ledger as a table of the role's own database, so that a charge commits with what it is charged for.
+
+A row is the entry's canonical line and nothing that could contradict it. Triggers make the table append-only; the chain
+of digests (`privacy.ledger`) shows what got past them. Every reading of entries verifies the whole chain: nothing is
+priced, reserved or released on top of a broken ledger.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any, Final
+
+from sqlalchemy import DDL, Column, Connection, Integer, MetaData, Table, Text, event, insert, select
+
+from ..errors import LedgerError
+from ..privacy import ledger
+from ..privacy.ledger import GENESIS, Entry
+
+_TRIGGERS: Final = (
+    "CREATE TRIGGER ledger_no_update BEFORE UPDATE ON ledger "
+    "BEGIN SELECT RAISE(ABORT, 'the ledger is append-only'); END",
+    "CREATE TRIGGER ledger_no_delete BEFORE DELETE ON ledger "
+    "BEGIN SELECT RAISE(ABORT, 'the ledger is append-only'); END",
+    # A gap or a second first entry would be seen by the chain too, but only later.
+    "CREATE TRIGGER ledger_in_order BEFORE INSERT ON ledger "
+    "WHEN NEW.sequence IS NOT (SELECT COALESCE(MAX(sequence), 0) + 1 FROM ledger) "
+    "BEGIN SELECT RAISE(ABORT, 'the ledger is append-only'); END",
+)
+
+
+class LedgerStore:
+    """Adds the table `ledger` to `metadata`; its methods take the connection of the caller's transaction."""
+
+    def __init__(self, metadata: MetaData) -> None:
+        self._table = Table(
+            "ledger",
+            metadata,
+            Column("sequence", Integer, primary_key=True),
+            Column("digest", Text, nullable=False, unique=True),
+            Column("line", Text, nullable=False),
+        )
+        for trigger in _TRIGGERS:
+            event.listen(self._table, "after_create", DDL(trigger))  # type: ignore[no-untyped-call]
+
+    def append(self, connection: Connection, **fields: Any) -> Entry:
+        """Appends the entry with these fields (those of `privacy.ledger.append`), chained to the last one.
+
+        Raises:
+            InvalidInput: fields that no ledger accepts.
+            LedgerError: the last entry is damaged.
+        """
+        return self.add(connection, ledger.append(self._last(connection), **fields))
+
+    def add(self, connection: Connection, entry: Entry) -> Entry:
+        """Writes what `reserve`, `finalise`, `give_back` or `refuse` returned: a new entry, or one that is there.
+
+        Raises:
+            LedgerError: it is neither the ledger's next entry nor one of its entries.
+        """
+        table = self._table
+        held = connection.scalar(select(table.c.digest).where(table.c.sequence == entry.sequence))
+        if held == entry.digest:
+            return entry
+        last = self._last(connection)
+        follows = entry.sequence == (last.sequence + 1 if last else 1)
+        if held is not None or not follows or entry.previous != (last.digest if last else GENESIS):
+            raise LedgerError(f"ledger entry {entry.sequence} does not follow the last one", entry=entry.sequence)
+        connection.execute(
+            insert(table).values(sequence=entry.sequence, digest=entry.digest, line=ledger.to_line(entry))
+        )
+        return entry
+
+    def entries(self, connection: Connection, *, unit: str | None = None, subject: str | None = None) -> list[Entry]:
+        """All entries in order, or those of one unit and subject, from a chain that was verified as a whole.
+
+        Raises:
+            LedgerError: the chain is broken; names the first bad entry.
+        """
+        return [
+            entry
+            for entry in self._verified(connection)
+            if unit in (None, entry.unit) and subject in (None, entry.subject)
+        ]
+
+    def head(self, connection: Connection) -> str:
+        """The digest of the last entry, hex; `privacy.ledger.GENESIS` of an empty ledger."""
+        last = self._last(connection)
+        return last.digest if last else GENESIS
+
+    def verify(self, connection: Connection, *, known_heads: Iterable[str] = ()) -> str:
+        """Verifies the whole chain and that each of `known_heads` was once its head; returns the head.
+
+        Raises:
+            LedgerError: names the first bad entry, or says that a known head is missing.
+        """
+        return ledger.verify_chain(self._verified(connection), known_heads=known_heads)
+
+    def _verified(self, connection: Connection) -> list[Entry]:
+        table = self._table
+        rows = connection.execute(select(table).order_by(table.c.sequence)).all()
+        entries = ledger.verify_lines(row.line for row in rows)
+        for row, entry in zip(rows, entries, strict=True):
+            if (row.sequence, row.digest) != (entry.sequence, entry.digest):
+                raise LedgerError(f"ledger entry {entry.sequence}: its row says otherwise", entry=entry.sequence)
+        return entries
+
+    def _last(self, connection: Connection) -> Entry | None:
+        table = self._table
+        row = connection.execute(select(table).order_by(table.c.sequence.desc()).limit(1)).first()
+        if row is None:
+            return None
+        entry = ledger.from_line(row.line, number=row.sequence)
+        if row.digest != entry.digest or entry.digest != ledger.entry_digest(entry):
+            raise LedgerError(f"ledger entry {row.sequence}: its content does not match its digest", entry=row.sequence)
+        return entry

@@ -1,0 +1,358 @@
+"""The worker pool, with real processes."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import AsyncIterator, Awaitable, Callable
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from src.errors import (
+    BY_REASON,
+    AbandonedError,
+    ConfigError,
+    DeadlineError,
+    InvalidInput,
+    LimitError,
+    NotFoundError,
+    SottoError,
+    StateError,
+    VersionError,
+    WorkerError,
+)
+from src.jobs.executors import units
+from src.jobs.executors.pool import WorkerPool
+from src.storage.blobs import Blobs
+
+ROOT = Path(__file__).parents[2]
+SELFTEST = "jobs.executors.selftest"
+
+MakePool = Callable[..., Awaitable[WorkerPool]]
+
+
+@pytest.fixture
+def blobs(tmp_path: Path) -> Blobs:
+    return Blobs(tmp_path / "blobs")
+
+
+@pytest.fixture
+async def make_pool(tmp_path: Path) -> AsyncIterator[MakePool]:
+    pools: list[WorkerPool] = []
+
+    async def make(size: int = 1, **settings: Any) -> WorkerPool:
+        arguments = {"handlers": SELFTEST, "blobs_root": tmp_path / "blobs", "workspace": tmp_path / "work"}
+        pool = WorkerPool(**{**arguments, "size": size, **settings})
+        pools.append(pool)
+        await pool.start()
+        return pool
+
+    yield make
+    for pool in pools:
+        await pool.close()
+
+
+async def _until(condition: Callable[[], bool]) -> None:
+    """Waits for a state; the test's own timeout is the limit."""
+    while not condition():  # noqa: ASYNC110  what it waits for happens in another process
+        await asyncio.sleep(0.005)
+
+
+async def _begin_busy(pool: WorkerPool, blobs: Blobs, **settings: Any) -> asyncio.Task[dict[str, Any]]:
+    """A unit that never ends, once it is really computing."""
+    name = os.urandom(8).hex()
+    task = asyncio.create_task(pool.run("busy", {"blob": name}, **settings))
+    await _until(lambda: task.done() or blobs.exists(hashlib.sha256(name.encode()).hexdigest()))
+    return task
+
+
+async def _pid(pool: WorkerPool) -> int:
+    return int((await pool.run("describe", {}))["pid"])
+
+
+async def test_parameters_and_results_are_json_and_large_values_go_by_blobs(make_pool: MakePool, blobs: Blobs) -> None:
+    pool = await make_pool()
+    value = {"int": 2**80, "float": 0.1, "inf": float("inf"), "text": "ε\n", "list": [1, None, True], "o": {"a": []}}
+    assert await pool.run("echo", value) == value
+    large = {"text": "x" * 3_000_000}
+    assert await pool.run("echo", large) == large
+    stored = await pool.run("store", {"text": "a model"})
+    assert blobs.read(stored["sha256"]) == b"a model"
+    assert pool.stats().tasks_done == 3
+
+
+async def test_a_worker_is_what_the_design_says(make_pool: MakePool) -> None:
+    """No grpc, no database, no descriptor of the role, one thread for arithmetic, lower priority, its own group."""
+    pool = await make_pool(nice=7, preload=("encryption.packing",))
+    found = await pool.run("describe", {})
+    assert found["modules"] == ["numpy"]
+    assert found["nice"] == os.nice(0) + 7
+    assert found["omp_threads"] == "1"
+    assert found["pid"] == found["group"] != os.getpgid(0)
+    assert found["interrupt_ignored"]
+    assert found["main"] is None
+    assert found["workspace"] == []
+    kinds = {name.partition(":")[0] for name in found["files"] if not name.startswith("/proc/")}
+    assert kinds <= {"socket", "pipe"}
+    parent = psutil.Process(found["pid"]).parent()
+    assert parent is not None
+    assert parent.ppid() == os.getpid()
+    assert parent.num_threads() == 1
+
+
+async def test_every_unit_finds_its_workspace_empty_and_leaves_nothing(make_pool: MakePool) -> None:
+    pool = await make_pool()
+    used = Path((await pool.run("store", {"text": "private"}))["workspace"])
+    assert not used.exists()  # noqa: ASYNC240
+    assert (await pool.run("describe", {}))["workspace"] == []
+
+
+@pytest.mark.parametrize("reason", ["SLOT_OVERFLOW", "BUDGET_EXCEEDED", "WORKER_FAILED", "CONFIG_INVALID"])
+async def test_an_error_of_the_catalogue_is_raised_again_as_itself(make_pool: MakePool, reason: str) -> None:
+    pool = await make_pool()
+    with pytest.raises(SottoError, match=r"^on purpose$") as caught:
+        await pool.run("fail", {"reason": reason})
+    assert type(caught.value) is BY_REASON[reason]
+    assert caught.value.metadata == {"unit": "fail", "index": "3"}
+    assert caught.value.private == "for the log"
+    assert pool.stats().tasks_failed == 1
+    assert pool.stats().replaced == 0
+
+
+@pytest.mark.parametrize("cls", BY_REASON.values())
+def test_every_error_survives_its_frame(cls: type[SottoError], blobs: Blobs) -> None:
+    more: dict[str, Any] = {}
+    if issubclass(cls, InvalidInput):
+        more = {"violations": {"slot": "full"}}
+    if issubclass(cls, ConfigError):
+        more = {"problems": ("a: b",)}
+    sent = cls("text", private="log", index=1, **more)
+
+    def raises(params: object, context: object) -> dict[str, Any]:
+        raise sent
+
+    context = units.WorkContext(blobs, blobs.root)
+    frame = units.execute(units.encode_unit("x", {}, version=1), {"x": raises}, context)
+    with pytest.raises(cls) as caught:
+        units.decode_reply(frame)
+    assert type(caught.value) is cls
+    assert vars(caught.value) == vars(sent)
+
+
+async def test_any_other_exception_shows_its_type_and_place_but_not_its_text(make_pool: MakePool) -> None:
+    pool = await make_pool()
+    with pytest.raises(WorkerError, match=r"^unit fail failed$") as caught:
+        await pool.run("fail", {})
+    assert caught.value.private.startswith("ValueError at selftest.py:")
+    assert "1,2,3" not in repr(vars(caught.value))
+    for name in ("leave", "misbehave"):
+        with pytest.raises(WorkerError, match=name):
+            await pool.run(name, {})
+    assert await pool.run("echo", {"still": "there"}) == {"still": "there"}
+    assert pool.stats().replaced == 0
+
+
+async def test_units_that_cannot_be_run_are_refused(make_pool: MakePool) -> None:
+    pool = await make_pool()
+    with pytest.raises(NotFoundError, match=r"no unit of work called os\.system"):
+        await pool.run("os.system", {})
+    with pytest.raises(VersionError, match="has version 2 here, not 1"):
+        await pool.run("echo_again", {})
+    assert await pool.run("echo_again", {}, version=2) == {"version": 2}
+    with pytest.raises(InvalidInput, match="not JSON"):
+        await pool.run("echo", {"bytes": b"x"})
+    with pytest.raises(LimitError):
+        await pool.run("echo", {"text": "x" * (units.MAX_FRAME_BYTES + 1)})
+
+
+async def test_a_worker_that_dies_fails_its_unit_and_is_replaced(make_pool: MakePool) -> None:
+    pool = await make_pool()
+    before = await _pid(pool)
+    with pytest.raises(WorkerError, match="the worker of unit die died") as caught:
+        await pool.run("die", {})
+    assert caught.value.private == "exit status -9"
+    assert await _pid(pool) != before
+    assert pool.stats().replaced == 1
+
+
+async def test_a_worker_that_dies_while_idle_fails_nobody(make_pool: MakePool) -> None:
+    pool = await make_pool()
+    before = await _pid(pool)
+    os.kill(before, signal.SIGKILL)
+    await _until(lambda: not pool._idle[0].alive)
+    assert await _pid(pool) != before
+    assert pool.stats().tasks_failed == 0
+
+
+async def test_when_the_zygote_dies_the_pool_starts_over(make_pool: MakePool) -> None:
+    pool = await make_pool(size=2)
+    pid = await _pid(pool)
+    zygote = psutil.Process(pid).parent()
+    assert zygote is not None
+    zygote.kill()
+    for _ in range(3):
+        with pytest.raises(WorkerError):
+            await pool.run("die", {})
+        assert await pool.run("echo", {"n": 1}) == {"n": 1}
+    await pool.close()
+    assert not psutil.Process().children(recursive=True)
+
+
+async def test_a_unit_over_its_time_is_killed_and_its_worker_replaced(make_pool: MakePool, blobs: Blobs) -> None:
+    pool = await make_pool()
+    before = await _pid(pool)
+    with pytest.raises(DeadlineError, match=r"unit busy did not end within 0\.2 s"):
+        await pool.run("busy", {"blob": "x"}, timeout_s=0.2)
+    assert await _pid(pool) != before
+    assert not psutil.pid_exists(before)
+
+
+async def test_cancelling_the_caller_kills_the_unit(make_pool: MakePool, blobs: Blobs) -> None:
+    pool = await make_pool()
+    before = await _pid(pool)
+    task = await _begin_busy(pool, blobs)
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    assert await _pid(pool) != before
+    assert not psutil.pid_exists(before)
+
+
+async def test_a_busy_pool_neither_blocks_the_loop_nor_a_free_worker(make_pool: MakePool, blobs: Blobs) -> None:
+    pool = await make_pool(size=2)
+    task = await _begin_busy(pool, blobs)
+    assert await pool.run("echo", {"n": 1}) == {"n": 1}
+    second = await _begin_busy(pool, blobs)
+    queued = asyncio.create_task(pool.run("echo", {"n": 2}))
+    ticks = 0
+    async with asyncio.timeout(10):
+        for _ in range(1000):
+            await asyncio.sleep(0)
+            ticks += 1
+    stats = pool.stats()
+    assert (ticks, stats.busy, stats.idle, stats.waiting) == (1000, 2, 0, 1)
+    assert not queued.done()
+    task.cancel()
+    assert await queued == {"n": 2}
+    second.cancel()
+    await asyncio.gather(task, second, return_exceptions=True)
+
+
+async def test_units_wait_in_the_order_they_came_and_a_cancelled_one_leaves_the_queue(make_pool: MakePool) -> None:
+    pool = await make_pool()
+    order: list[int] = []
+
+    async def unit(number: int) -> None:
+        await pool.run("echo", {"n": number})
+        order.append(number)
+
+    tasks = [asyncio.create_task(unit(number)) for number in range(8)]
+    await _until(lambda: pool.stats().waiting == 7)
+    tasks[3].cancel()
+    await asyncio.gather(*tasks, return_exceptions=True)
+    assert order == [0, 1, 2, 4, 5, 6, 7]
+    assert pool.stats().idle == 1
+
+
+async def test_close_leaves_no_process_and_no_file_and_abandons_what_is_under_way(
+    make_pool: MakePool, blobs: Blobs, tmp_path: Path
+) -> None:
+    pool = await make_pool(size=2)
+    processes = psutil.Process().children(recursive=True)
+    assert len(processes) == 3
+    running = [await _begin_busy(pool, blobs) for _ in range(2)]
+    queued = asyncio.create_task(pool.run("echo", {}))
+    await _until(lambda: pool.stats().waiting == 1)
+    await pool.close()
+    assert not any(process.is_running() for process in processes)
+    for task in (*running, queued):
+        with pytest.raises(AbandonedError):
+            await task
+    assert list((tmp_path / "work").iterdir()) == []
+    with pytest.raises(StateError):
+        await pool.run("echo", {})
+    await pool.close()
+
+
+async def test_a_closed_pool_can_be_started_again(make_pool: MakePool) -> None:
+    pool = await make_pool()
+    with pytest.raises(StateError):
+        await pool.start()
+    await pool.close()
+    await pool.start()
+    assert await pool.run("echo", {"n": 1}) == {"n": 1}
+
+
+ROLE = """
+import asyncio, hashlib, json, sys
+from pathlib import Path
+from src.jobs.executors.pool import WorkerPool
+from src.storage.blobs import Blobs
+print("main runs", file=sys.stderr)
+async def main():
+    root = Path(sys.argv[1])
+    pool = WorkerPool(handlers="jobs.executors.selftest", blobs_root=root / "blobs", workspace=root / "work", size=2)
+    await pool.start()
+    pid = (await pool.run("describe", {}))["pid"]
+    busy = asyncio.create_task(pool.run("busy", {"blob": "begun"}))
+    while not Blobs(root / "blobs").exists(hashlib.sha256(b"begun").hexdigest()):
+        await asyncio.sleep(0.005)
+    print(json.dumps(pid), flush=True)
+    await asyncio.Event().wait()
+if __name__ == "__main__":
+    asyncio.run(main())
+"""
+
+
+def test_when_the_role_is_killed_everything_ends_even_a_busy_worker_and_main_is_not_run_again(tmp_path: Path) -> None:
+    script = tmp_path / "role.py"
+    script.write_text(ROLE)
+    env = {**os.environ, "PYTHONPATH": str(ROOT)}
+    with subprocess.Popen(
+        [sys.executable, str(script), str(tmp_path)], env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as role:
+        assert role.stdout is not None
+        assert role.stderr is not None
+        json.loads(role.stdout.readline())
+        processes = psutil.Process(role.pid).children(recursive=True)
+        assert len(processes) == 3
+        role.kill()
+        _, alive = psutil.wait_procs(processes, timeout=30)
+        assert alive == []
+        assert role.stderr.read() == "main runs\n"
+
+
+@pytest.mark.parametrize(
+    ("handlers", "private"),
+    [
+        ("jobs.executors.no_such_module", "ModuleNotFoundError"),
+        ("jobs.executors.units", "has no table HANDLERS"),
+        ("communication.errors", "HANDLERS"),
+    ],
+)
+async def test_a_pool_whose_handlers_cannot_be_loaded_says_why_in_the_log(
+    make_pool: MakePool, handlers: str, private: str
+) -> None:
+    with pytest.raises(WorkerError, match="cannot be started") as caught:
+        await make_pool(handlers=handlers)
+    assert private in caught.value.private
+    assert not psutil.Process().children(recursive=True)
+
+
+async def test_handlers_that_import_grpc_are_refused(make_pool: MakePool) -> None:
+    with pytest.raises(WorkerError) as caught:
+        await make_pool(preload=("communication.errors",))
+    assert "must not import grpc" in caught.value.private
+
+
+def test_a_pool_has_at_least_one_worker(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="at least one"):
+        WorkerPool(handlers=SELFTEST, blobs_root=tmp_path, workspace=tmp_path, size=0)

@@ -1,0 +1,276 @@
+"""What a job may ask for, and how it is told what it may not."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from src.communication.generated import jobs_pb2
+from src.errors import ConfigError, InvalidInput
+from src.jobs.spec import (
+    MAX_INITIAL_MODEL_BYTES,
+    FederatedTrainingSpec,
+    load_job_file,
+    spec_from_proto,
+    spec_to_proto,
+)
+
+NAN, INF = float("nan"), float("inf")
+
+# A change to a job that is otherwise fine, and the path that the refusal names.
+REFUSED: list[tuple[dict[str, Any], str]] = [
+    ({"task": ""}, "task"),
+    ({"task": "../../etc/passwd"}, "task"),
+    ({"task": "a" * 64}, "task"),
+    ({"rounds": -1}, "rounds"),
+    ({"rounds": 1_000_001}, "rounds"),
+    ({"spare_rounds": -1}, "spare_rounds"),
+    ({"parties": ["a", "a"]}, "parties"),
+    ({"parties": ["a", ""]}, "parties.1"),
+    ({"parties": ["a", "b"], "quorum": 3}, "quorum"),
+    ({"quorum": -1}, "quorum"),
+    ({"seed": -1}, "seed"),
+    ({"seed": 2**53}, "seed"),
+    ({"round_timeout_s": -1.0}, "round_timeout_s"),
+    ({"round_timeout_s": NAN}, "round_timeout_s"),
+    ({"initial_model": bytes(MAX_INITIAL_MODEL_BYTES + 1)}, "initial_model"),
+    ({"task_options": {"x": NAN}}, "task_options"),
+    ({"task_options": {"x": {"y": [INF]}}}, "task_options"),
+    ({"task_options": {"x": "x" * (64 << 10)}}, "task_options"),
+    ({"local_training": {"steps": -1}}, "local_training.steps"),
+    ({"local_training": {"sampling_rate": 1.01}}, "local_training.sampling_rate"),
+    ({"local_training": {"sampling_rate": -0.1}}, "local_training.sampling_rate"),
+    ({"local_training": {"learning_rate": -0.1}}, "local_training.learning_rate"),
+    ({"local_training": {"learning_rate": INF}}, "local_training.learning_rate"),
+    ({"local_training": {"max_grad_norm": -1.0}}, "local_training.max_grad_norm"),
+    ({"local_training": {"epsilon": -1.0}}, "local_training.epsilon"),
+    ({"local_training": {"epsilon": INF}}, "local_training.epsilon"),
+    ({"local_training": {"delta": 1.0}}, "local_training.delta"),
+    ({"party_privacy": {"clipping_norm": -1.0}}, "party_privacy.clipping_norm"),
+    ({"party_privacy": {"noise_multiplier": -0.1}}, "party_privacy.noise_multiplier"),
+    ({"party_privacy": {"noise_multiplier": NAN}}, "party_privacy.noise_multiplier"),
+    ({"party_privacy": {"noise_by": "nobody"}}, "party_privacy.noise_by"),
+    ({"party_privacy": {"delta": -1e-5}}, "party_privacy.delta"),
+    ({"encryption": {"resolution_bits": 33}}, "encryption.resolution_bits"),
+    ({"encryption": {"resolution_bits": -1}}, "encryption.resolution_bits"),
+    ({"server_optimizer": {"name": "adam"}}, "server_optimizer.name"),
+    ({"server_optimizer": {"learning_rate": -1.0}}, "server_optimizer.learning_rate"),
+    ({"server_optimizer": {"name": "fedavgm", "momentum": 1.0}}, "server_optimizer.momentum"),
+    ({"server_optimizer": {"name": "fedavg", "momentum": 0.5}}, "server_optimizer.momentum"),
+]
+
+
+def make_job(**changes: Any) -> jobs_pb2.Job:
+    """A job with a task, and these fields set; `task_options` is a dictionary."""
+    options = changes.pop("task_options", {})
+    training = jobs_pb2.FederatedTraining(**{"task": "randhie", **changes})
+    if options:
+        training.task_options.update(options)
+    return jobs_pb2.Job(federated_training=training)
+
+
+@pytest.mark.parametrize(("changes", "path"), REFUSED, ids=[f"{path}-{n}" for n, (_, path) in enumerate(REFUSED)])
+def test_what_is_out_of_range_is_refused_by_its_fields_path(changes: dict[str, Any], path: str) -> None:
+    with pytest.raises(InvalidInput) as caught:
+        spec_from_proto(make_job(**changes))
+    assert list(caught.value.violations) == [f"federated_training.{path}"]
+
+
+def test_all_violations_are_told_at_once() -> None:
+    job = make_job(task="", rounds=-1, local_training={"steps": -3}, initial_model=bytes(MAX_INITIAL_MODEL_BYTES + 1))
+    job.display_name = "x" * 201
+    with pytest.raises(InvalidInput) as caught:
+        spec_from_proto(job)
+    assert set(caught.value.violations) == {
+        "display_name",
+        "federated_training.initial_model",
+        "federated_training.task",
+        "federated_training.rounds",
+        "federated_training.local_training.steps",
+    }
+
+
+def test_a_job_that_asks_for_nothing_is_refused() -> None:
+    with pytest.raises(InvalidInput, match="federated_training: required"):
+        spec_from_proto(jobs_pb2.Job())
+
+
+def test_zero_and_unset_fields_take_the_documented_defaults() -> None:
+    spec = spec_from_proto(make_job())
+    assert spec.to_json() == {
+        "task": "randhie",
+        "rounds": 10,
+        "spare_rounds": 2,
+        "parties": [],
+        "quorum": 0,
+        "local_training": {
+            "steps": 10,
+            "sampling_rate": 0.05,
+            "learning_rate": 0.1,
+            "max_grad_norm": 1.0,
+            "epsilon": 4.0,
+            "delta": 1e-5,
+        },
+        "party_privacy": {"clipping_norm": 1.0, "noise_multiplier": 0.1, "noise_by": "both", "delta": 1e-5},
+        "encryption": {"scheme": "paillier", "resolution_bits": 16},
+        "server_optimizer": {"name": "fedavg", "learning_rate": 1.0, "momentum": None},
+        "seed": 0,
+        "round_timeout_s": 600.0,
+        "initial_model_sha256": "",
+        "task_options": {},
+    }
+    assert spec_from_proto(make_job(server_optimizer={"name": "fedavgm"})).server_optimizer.momentum == 0.9
+
+
+def test_a_zero_that_means_something_is_kept() -> None:
+    spec = spec_from_proto(
+        make_job(
+            spare_rounds=0,
+            party_privacy={"noise_multiplier": 0.0},
+            server_optimizer={"name": "fedavgm", "momentum": 0.0},
+        )
+    )
+    assert (spec.spare_rounds, spec.party_privacy.noise_multiplier, spec.server_optimizer.momentum) == (0, 0.0, 0.0)
+
+
+NAMES = st.from_regex(r"[a-z][a-z0-9-]{0,8}", fullmatch=True)
+REALS = st.floats(1e-6, 1e6)
+OPTIONS = st.recursive(
+    st.none() | st.booleans() | st.integers(-(2**53) + 1, 2**53 - 1) | st.floats(-1e9, 1e9) | st.text(max_size=5),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=4), inner, max_size=3),
+    max_leaves=6,
+)
+SPECS = st.builds(
+    lambda **fields: FederatedTrainingSpec.from_json(fields),
+    task=NAMES,
+    rounds=st.integers(1, 1000),
+    spare_rounds=st.integers(0, 9),
+    parties=st.lists(NAMES, max_size=4, unique=True),
+    local_training=st.fixed_dictionaries({"steps": st.integers(1, 99), "learning_rate": REALS, "epsilon": REALS}),
+    party_privacy=st.fixed_dictionaries(
+        {"noise_multiplier": st.floats(0, 10), "noise_by": st.sampled_from(["both", "parties", "aggregator"])}
+    ),
+    encryption=st.fixed_dictionaries({"scheme": st.sampled_from(["paillier", "plaintext"])}),
+    server_optimizer=st.fixed_dictionaries({"name": st.sampled_from(["fedavg", "fedavgm", "fedadam"])}),
+    seed=st.integers(0, 2**53 - 1),
+    task_options=st.dictionaries(st.text(max_size=4), OPTIONS, max_size=3),
+)
+
+
+@settings(deadline=None, max_examples=60)
+@given(SPECS)
+def test_wire_and_store_give_back_the_same_specification_and_digest(spec: FederatedTrainingSpec) -> None:
+    training = jobs_pb2.FederatedTraining.FromString(spec_to_proto(spec).SerializeToString())
+    by_wire = spec_from_proto(jobs_pb2.Job(federated_training=training))
+    by_store = FederatedTrainingSpec.from_json(json.loads(json.dumps(spec.to_json())))
+    assert by_wire == by_store == spec
+    assert by_wire.digest == by_store.digest == spec.digest
+
+
+def test_the_digest_is_a_fixed_one() -> None:
+    """A known answer: a stored job keeps its digest from version to version."""
+    assert spec_from_proto(make_job()).digest == "1eb2222404f33852aab1dfea198d1c5a4cb9386164c06fe1fb0437ba648fddaf"
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"rounds": 11},
+        {"seed": 1},
+        {"local_training": {"epsilon": 4.000000000000001}},
+        {"encryption": {"plaintext": {}}},
+        {"initial_model": b"model"},
+        {"task_options": {"x": 1}},
+        {"task_options": {"x": "1"}},
+        {"task_options": {"x": 1.5}},
+        {"task_options": {"x": "1.5"}},
+    ],
+)
+def test_another_specification_has_another_digest(changes: dict[str, Any]) -> None:
+    digests = {spec_from_proto(make_job(**row)).digest for row in ({}, changes, {"task_options": {"y": 1}})}
+    assert len(digests) == 3
+
+
+def test_only_the_digest_of_the_initial_model_is_kept() -> None:
+    spec = spec_from_proto(make_job(initial_model=b"weights"))
+    assert spec.initial_model_sha256 == hashlib.sha256(b"weights").hexdigest()
+    assert spec_to_proto(spec).initial_model == b""
+    assert spec_to_proto(spec, b"weights").initial_model == b"weights"
+
+
+JOB_FILE = """
+display_name: first try
+federated_training:
+  task: randhie
+  rounds: 3
+  local_training: {delta: 1e-5, epsilon: 2}
+  encryption: {scheme: plaintext}
+  initial_model: start.safetensors
+  task_options: {hidden: 16, dropout: 0.1}
+"""
+
+
+def test_a_job_file_in_yaml_is_read_with_numbers_as_numbers(tmp_path: Path) -> None:
+    (tmp_path / "start.safetensors").write_bytes(b"weights")
+    path = tmp_path / "job.yaml"
+    path.write_text(JOB_FILE)
+    job = load_job_file(path)
+    spec = spec_from_proto(job)
+    assert job.display_name == "first try"
+    assert job.federated_training.initial_model == b"weights"
+    assert (spec.rounds, spec.local_training.delta, spec.local_training.epsilon) == (3, 1e-5, 2.0)
+    assert spec.encryption.scheme == "plaintext"
+    assert spec.task_options == {"hidden": 16, "dropout": 0.1}
+
+
+def test_a_job_file_may_be_json_and_hold_the_model_itself(tmp_path: Path) -> None:
+    path = tmp_path / "job.json"
+    model = "base64:" + base64.b64encode(b"weights").decode()
+    path.write_text(json.dumps({"federated_training": {"task": "randhie", "initial_model": model}}))
+    assert load_job_file(path).federated_training.initial_model == b"weights"
+
+
+FILES_REFUSED: list[tuple[str, list[str]]] = [
+    ("federated_training: {task: t, rouns: 3}", ["federated_training.rouns"]),
+    ("federated_training: {task: t, rounds: '3'}", ["federated_training.rounds"]),
+    ("federated_training: {task: t, rounds: 0}", ["federated_training.rounds"]),
+    ("federated_training: {task: t, local_training: {epsilon: four}}", ["federated_training.local_training.epsilon"]),
+    (
+        f"federated_training: {{task: t, initial_model_sha256: {'0' * 63}a}}",
+        ["federated_training.initial_model_sha256"],
+    ),
+    ("federated_training: {task: t, initial_model: none.bin}", ["federated_training.initial_model"]),
+    ("federated_training: {task: t, initial_model: 'base64:?'}", ["federated_training.initial_model"]),
+    (
+        "federated_training: {rounds: 0, seed: -1}",
+        [f"federated_training.{name}" for name in ("rounds", "seed", "task")],
+    ),
+    ("federated_training: {task: t}\nstate: RUNNING", ["state"]),
+    ("federated_training: {task: t}\ndisplay_name: 3", ["display_name"]),
+    ("display_name: nothing to do", ["federated_training"]),
+]
+
+
+@pytest.mark.parametrize(("text", "paths"), FILES_REFUSED)
+def test_what_is_wrong_with_a_job_file_is_told_by_path(tmp_path: Path, text: str, paths: list[str]) -> None:
+    path = tmp_path / "job.yaml"
+    path.write_text(text)
+    with pytest.raises(InvalidInput) as caught:
+        load_job_file(path)
+    assert sorted(caught.value.violations) == sorted(paths)
+
+
+def test_a_job_file_that_is_not_there_or_not_yaml_is_a_config_error(tmp_path: Path) -> None:
+    path = tmp_path / "job.yaml"
+    with pytest.raises(ConfigError, match="no such"):
+        load_job_file(path)
+    path.write_text("{")
+    with pytest.raises(ConfigError, match="not YAML"):
+        load_job_file(path)

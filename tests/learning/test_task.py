@@ -1,0 +1,138 @@
+"""Tasks: found by short name, judged by default losses and metrics."""
+
+from __future__ import annotations
+
+from importlib.metadata import EntryPoint
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from numpy.typing import NDArray
+
+from src.errors import ConfigError, InvalidInput, NotFoundError
+from src.learning import task as task_module
+from src.learning.evaluation import default_metrics, evaluate
+from src.learning.flatten import model_to_tensors
+from src.learning.task import (
+    Dataset,
+    check_options,
+    default_loss,
+    find_task,
+    holdout_of,
+    known_tasks,
+    loss_of,
+    metrics_of,
+)
+from src.learning.tasks.randhie import RandHieTask
+
+
+def f32(values: list[Any]) -> NDArray[np.float32]:
+    return np.array(values, np.float32)
+
+
+class Bare:
+    """The least that a task is."""
+
+    name = "bare"
+
+    def build_model(self, seed: int) -> torch.nn.Module:
+        model = torch.nn.Linear(1, 1)
+        torch.nn.init.constant_(model.weight, 1.0)
+        torch.nn.init.zeros_(model.bias)
+        return model
+
+    def load_data(self, options: object) -> Dataset:
+        return Dataset(f32([[-2], [-1], [1], [2]]), np.array([0, 1, 0, 1]), "four points")
+
+
+class Full(Bare):
+    """Brings everything that may be brought."""
+
+    def load_holdout(self, options: object) -> Dataset:
+        return self.load_data(options)
+
+    def loss(self, outputs: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        return (outputs[:, 0] - labels) ** 2
+
+    def metrics(self, outputs: object, labels: object) -> dict[str, float]:
+        return {"own": 1.0}
+
+
+def test_the_demonstrations_task_is_found_without_an_installed_distribution(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(task_module, "entry_points", lambda group: ())
+    assert isinstance(find_task("randhie"), RandHieTask)
+    assert known_tasks() == ("randhie",)
+
+
+def test_a_task_of_your_own_is_found_by_its_entry_point(monkeypatch: pytest.MonkeyPatch) -> None:
+    point = EntryPoint("fractions", "fractions:Fraction", "sotto.tasks")
+    monkeypatch.setattr(task_module, "entry_points", lambda group: (point,) if group == "sotto.tasks" else ())
+    assert type(find_task("fractions")).__name__ == "Fraction"
+    assert known_tasks() == ("fractions", "randhie")
+
+
+@pytest.mark.parametrize("name", ["", "os:system", "src.learning.tasks.randhie:RandHieTask", "RANDHIE"])
+def test_an_unregistered_name_imports_nothing_and_lists_what_there_is(name: str) -> None:
+    with pytest.raises(NotFoundError, match=r"known: .*randhie"):
+        find_task(name)
+
+
+def test_a_task_without_hold_out_rows_has_none_and_the_defaults() -> None:
+    assert holdout_of(Bare(), {}) is None
+    assert loss_of(Bare()) is default_loss
+    assert metrics_of(Bare()) is default_metrics
+
+
+def test_a_task_that_brings_its_own_keeps_it() -> None:
+    rows = holdout_of(Full(), {})
+    assert rows is not None
+    assert loss_of(Full())(torch.tensor([[3.0]]), torch.tensor([1])).tolist() == [4.0]
+    assert evaluate(Full(), model_to_tensors(Full().build_model(0)), rows) == {"own": 1.0, "n": 4.0}
+
+
+def test_evaluate_by_hand() -> None:
+    """Scores −2, −1, 1, 2 for labels 0, 1, 0, 1: three of four pairs are in order, half the signs are right."""
+    task = Bare()
+    metrics = evaluate(task, model_to_tensors(task.build_model(0)), task.load_data({}))
+    assert metrics == {"accuracy": 0.5, "auc": 0.75, "n": 4.0}
+
+
+def test_metrics_for_one_output_two_outputs_and_several() -> None:
+    labels = np.array([0, 1, 0, 1])
+    flat = f32([-2, -1, 1, 2])
+    both = np.stack([-flat / 2, flat / 2], axis=1)
+    assert default_metrics(flat, labels) == default_metrics(flat[:, None], labels) == default_metrics(both, labels)
+    assert default_metrics(np.eye(3, dtype=np.float32), np.array([0, 1, 1])) == {"accuracy": pytest.approx(2 / 3)}
+
+
+def test_auc_is_left_out_where_one_class_is_all_there_is() -> None:
+    assert default_metrics(f32([1, 2]), np.array([1, 1])) == {"accuracy": 1.0}
+
+
+def test_default_losses_by_hand() -> None:
+    one = default_loss(torch.tensor([[0.0], [2.0]]), torch.tensor([1, 0]))
+    assert one.tolist() == pytest.approx([np.log(2), np.log(1 + np.exp(2))], rel=1e-6)
+    several = default_loss(torch.zeros(2, 3), torch.tensor([1, 2]))
+    assert several.tolist() == pytest.approx([np.log(3)] * 2, rel=1e-6)
+
+
+def test_unknown_options_are_named() -> None:
+    with pytest.raises(ConfigError) as caught:
+        check_options({"seed": 1, "sede": 2, "path": 3}, known=("seed",), task="t")
+    assert [problem.split(":")[0] for problem in caught.value.problems] == ["path", "sede"]
+
+
+REFUSED = {
+    "features of float64": (np.zeros((2, 1)), np.zeros(2)),
+    "features without a second axis": (np.zeros(2, np.float32), np.zeros(2)),
+    "one label too few": (np.zeros((2, 1), np.float32), np.zeros(1)),
+    "a feature that is not finite": (np.full((2, 1), np.nan, np.float32), np.zeros(2)),
+    "labels in a column": (np.zeros((2, 1), np.float32), np.zeros((2, 1))),
+}
+
+
+@pytest.mark.parametrize("what", REFUSED)
+def test_refuses_a_data_set_with(what: str) -> None:
+    with pytest.raises(InvalidInput):
+        Dataset(*REFUSED[what], "x")  # type: ignore[arg-type]

@@ -1,0 +1,355 @@
+"""The ledger: what is written is chained, every change is named, and nothing that was spent comes back."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass, field, replace
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from src.errors import ConflictError, InvalidInput, LedgerError, NotFoundError
+from src.privacy import ledger
+from src.privacy.budget import Budget, balance
+from src.privacy.events import DpSgdSteps, NoisySum
+from src.privacy.ledger import GENESIS, Entry, from_line, to_line, verify_chain, verify_lines
+
+AT = "2025-06-01T12:00:00+00:00"
+SUM = NoisySum(noise_multiplier=1.5, dimension=10)
+STEPS = DpSgdSteps(sampling_rate=0.01, noise_multiplier=1.1, steps=40)
+SUBJECT = "federation:demo"
+BUDGET = Budget(unit="party", subject=SUBJECT, max_rounds=None, epsilon=None, delta=1e-6)
+
+
+def reserve(entries: list[Entry], number: int, **changes: object) -> Entry:
+    fields: dict[str, object] = {
+        "at": AT,
+        "job_id": "job-1",
+        "round": number,
+        "unit": "party",
+        "subject": SUBJECT,
+        "reservation_id": f"job-1/{number}/party/{SUBJECT}",
+        "event": SUM,
+        **changes,
+    }
+    return ledger.reserve(entries, **fields)  # type: ignore[arg-type]
+
+
+def name(number: int) -> str:
+    return f"job-1/{number}/party/{SUBJECT}"
+
+
+@pytest.fixture
+def entries() -> list[Entry]:
+    """Six entries, one of each kind."""
+    book: list[Entry] = []
+    book.append(
+        ledger.open_balance(
+            book,
+            at=AT,
+            unit="party",
+            subject=SUBJECT,
+            reservation_id="before",
+            event=SUM.repeated(2),
+            charged_rounds=2,
+            reason="carried over",
+        )
+    )
+    book.append(reserve(book, 1))
+    book.append(ledger.finalise(book, name(1), at=AT))
+    book.append(
+        reserve(book, 2, unit="example", subject="dataset:randhie", event=STEPS, reservation_id="job-1/2/example")
+    )
+    book.append(ledger.give_back(book, "job-1/2/example", at=AT, reason="cancelled before training"))
+    book.append(
+        ledger.refuse(
+            book,
+            at=AT,
+            job_id="job-2",
+            round=1,
+            unit="party",
+            subject=SUBJECT,
+            reservation_id="job-2/1",
+            event=SUM,
+            reason="no budget",
+        )
+    )
+    return book
+
+
+def test_a_ledger_verifies_and_survives_its_export(entries: list[Entry]) -> None:
+    head = verify_chain(entries)
+    assert head == entries[-1].digest
+    assert verify_chain([]) == GENESIS
+    lines = [to_line(entry) for entry in entries]
+    assert all(line.isascii() and "\n" not in line for line in lines)
+    assert verify_lines(lines) == entries
+    assert verify_lines([line.encode() + b"\n" for line in lines], known_heads=[head, entries[1].digest]) == entries
+    assert [entry.sequence for entry in entries] == [1, 2, 3, 4, 5, 6]
+
+
+def test_the_digest_can_be_recomputed_with_a_shell(entries: list[Entry]) -> None:
+    """A second implementation from the description: domain, then the sorted JSON without `digest`."""
+    for line in map(to_line, entries):
+        fields = json.loads(line)
+        digest = fields.pop("digest")
+        body = json.dumps(fields, sort_keys=True, separators=(",", ":"))
+        assert hashlib.sha256(b"sotto.v1.ledger-entry\0" + body.encode()).hexdigest() == digest
+        assert not any(isinstance(value, float) for value in fields.values())
+
+
+def test_any_byte_changed_anywhere_is_detected_and_its_entry_named(entries: list[Entry]) -> None:
+    """Every position of every line, with one bit flipped."""
+    lines = [to_line(entry).encode() for entry in entries]
+    for number, line in enumerate(lines, start=1):
+        for position in range(len(line)):
+            bent = bytearray(line)
+            bent[position] ^= 1 << (position % 8)
+            with pytest.raises(LedgerError) as caught:
+                verify_lines([*lines[: number - 1], bytes(bent), *lines[number:]])
+            assert caught.value.metadata["entry"] == str(number)
+
+
+@settings(deadline=None, max_examples=150)
+@given(data=st.data())
+def test_any_other_byte_in_its_place_is_detected_too(data: st.DataObject) -> None:
+    book: list[Entry] = []
+    for number in range(1, 4):
+        book.append(reserve(book, number))
+    lines = [to_line(entry).encode() for entry in book]
+    number = data.draw(st.integers(1, 3))
+    position = data.draw(st.integers(0, len(lines[number - 1]) - 1))
+    value = data.draw(st.integers(0, 255).filter(lambda value: value != lines[number - 1][position]))
+    bent = bytearray(lines[number - 1])
+    bent[position] = value
+    lines[number - 1] = bytes(bent)
+    with pytest.raises(LedgerError) as caught:
+        verify_lines(lines)
+    assert caught.value.metadata["entry"] == str(number)
+
+
+def test_removal_reordering_and_repetition_are_detected_and_named(entries: list[Entry]) -> None:
+    for place in range(1, len(entries)):
+        cases = {
+            "removed": entries[: place - 1] + entries[place:],
+            "swapped": [*entries[: place - 1], entries[place], entries[place - 1], *entries[place + 1 :]],
+            "repeated": entries[:place] + entries[place - 1 :],
+        }
+        for case, book in cases.items():
+            with pytest.raises(LedgerError) as caught:
+                verify_chain(book)
+            assert caught.value.metadata["entry"] == str(place + (case == "repeated"))
+
+
+def test_a_ledger_cut_at_its_end_or_rewritten_lacks_a_known_head(entries: list[Entry]) -> None:
+    head = entries[-1].digest
+    verify_chain(entries[:-1])
+    with pytest.raises(LedgerError):
+        verify_chain(entries[:-1], known_heads=[head])
+    rewritten: list[Entry] = []
+    for number in range(1, 4):
+        rewritten.append(reserve(rewritten, number))
+    with pytest.raises(LedgerError):
+        verify_chain(rewritten, known_heads=[head])
+
+
+def test_a_well_chained_entry_that_breaks_a_rule_is_named(entries: list[Entry]) -> None:
+    """Whoever can recompute digests still cannot make a ledger that gives back what is final."""
+
+    def chained(**changes: object) -> list[Entry]:
+        final = entries[2]
+        fields: dict[str, object] = {
+            "at": AT,
+            "kind": "returned",
+            "job_id": final.job_id,
+            "round": final.round,
+            "unit": final.unit,
+            "subject": final.subject,
+            "reservation_id": final.reservation_id,
+            **changes,
+        }
+        return [*entries, ledger.append(entries[-1], **fields)]  # type: ignore[arg-type]
+
+    for changes in (
+        {},
+        {"kind": "final"},
+        {"reservation_id": "never reserved"},
+        {"reservation_id": "before"},
+        {"kind": "reservation", "charged_rounds": 1, "event": SUM},
+    ):
+        with pytest.raises(LedgerError) as caught:
+            verify_chain(chained(**changes))
+        assert caught.value.metadata["entry"] == "7"
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"digest": "0" * 64},
+        {"previous": "1" * 64},
+        {"sequence": 7},
+        {"charged_rounds": 0},
+        {"reason": "another"},
+        {"event": replace(SUM, noise_multiplier=99.0)},
+    ],
+)
+def test_a_changed_field_is_detected(entries: list[Entry], changes: dict[str, object]) -> None:
+    with pytest.raises(LedgerError) as caught:
+        verify_chain([entries[0], replace(entries[1], **changes), *entries[2:]])  # type: ignore[arg-type]
+    assert caught.value.metadata["entry"] == "2"
+
+
+def test_an_entry_moved_onto_another_history_is_detected(entries: list[Entry]) -> None:
+    """Its own digest is right: only the link to the entry before is not."""
+    moved = replace(entries[1], previous="1" * 64)
+    moved = replace(moved, digest=ledger.entry_digest(moved))
+    with pytest.raises(LedgerError, match="does not follow") as caught:
+        verify_chain([entries[0], moved, *entries[2:]])
+    assert caught.value.metadata["entry"] == "2"
+
+
+LINE = to_line(reserve([], 1))
+REJECTED: dict[str, str | bytes] = {
+    "empty": "",
+    "not JSON": "{",
+    "not an object": "[]",
+    "deep": "[" * 100_000,
+    "huge number": LINE.replace('"sequence":1', '"sequence":' + "9" * 5_000),
+    "field missing": LINE.replace('"version":1,', "").replace(',"version":1', ""),
+    "field unknown": LINE.replace('{"at"', '{"aa":1,"at"'),
+    "field twice": LINE.replace('{"at"', '{"at":"x","at"'),
+    "space": LINE.replace(":", ": ", 1),
+    "version": LINE.replace('"version":1', '"version":2'),
+    "real for an integer": LINE.replace('"sequence":1', '"sequence":1.0'),
+    "bool for an integer": LINE.replace('"sequence":1', '"sequence":true'),
+    "text for an integer": LINE.replace('"round":1', '"round":"1"'),
+    "event unknown": LINE.replace("noisy_sum", "noisy_sun"),
+    "two line feeds": LINE + "\n\n",
+    "carriage return": LINE + "\r\n",
+    "not ASCII": LINE.encode().replace(b"job-1", b"job-\xff"),
+}
+
+
+@pytest.mark.parametrize("case", REJECTED)
+def test_a_line_that_is_not_canonical_is_refused_and_named(case: str) -> None:
+    assert REJECTED[case] != LINE
+    with pytest.raises(LedgerError, match="line 9"):
+        from_line(REJECTED[case], number=9)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"at": "yesterday"},
+        {"at": "2025-06-01T12:00:00"},
+        {"at": "2025-06-01T12:00:00+02:00"},
+        {"unit": "user"},
+        {"subject": ""},
+        {"reservation_id": ""},
+        {"round": -1},
+        {"charged_rounds": 0},
+        {"charged_rounds": -1},
+        {"event": STEPS},
+        {"reason": "x" * 501},
+    ],
+)
+def test_a_reservation_that_no_ledger_accepts_is_refused(changes: dict[str, object]) -> None:
+    with pytest.raises(InvalidInput):
+        reserve([], 1, **changes)
+
+
+def test_reserving_the_same_again_gives_the_entry_that_is_there(entries: list[Entry]) -> None:
+    assert reserve(entries, 1, at="2026-01-01T00:00:00Z", reason="asked again") is entries[1]
+    for changes in ({"event": SUM.repeated(2)}, {"charged_rounds": 2}, {"job_id": "job-9"}, {"round": 3}):
+        with pytest.raises(ConflictError):
+            reserve(entries, 1, **{"reservation_id": name(1), **changes})
+
+
+def test_a_reservation_given_back_is_not_reserved_again(entries: list[Entry]) -> None:
+    """Else a repeated request would take the old entry for a charge that no longer counts."""
+    with pytest.raises(ConflictError):
+        reserve(entries, 2, unit="example", subject="dataset:randhie", event=STEPS, reservation_id="job-1/2/example")
+
+
+def test_settling_is_idempotent_and_final_is_final(entries: list[Entry]) -> None:
+    assert ledger.finalise(entries, name(1), at=AT) is entries[2]
+    assert ledger.give_back(entries, "job-1/2/example", at=AT, reason="again") is entries[4]
+    with pytest.raises(LedgerError):
+        ledger.give_back(entries, name(1), at=AT, reason="please")
+    with pytest.raises(LedgerError):
+        ledger.finalise(entries, "job-1/2/example", at=AT)
+    with pytest.raises(LedgerError):
+        ledger.give_back(entries, "before", at=AT, reason="please")
+    with pytest.raises(NotFoundError):
+        ledger.finalise(entries, "job-2/1", at=AT)  # was refused, never reserved
+
+
+@dataclass
+class Model:
+    """What a ledger must say, kept in the simplest way."""
+
+    reserved: dict[int, int] = field(default_factory=dict)
+    final: set[int] = field(default_factory=set)
+    returned: set[int] = field(default_factory=set)
+
+    @property
+    def spent(self) -> int:
+        return sum(rounds for number, rounds in self.reserved.items() if number not in self.returned)
+
+
+OPERATIONS = st.lists(
+    st.tuples(st.sampled_from(["reserve", "final", "return", "refuse"]), st.integers(0, 5), st.integers(1, 3)),
+    max_size=30,
+)
+
+
+def step(book: list[Entry], model: Model, operation: tuple[str, int, int]) -> Entry:
+    """One operation on both; raises where the ledger refuses it."""
+    kind, number, rounds = operation
+    if kind == "reserve":
+        entry = reserve(book, number, charged_rounds=rounds, event=SUM.repeated(rounds))
+        assert model.reserved.setdefault(number, rounds) == rounds
+        assert number not in model.returned
+    elif kind == "final":
+        entry = ledger.finalise(book, name(number), at=AT)
+        model.final.add(number)
+    elif kind == "return":
+        entry = ledger.give_back(book, name(number), at=AT, reason="nothing left")
+        model.returned.add(number)
+    else:
+        entry = ledger.refuse(
+            book,
+            at=AT,
+            job_id="job-1",
+            round=number,
+            unit="party",
+            subject=SUBJECT,
+            reservation_id=name(number),
+            event=None,
+            reason="no",
+        )
+    return entry
+
+
+@settings(deadline=None, max_examples=60)
+@given(operations=OPERATIONS)
+def test_what_was_reserved_and_not_returned_is_spent_whatever_happens(operations: list[tuple[str, int, int]]) -> None:
+    """Random operations against the model; the chain holds after each, refused ones leave no trace."""
+    book: list[Entry] = []
+    model = Model()
+    for operation in operations:
+        try:
+            entry = step(book, model, operation)
+        except (ConflictError, LedgerError, NotFoundError):
+            continue
+        if entry not in book:
+            book.append(entry)
+        spent = sum(charge.entry.charged_rounds for charge in ledger.charges(book).values() if charge.counts)
+        assert spent == model.spent
+        assert not model.final & model.returned
+    assert verify_lines([to_line(entry) for entry in book]) == book
+    seen = balance(book, BUDGET)
+    assert seen.rounds_spent == model.spent
+    assert sum(event.rounds for event in seen.events if isinstance(event, NoisySum)) == model.spent

@@ -1,0 +1,138 @@
+"""The noise plan: shares add up to what is claimed, and no more is claimed."""
+
+from __future__ import annotations
+
+import json
+import math
+from fractions import Fraction
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from src.errors import InvalidInput
+from src.privacy.events import NoisySum, NonPrivate
+from src.privacy.noise_plan import NoiseBy, fraction_from_json, fraction_to_json, plan_noise
+
+WHO: tuple[NoiseBy, ...] = ("both", "parties", "aggregator")
+
+
+@settings(deadline=None, max_examples=150)
+@given(
+    noise_by=st.sampled_from(WHO),
+    noise_multiplier=st.floats(0.05, 20),
+    sensitivity=st.floats(100, 1e6),
+    quorum=st.integers(1, 20),
+    data=st.data(),
+)
+def test_any_admissible_set_of_honest_contributors_carries_the_planned_noise(
+    noise_by: NoiseBy, noise_multiplier: float, sensitivity: float, quorum: int, data: st.DataObject
+) -> None:
+    colluders = data.draw(st.integers(0, quorum - 1))
+    plan = plan_noise(
+        noise_by=noise_by,
+        noise_multiplier=noise_multiplier,
+        sensitivity=sensitivity,
+        quorum=quorum,
+        colluders=colluders,
+    )
+    wanted = (Fraction(noise_multiplier) * Fraction(sensitivity)) ** 2
+    honest = quorum - colluders
+    assert plan.sigma2_total == plan.aggregator_sigma2 + honest * plan.share_sigma2
+    assert wanted <= plan.sigma2_total <= wanted + Fraction(honest + 1, 2**20)
+    halves = {"both": wanted / 2, "parties": wanted, "aggregator": Fraction(0)}
+    assert halves[noise_by] <= plan.parties_sigma2 <= halves[noise_by] + Fraction(honest, 2**20)
+    assert plan.largest_sigma2(quorum + 3) >= plan.sigma2_total
+    claimed = plan.multiplier_against_aggregator
+    if noise_by == "aggregator":
+        assert claimed is None
+    else:
+        assert claimed is not None
+        assert (Fraction(claimed) * Fraction(sensitivity)) ** 2 <= plan.parties_sigma2
+        assert claimed == pytest.approx(noise_multiplier * (math.sqrt(0.5) if noise_by == "both" else 1.0))
+    assert plan.multiplier_release == noise_multiplier
+
+
+def test_a_plan_by_hand() -> None:
+    """z = 2, sensitivity 10: variance 400; half from the aggregator, half from 5 - 1 honest parties."""
+    plan = plan_noise(noise_by="both", noise_multiplier=2.0, sensitivity=10.0, quorum=5, colluders=1)
+    assert (plan.aggregator_sigma2, plan.share_sigma2, plan.sigma2_total) == (
+        Fraction(200),
+        Fraction(50),
+        Fraction(400),
+    )
+    assert json.loads(json.dumps(plan.to_json())) == {
+        "noise_by": "both",
+        "noise_multiplier": "2.0",
+        "sensitivity": "10.0",
+        "quorum": 5,
+        "colluders": 1,
+        "aggregator_sigma2": "200/1",
+        "share_sigma2": "50/1",
+    }
+
+
+def test_events_say_what_holds_and_against_whom() -> None:
+    both = plan_noise(noise_by="both", noise_multiplier=2.0, sensitivity=10.0, quorum=4, colluders=0)
+    release = both.release_event(dimension=7, rounds=3)
+    assert release == NoisySum(noise_multiplier=2.0, rounds=3, tau=release.tau, dimension=7)  # type: ignore[union-attr]
+    against = both.against_aggregator_event(dimension=7)
+    assert isinstance(against, NoisySum)
+    assert against.noise_multiplier < 2.0 * math.sqrt(0.5) + 1e-12
+    alone = plan_noise(noise_by="aggregator", noise_multiplier=0.01, sensitivity=1.0, quorum=4, colluders=0)
+    assert alone.release_event(dimension=7) == NoisySum(noise_multiplier=0.01, dimension=7)
+    assert alone.against_aggregator_event(dimension=7) == NonPrivate(
+        unit="party", reason="the aggregator can know the exact sum"
+    )
+
+
+@pytest.mark.parametrize("noise_by", WHO)
+def test_no_noise_is_a_plan_that_claims_nothing(noise_by: NoiseBy) -> None:
+    plan = plan_noise(noise_by=noise_by, noise_multiplier=0.0, sensitivity=10.0, quorum=3, colluders=0)
+    assert plan.sigma2_total == 0
+    assert plan.multiplier_release is None
+    assert plan.multiplier_against_aggregator is None
+    for event in (plan.release_event(dimension=1), plan.against_aggregator_event(dimension=1)):
+        assert event == NonPrivate(unit="party", reason="no noise at party level")
+
+
+GOOD: dict[str, object] = {
+    "noise_by": "both",
+    "noise_multiplier": 1.0,
+    "sensitivity": 10.0,
+    "quorum": 3,
+    "colluders": 0,
+}
+REJECTED: dict[str, dict[str, object]] = {
+    "unknown drawer": {"noise_by": "nobody"},
+    "negative multiplier": {"noise_multiplier": -1.0},
+    "multiplier not a number": {"noise_multiplier": float("nan")},
+    "sensitivity zero": {"sensitivity": 0.0},
+    "sensitivity infinite": {"sensitivity": float("inf")},
+    "nobody honest": {"colluders": 3},
+    "colluders negative": {"colluders": -1},
+    "quorum zero": {"quorum": 0},
+    "shares too small for the theory": {"sensitivity": 1.0, "noise_multiplier": 0.5},
+    "variance too large": {"sensitivity": 2.0**41},
+}
+
+
+@pytest.mark.parametrize("case", REJECTED)
+def test_a_plan_that_cannot_hold_is_refused(case: str) -> None:
+    plan_noise(**GOOD)  # type: ignore[arg-type]
+    with pytest.raises(InvalidInput):
+        plan_noise(**{**GOOD, **REJECTED[case]})  # type: ignore[arg-type]
+
+
+@given(value=st.fractions(0))
+@settings(deadline=None, max_examples=50)
+def test_rationals_survive_as_text(value: Fraction) -> None:
+    assert fraction_from_json(fraction_to_json(value)) == value
+
+
+@pytest.mark.parametrize(
+    "text", ["", "1", "1/0", "2/4", "-1/2", "1/-2", "01/2", "1/2/3", " 1/2", "a/b", "0/5", "1.0/2"]
+)
+def test_other_spellings_of_a_rational_are_refused(text: str) -> None:
+    with pytest.raises(InvalidInput):
+        fraction_from_json(text)
