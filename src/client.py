@@ -138,9 +138,16 @@ class AsyncSottoClient:
         self._retry_for_s = retry_for_s
 
     @classmethod
-    def from_config(cls, path: Path | str) -> Self:
-        """As a client.yaml says. Raises ConfigError, and KeyMaterialError or SignatureError for a bad roster."""
-        return cls(**_arguments(load_client_config(Path(path))))
+    def from_config(
+        cls, path: Path | str, *, address: str | None = None, retry_for_s: float = RETRY_FOR_S
+    ) -> Self:
+        """As a client.yaml says, at `address` instead where it is given.
+
+        Raises:
+            ConfigError: the file cannot be used; KeyMaterialError or SignatureError for a bad roster.
+        """
+        arguments = _arguments(load_client_config(Path(path)))
+        return cls(**{**arguments, "address": address or arguments["address"]}, retry_for_s=retry_for_s)
 
     async def close(self) -> None:
         """Hang up."""
@@ -316,9 +323,16 @@ class SottoClient:
             raise
 
     @classmethod
-    def from_config(cls, path: Path | str) -> Self:
-        """As a client.yaml says. Raises ConfigError, and KeyMaterialError or SignatureError for a bad roster."""
-        return cls(**_arguments(load_client_config(Path(path))))
+    def from_config(
+        cls, path: Path | str, *, address: str | None = None, retry_for_s: float = RETRY_FOR_S
+    ) -> Self:
+        """As a client.yaml says, at `address` instead where it is given.
+
+        Raises:
+            ConfigError: the file cannot be used; KeyMaterialError or SignatureError for a bad roster.
+        """
+        arguments = _arguments(load_client_config(Path(path)))
+        return cls(**{**arguments, "address": address or arguments["address"]}, retry_for_s=retry_for_s)
 
     def close(self) -> None:
         """Hang up and end the thread. Does nothing the second time."""

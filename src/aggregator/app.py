@@ -60,7 +60,7 @@ class App:
         )
         self._database = Database(state / DATABASE_FILE, metadata, schema_version=SCHEMA_VERSION)
         blobs = Blobs(state / "blobs")
-        preload = ("learning.evaluation",) if has_torch() and config.evaluation else ()
+        preload = ("learning.evaluation", "learning.warm") if has_torch() and config.evaluation else ()
         self._pool = WorkerPool(
             handlers="aggregator.work",
             blobs_root=state / "blobs",

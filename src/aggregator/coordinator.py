@@ -122,23 +122,27 @@ class Coordinator:
         self._woken.set()
 
     async def _turn(self) -> None:
-        for job in await self._database.run(self._active_jobs):
+        jobs, started = await self._database.run(self._active_jobs)
+        if started:
+            self.notify(jobs[0].job_id)
+        for job in jobs:
             history = await self._database.run(partial(self._rounds.of_job, job_id=job.job_id))
             for row in history[-2:]:
                 self._remember(row)
             await self._advance_job(job, history)
         self._offer()
 
-    def _active_jobs(self, connection: Connection) -> list[JobRow]:
+    def _active_jobs(self, connection: Connection) -> tuple[list[JobRow], bool]:
+        """The jobs under way, or the next one, started now."""
         active = self._jobs.active(connection)
         if active:
-            return active
+            return active, False
         pending = self._jobs.next_pending(connection)
         if pending is None or not self._can_start(pending):
-            return []
+            return [], False
         event = JobEvent(kind=EventKind.STARTED, message="started")
         LOG.info("job %s starts", pending.job_id)
-        return [self._jobs.apply(connection, pending.job_id, event, now=self._clock())]
+        return [self._jobs.apply(connection, pending.job_id, event, now=self._clock())], True
 
     def _can_start(self, job: JobRow) -> bool:
         """With a pinned roster at once: the round has a deadline. Without one, once the parties have joined."""

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Final
 
 import typer
 
@@ -31,7 +31,9 @@ JobId = Annotated[str, typer.Argument(help="The job's id.", show_default=False)]
 TimeoutOption = Annotated[
     float | None, typer.Option("--timeout", min=0, help="Seconds to wait; the job goes on after them.")
 ]
-DEFAULT_CONFIG = Path("client.yaml")
+DEFAULT_CONFIG: Final = Path("client.yaml")
+IMPATIENT_S: Final = 2.0
+"""How long somebody at a terminal is kept before hearing that the aggregator cannot be reached."""
 
 
 @app.callback()
@@ -121,7 +123,7 @@ def watch(
     as_json: JsonOption = False,
 ) -> None:
     """Follow a job until it is at rest: a table on a terminal, a line an event elsewhere."""
-    with _client(config) as client:
+    with _client(config, patient=True) as client:
         if as_json or not sys.stdout.isatty():
             for event in client.watch(job_id, after_sequence=after):
                 _print_event(event, as_json=as_json)
@@ -136,7 +138,7 @@ def wait(
     """Wait until a job is at rest. The exit code is 0 only if it succeeded."""
     from ..client import result_of
 
-    with _client(config) as client:
+    with _client(config, patient=True) as client:
         if as_json or timeout is not None or not sys.stdout.isatty():
             job = client.wait(job_id, timeout)
         else:
@@ -169,7 +171,7 @@ def result(
     as_json: JsonOption = False,
 ) -> None:
     """Print a finished job's result; with --out fetch and verify its files."""
-    with _client(config) as client:
+    with _client(config, patient=out is not None) as client:
         brought = client.result(job_id)
         files = client.fetch_artifact(job_id, out) if out is not None else {}
     if as_json:
@@ -185,10 +187,11 @@ def result(
 
 
 @contextmanager
-def _client(config: Path) -> Iterator[SottoClient]:
-    from ..client import SottoClient
+def _client(config: Path, *, patient: bool = False) -> Iterator[SottoClient]:
+    """A connection; a patient one outlives a restart of the aggregator, the others soon say that it is not there."""
+    from ..client import RETRY_FOR_S, SottoClient
 
-    with SottoClient.from_config(config) as client:
+    with SottoClient.from_config(config, retry_for_s=RETRY_FOR_S if patient else IMPATIENT_S) as client:
         yield client
 
 

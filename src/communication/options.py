@@ -17,6 +17,9 @@ clients with GOAWAY "too_many_pings"."""
 PING_TIMEOUT_S: Final = 10
 """After a ping without an answer the connection counts as lost."""
 
+LONGEST_RECONNECT_PAUSE_S: Final = 5
+"""gRPC's own two minutes are longer than anybody here waits for an aggregator that restarts."""
+
 Options = list[tuple[str, int]]
 
 
@@ -36,6 +39,8 @@ def client_options(max_message_bytes: int) -> Options:
         *_common(max_message_bytes),
         ("grpc.keepalive_time_ms", CLIENT_PING_INTERVAL_S * 1000),
         ("grpc.enable_retries", 0),
+        ("grpc.initial_reconnect_backoff_ms", 200),
+        ("grpc.max_reconnect_backoff_ms", LONGEST_RECONNECT_PAUSE_S * 1000),
     ]
 
 

@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from sklearn.metrics import roc_auc_score
 
 from .flatten import Tensors, load_tensors
 from .task import Dataset, Task, metrics_of
@@ -46,8 +47,6 @@ def default_metrics(outputs: NDArray[Any], labels: NDArray[Any]) -> dict[str, fl
         outputs: logits of shape (n,), (n, 1) or (n, classes).
         labels: classes 0, 1, …, shape (n,). With a single class present `auc` is not defined and is left out.
     """
-    from sklearn.metrics import roc_auc_score
-
     scores: NDArray[Any] | None
     if outputs.ndim == 1 or outputs.shape[1] == 1:
         scores = outputs.reshape(len(outputs))

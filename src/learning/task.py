@@ -64,12 +64,13 @@ class Dataset:
 class Task(Protocol):
     """What every task brings.
 
-    It may bring three more, found by `holdout_of`, `loss_of` and `metrics_of`:
+    It may bring more, found by `holdout_of`, `loss_of`, `metrics_of` and `warm`:
 
     - `load_holdout(options) -> Dataset`: public rows on which the aggregator evaluates;
     - `loss(outputs, labels) -> Tensor` of shape (n,): one loss for each example, never their mean, since DP-SGD clips
       each example's gradient by itself;
-    - `metrics(outputs, labels) -> dict[str, float]`, over numpy arrays.
+    - `metrics(outputs, labels) -> dict[str, float]`, over numpy arrays;
+    - `preload()`: imports what its data needs, once for all workers.
     """
 
     @property

@@ -51,7 +51,7 @@ class App:
             workspace=state / "work",
             size=config.workers.count,
             nice=config.workers.nice,
-            preload=("learning.dpsgd",),
+            preload=("learning.dpsgd", "learning.warm"),
         )
         worker = RoundWorker(
             home=home,

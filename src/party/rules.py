@@ -13,7 +13,7 @@ from typing import Any
 from ..config import PartyConfig
 from ..encryption.dealer import check_threshold
 from ..encryption.scheme import Scheme
-from ..errors import KeyMaterialError, OpeningError, PlanError, PolicyError, SignatureError
+from ..errors import InvalidInput, KeyMaterialError, OpeningError, PlanError, PolicyError, SignatureError
 from ..privacy.noise_plan import NoisePlan
 from ..protocol.derive import derive_again
 from ..protocol.plan import (
@@ -60,7 +60,10 @@ def check_plan(signed: Signed, roster: Roster, *, config: PartyConfig, scheme: S
     elif roster.custody == "threshold":
         raise PlanError("the plan names another roster than this party's")
     _check_policy(plan, config)
-    return CheckedPlan(plan, digest, derive_again(scheme, plan).noise_plan)
+    derived = derive_again(scheme, plan)
+    if derived.layout.body_bytes > config.limits.max_update_bytes:
+        raise PolicyError("the plan's updates are larger than limits.max_update_bytes")
+    return CheckedPlan(plan, digest, derived.noise_plan)
 
 
 def _check_against_roster(plan: RoundPlan, roster: Roster) -> None:
@@ -118,8 +121,6 @@ def _check_policy(plan: RoundPlan, config: PartyConfig) -> None:
         )
     if plan.model_bytes > config.limits.max_update_bytes:
         raise PolicyError(f"a model of {plan.model_bytes} bytes is larger than limits.max_update_bytes")
-    if plan.layout.get("ciphertext_count", 0) * plan.layout.get("ciphertext_bytes", 0) > config.limits.max_update_bytes:
-        raise PolicyError("the plan's updates are larger than limits.max_update_bytes")
 
 
 def check_contribution(plan: RoundPlan, config: PartyConfig) -> None:
@@ -137,6 +138,7 @@ def check_list(signed: Signed, roster: Roster, *, plan: RoundPlan, plan_digest: 
 
     Raises:
         SignatureError: the list or one of its roots is not signed by whom it names, or a signer is not in the roster.
+        InvalidInput: it is not a list of signed roots.
         PlanError: a root of another round, a contributor twice or not invited, fewer parties than the quorum, or the
             aggregator's noise missing or uncalled for.
     """
@@ -144,7 +146,10 @@ def check_list(signed: Signed, roster: Roster, *, plan: RoundPlan, plan_digest: 
     if statement.get("plan") != plan_digest:
         raise PlanError("the frozen list belongs to another round plan")
     roots: dict[str, RootStatement] = {}
-    for entry in statement.get("roots", ()):
+    entries = statement.get("roots")
+    if not isinstance(entries, list):
+        raise InvalidInput("a frozen list is malformed")
+    for entry in entries:
         root = _check_root(Signed.from_json(entry), roster, plan_digest=plan_digest)
         if root.contributor in roots:
             raise PlanError(f"the frozen list names {root.contributor} twice")
@@ -200,13 +205,16 @@ def check_opening(
 
     Raises:
         SignatureError: not signed by the roster's aggregator.
-        OpeningError: another plan or list, a contributor twice or not listed, fewer than the quorum, this party's
-            delivered update left out, the noise left out, or another aggregate of this round opened before.
+        OpeningError: another round, plan or list, a contributor twice or not listed, fewer than the quorum, this
+            party's delivered update left out, the noise left out, or another aggregate of this round opened before.
     """
+    # What a round may open is remembered under its name: under another name the plan would be opened a second time.
+    if (row.job_id, row.number) != (plan.job_id, plan.round):
+        raise OpeningError(f"the plan is of round {plan.round} of job {plan.job_id}, not of the round to be opened")
     statement = open_signed(signed, OPENING_KIND, verify_key=roster.aggregator_verify_key)
     opening = OpeningStatement.from_statement(statement)
     list_digest = signed_digest(listed, LIST_KIND)
-    if opening.plan != row.plan:
+    if opening.plan != row.plan or any(root.plan != row.plan for root in roots.values()):
         raise OpeningError("the opening belongs to another round plan")
     if opening.list != list_digest or (row.list and row.list != list_digest):
         raise OpeningError("the opening belongs to another frozen list")

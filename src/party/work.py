@@ -95,8 +95,14 @@ def dataset_options(own: Mapping[str, Any], plan: RoundPlan) -> dict[str, Any]:
 
     Raises:
         PolicyError: the job sets an option that this party has not left open: data is chosen by its owner.
+        InvalidInput: the job's options are not a JSON object.
     """
-    asked = json.loads(plan.task_options)
+    try:
+        asked = json.loads(plan.task_options)
+    except (ValueError, RecursionError) as error:
+        raise InvalidInput("the job's task options are not JSON") from error
+    if not isinstance(asked, dict):
+        raise InvalidInput("the job's task options are not a JSON object")
     closed = sorted(key for key, value in asked.items() if key not in own or own[key] not in (None, value))
     if closed:
         raise PolicyError(

@@ -25,9 +25,9 @@ class BlobRef(Protocol):
     """What a blob store says of what it stored."""
 
     @property
-    def sha256(self) -> str: ...  # noqa: D102  # hex
+    def sha256(self) -> str: ...  # hex
     @property
-    def size(self) -> int: ...  # noqa: D102  # bytes
+    def size(self) -> int: ...  # bytes
 
 
 class BlobStore(Protocol):

@@ -19,10 +19,15 @@ def canonical_bytes(value: Mapping[str, Any]) -> bytes:
     """The canonical form of an object of strings, integers, booleans, nulls, lists and objects.
 
     Raises:
-        InvalidInput: on a float, a key that is not a string, or any other type.
+        InvalidInput: on a float, a key that is not a string, any other type, or what no JSON text can hold: half of a
+            surrogate pair, an integer of thousands of digits, objects nested without end.
     """
-    _check(value, "$")
-    return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False).encode()
+    try:
+        _check(value, "$")
+        text = json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
+        return text.encode()
+    except (ValueError, RecursionError) as error:  # UnicodeEncodeError is a ValueError
+        raise InvalidInput("a statement holds what canonical JSON cannot") from error
 
 
 def parse_canonical(data: bytes) -> dict[str, Any]:

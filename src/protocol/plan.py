@@ -7,11 +7,13 @@ can be shown another model, another noise or another quorum under the same round
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any, Final
 
 from ..errors import InvalidInput
+from .canonical import real
 from .signing import Signed
 
 PLAN_KIND: Final = "plan"
@@ -139,6 +141,10 @@ class RoundPlan:
 
 
 _TYPES: Final[dict[str, type | tuple[type, ...]]] = {"str": str, "int": int, "dict[str, Any]": dict}
+_REALS: Final = frozenset(
+    {"sampling_rate", "learning_rate", "max_grad_norm", "noise_multiplier", "delta", "clipping_norm"}
+)
+"""Strings that are numbers: finite, and in the one form that `canonical.real` writes."""
 
 
 def _check_types(record: object) -> None:
@@ -147,10 +153,20 @@ def _check_types(record: object) -> None:
         wanted = _TYPES.get(str(field.type))
         if wanted is not None and (not isinstance(value, wanted) or isinstance(value, bool)):
             raise InvalidInput(f"a round plan is malformed: {field.name} is not of type {field.type}")
+        if field.name in _REALS and not _is_real(value):
+            raise InvalidInput(f"a round plan is malformed: {field.name} is not a decimal number")
         if str(field.type) in {"LocalPlan", "NoiseSpec"}:
             _check_types(value)
     if isinstance(record, RoundPlan) and not all(isinstance(name, str) for name in record.cohort):
         raise InvalidInput("a round plan is malformed: cohort holds something that is not a name")
+
+
+def _is_real(text: str) -> bool:
+    try:
+        value = float(text)
+    except ValueError:
+        return False
+    return math.isfinite(value) and real(value) == text
 
 
 @dataclass(frozen=True, slots=True)
@@ -182,7 +198,9 @@ class RootStatement:
             statement = cls(**value)
         except TypeError as error:
             raise InvalidInput("a root statement is malformed") from error
-        if not (isinstance(statement.ciphertexts, int) and isinstance(statement.body_bytes, int)):
+        texts = (statement.plan, statement.contributor, statement.root)
+        counts = (statement.ciphertexts, statement.body_bytes)
+        if not all(type(text) is str for text in texts) or not all(type(n) is int and n >= 0 for n in counts):
             raise InvalidInput("a root statement is malformed")
         return statement
 
@@ -211,9 +229,13 @@ class OpeningStatement:
     def from_statement(cls, value: Mapping[str, Any]) -> OpeningStatement:
         """Raises InvalidInput when malformed."""
         try:
-            return cls(**{**value, "contributors": tuple(str(name) for name in value["contributors"])})
+            statement = cls(**{**value, "contributors": tuple(value["contributors"])})
         except (KeyError, TypeError) as error:
             raise InvalidInput("an opening statement is malformed") from error
+        texts = (statement.plan, statement.list, statement.aggregate_root, *statement.contributors)
+        if not isinstance(value["contributors"], list | tuple) or not all(type(text) is str for text in texts):
+            raise InvalidInput("an opening statement is malformed")
+        return statement
 
 
 def aggregate_header(plan_digest: str, contributors: tuple[str, ...]) -> bytes:

@@ -246,8 +246,11 @@ async def test_a_busy_pool_neither_blocks_the_loop_nor_a_free_worker(make_pool: 
     await asyncio.gather(task, second, return_exceptions=True)
 
 
-async def test_units_wait_in_the_order_they_came_and_a_cancelled_one_leaves_the_queue(make_pool: MakePool) -> None:
+async def test_units_wait_in_the_order_they_came_and_a_cancelled_one_leaves_the_queue(
+    make_pool: MakePool, blobs: Blobs
+) -> None:
     pool = await make_pool()
+    first = await _begin_busy(pool, blobs)
     order: list[int] = []
 
     async def unit(number: int) -> None:
@@ -255,9 +258,10 @@ async def test_units_wait_in_the_order_they_came_and_a_cancelled_one_leaves_the_
         order.append(number)
 
     tasks = [asyncio.create_task(unit(number)) for number in range(8)]
-    await _until(lambda: pool.stats().waiting == 7)
+    await _until(lambda: pool.stats().waiting == 8)
     tasks[3].cancel()
-    await asyncio.gather(*tasks, return_exceptions=True)
+    first.cancel()
+    await asyncio.gather(first, *tasks, return_exceptions=True)
     assert order == [0, 1, 2, 4, 5, 6, 7]
     assert pool.stats().idle == 1
 

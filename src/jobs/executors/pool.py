@@ -222,6 +222,7 @@ class WorkerPool:
         self._idle: deque[_Worker] = deque()
         self._waiting: deque[asyncio.Future[_Worker]] = deque()
         self._growing: set[asyncio.Task[None]] = set()
+        self._ending: set[asyncio.Task[int | None]] = set()
         self._open = False
         self._numbers = itertools.count(1)
         self._busy = self._replaced = self._done = self._failed = 0
@@ -251,7 +252,7 @@ class WorkerPool:
             _fail(self._waiting.popleft(), AbandonedError("the worker pool is closed"))
         for task in self._growing:
             task.cancel()
-        await asyncio.gather(*self._growing, return_exceptions=True)
+        await asyncio.gather(*self._growing, *self._ending, return_exceptions=True)
         if self._zygote is not None:
             await self._zygote.close()
             self._zygote = None
@@ -351,12 +352,18 @@ class WorkerPool:
                 return
         self._idle.append(worker)
 
-    def _replace(self, worker: _Worker) -> asyncio.Task[int | None]:
-        """Ends a worker and starts another, both without being waited for; returns the task that ends it."""
+    def _replace(self, worker: _Worker) -> asyncio.Task[int | None] | None:
+        """Ends a worker and starts another, both without being waited for; returns the task that ends it.
+
+        None while the pool is being closed: `close` ends all of them.
+        """
+        if not self._open:
+            return None
+        self._replaced += 1
         ending = asyncio.create_task(self._forget(worker))
-        if self._open:
-            self._replaced += 1
-            self._spawn(self._add_worker(after=ending))
+        self._ending.add(ending)
+        ending.add_done_callback(self._ending.discard)
+        self._spawn(self._add_worker(after=ending))
         return ending
 
     def _grow(self) -> None:
@@ -372,7 +379,7 @@ class WorkerPool:
     async def _add_worker(self, after: asyncio.Task[int | None] | None = None) -> None:
         try:
             if after is not None:
-                await after
+                await asyncio.shield(after)
             self._release(await self._new_worker())
         except WorkerError as error:
             _log.error("a worker cannot be replaced: %s", error.private)
@@ -399,8 +406,8 @@ class WorkerPool:
         self._workers.discard(worker)
         return await worker.end()
 
-    async def _death(self, name: str, ending: asyncio.Task[int | None]) -> AbandonedError | WorkerError:
-        if not self._open:
+    async def _death(self, name: str, ending: asyncio.Task[int | None] | None) -> AbandonedError | WorkerError:
+        if ending is None:
             return AbandonedError(f"unit {name} was abandoned: the worker pool is closed", unit=name)
         status = await asyncio.shield(ending)
         return WorkerError(f"the worker of unit {name} died", private=f"exit status {status}", unit=name)
