@@ -24,10 +24,10 @@ demo-check: $(READY)  ## five seeds: the federation learns as much as central DP
 	@$(BIN)/python scripts/demo_check.py $(ARGS)
 
 test: $(READY)  ## the test suite, under ten minutes on two cores
-	@$(BIN)/python -m pytest -q -n $(PYTEST_WORKERS) -m "not slow" $(ARGS)
+	@$(BIN)/python -m pytest -q -n $(PYTEST_WORKERS) --dist loadgroup -m "not slow" $(ARGS)
 
 test-all: $(READY)  ## the test suite with the long runs
-	@$(BIN)/python -m pytest -q -n $(PYTEST_WORKERS) $(ARGS)
+	@$(BIN)/python -m pytest -q -n $(PYTEST_WORKERS) --dist loadgroup $(ARGS)
 
 check: $(READY)  ## ruff, mypy strict, and whether the generated stubs are up to date
 	@$(BIN)/ruff check .
@@ -39,7 +39,7 @@ proto: $(READY)  ## regenerate src/communication/generated from proto/
 	@PATH="$(CURDIR)/$(BIN):$$PATH" ./generate_grpc.sh
 
 bench: $(READY)  ## measure (ONLY=encryption|…), writes build/bench.json
-	@$(BIN)/python scripts/bench.py $(if $(ONLY),--only $(ONLY)) $(ARGS)
+	@$(BIN)/python benchmarks/bench.py $(if $(ONLY),--only $(ONLY)) $(ARGS)
 
 clean:  ## remove what was built (keeps runs/)
 	rm -rf $(VENV) build dist *.egg-info src/*.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis

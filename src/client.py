@@ -138,9 +138,7 @@ class AsyncSottoClient:
         self._retry_for_s = retry_for_s
 
     @classmethod
-    def from_config(
-        cls, path: Path | str, *, address: str | None = None, retry_for_s: float = RETRY_FOR_S
-    ) -> Self:
+    def from_config(cls, path: Path | str, *, address: str | None = None, retry_for_s: float = RETRY_FOR_S) -> Self:
         """As a client.yaml says, at `address` instead where it is given.
 
         Raises:
@@ -323,9 +321,7 @@ class SottoClient:
             raise
 
     @classmethod
-    def from_config(
-        cls, path: Path | str, *, address: str | None = None, retry_for_s: float = RETRY_FOR_S
-    ) -> Self:
+    def from_config(cls, path: Path | str, *, address: str | None = None, retry_for_s: float = RETRY_FOR_S) -> Self:
         """As a client.yaml says, at `address` instead where it is given.
 
         Raises:

@@ -144,17 +144,17 @@ def _share_stored(row: RoundRow, event: ShareStored) -> RoundRow:
         raise StateError(f"party {event.party} was not asked for a share", party=event.party)
     if _cannot_open(row, event.party):  # else a wrong share could be sent again and again until the deadline
         raise StateError(f"party {event.party} failed to open, and others are asked", party=event.party)
-    if row.shares.get(event.party, event.sha256) != event.sha256:
-        raise ConflictError(f"party {event.party} already sent another share", party=event.party)
+    if event.party in row.shares:  # the first one counts until it is found to be wrong
+        return row
     return replace(row, shares={**row.shares, event.party: event.sha256})
 
 
 def _party_failed(row: RoundRow, event: PartyFailed) -> RoundRow:
     if event.party not in row.cohort and event.party not in row.holders:
         raise StateError(f"party {event.party} has no part in this round", party=event.party)
-    opening = row.state is RoundState.OPENING
-    if opening and event.failure.stage != Work.OPEN.value:
-        return row  # of an upload that came too late, say: it takes back no share, and excuses nobody from opening
+    if row.state is RoundState.OPENING and event.failure.stage != Work.OPEN.value:
+        # Of an upload that came too late, say: it takes no share back, and undoes no failure to open.
+        return replace(row, failures={event.party: event.failure, **row.failures})
     shares = {name: blob for name, blob in row.shares.items() if name != event.party}
     return replace(row, failures={**row.failures, event.party: event.failure}, shares=shares)
 

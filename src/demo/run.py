@@ -274,13 +274,10 @@ class Demo:
         self._view.note(text)
 
     def _baselines(self, rounds: int) -> Any:
-        import torch
-
         from ..learning.baselines import central, pooled_training
         from ..privacy.accounting import calibrate_dp_sgd
         from ..privacy.entropy import SystemEntropy
 
-        torch.set_num_threads(max(1, (os.cpu_count() or 2) // 2))
         demo, options = DEMO, self._options
         task = RandHieTask()
         shared = {"parties": options.parties, "seed": options.seed}
@@ -299,6 +296,7 @@ class Demo:
             ),
             seed=options.seed,
             entropy=SystemEntropy(),
+            threads=max(1, (os.cpu_count() or 2) // 2),
         )
 
     def _report(self, path: Path, released: list[dict[str, Any]], baselines: Any, final: jobs_pb2.JobResult) -> None:

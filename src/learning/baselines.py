@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
+import torch
 
 from ..errors import InvalidInput
 from ..privacy.entropy import Entropy
@@ -67,17 +68,20 @@ def central(
     private: LocalTraining,
     seed: int,
     entropy: Entropy,
+    threads: int = 1,
 ) -> Baselines:
-    """Train both baselines from the model that `seed` gives, and evaluate them. The caller sets torch's threads.
+    """Train both baselines from the model that `seed` gives, and evaluate them.
 
     Args:
         parties: each party's rows, pooled here.
         plain: for the baseline without privacy; its clipping and noise are ignored.
         private: for DP-SGD, as `pooled_training` gives.
+        threads: of torch, in this process from now on.
 
     Raises:
         InvalidInput: as `pool` and `train_dpsgd`.
     """
+    torch.set_num_threads(threads)
     data = pool(parties)
     results = []
     for train, config in ((train_plain, plain), (train_dpsgd, private)):

@@ -104,9 +104,14 @@ class Roster:
             fields["members"] = tuple(
                 Member(**{**member, "verify_key": bytes.fromhex(member["verify_key"])}) for member in fields["members"]
             )
-            return cls(**fields)
-        except (KeyError, TypeError, ValueError) as error:
+            roster = cls(**fields)
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise InvalidInput("a roster is malformed") from error
+        texts = (roster.federation, roster.key_id, roster.custody, roster.created_at, *roster.names)
+        counts = (roster.threshold, roster.colluders, *(member.share_index for member in roster.members))
+        if not all(type(text) is str for text in texts) or not all(type(n) is int and n >= 0 for n in counts):
+            raise InvalidInput("a roster is malformed")
+        return roster
 
 
 def sign_roster(roster: Roster, key: SigningKey, *, signer: str = OPERATOR) -> Signed:
