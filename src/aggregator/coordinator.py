@@ -26,6 +26,7 @@ from ..jobs.states import Event as JobEvent
 from ..jobs.states import EventKind, JobRow, JobState, failed_event, round_event, succeeded_event, utc
 from ..jobs.store import JobStore
 from ..privacy.events import Event as Mechanism
+from ..privacy.events import event_to_json
 from ..protocol.plan import PLAN_KIND, signed_digest
 from ..storage.blobs import Blobs
 from ..storage.database import Database
@@ -48,7 +49,7 @@ from .round_row import (
     Tick,
 )
 from .sessions import Sessions
-from .steps import History, RoundSteps, public_reason
+from .steps import History, RoundSteps, costs_of, public_reason
 from .store import EnrolmentStore, RoundStore
 from .summary import round_summary
 
@@ -105,7 +106,7 @@ class Coordinator:
             self._woken.clear()
             try:
                 await self._turn()
-            except SottoError:
+            except Exception:  # whatever it is: the rows are as they were, and the next turn reads them again
                 LOG.exception("a turn of the coordinator failed; the next one tries again")
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self._woken.wait(), TURN_S)
@@ -126,10 +127,10 @@ class Coordinator:
         if started:
             self.notify(jobs[0].job_id)
         for job in jobs:
-            history = await self._database.run(partial(self._rounds.of_job, job_id=job.job_id))
-            for row in history[-2:]:
-                self._remember(row)
-            await self._advance_job(job, history)
+            latest = await self._database.run(partial(self._rounds.latest, job_id=job.job_id))
+            if latest is not None:
+                self._remember(latest)
+            await self._advance_job(job, latest)
         self._offer()
 
     def _active_jobs(self, connection: Connection) -> tuple[list[JobRow], bool]:
@@ -154,25 +155,22 @@ class Coordinator:
         self._stage[job.job_id] = f"waiting for {', '.join(missing) or 'at least two parties'} to join"
         return not missing and len(joined) >= 2  # a sum over one party is that party's update
 
-    async def _advance_job(self, job: JobRow, history: list[RoundRow]) -> None:
+    async def _advance_job(self, job: JobRow, row: RoundRow | None) -> None:
         spec = FederatedTrainingSpec.from_json(job.spec)
-        row = history[-1] if history else None
         if row is not None and not (row.at_rest and row.settled):
             await self._advance_round(job, row, spec)
             return
         if job.state is JobState.CANCELLING:
             await self._end_job(job.job_id, JobEvent(kind=EventKind.CANCELLED, message="cancelled"))
             return
-        released = [each for each in history if each.state is RoundState.RELEASED]
-        failed = [each for each in history if each.state is RoundState.FAILED]
-        number = len(history) + 1
-        if len(released) >= spec.rounds:
-            self._spawn((job.job_id, number, "finish"), partial(self._finish, job, spec, history))
-        elif len(failed) > spec.spare_rounds:
-            await self._fail_job(job.job_id, RoundFailed(failed[-1].reason), stage=f"round {failed[-1].number}")
+        number = row.number + 1 if row else 1
+        if job.rounds_released >= spec.rounds:
+            self._spawn((job.job_id, number, "finish"), partial(self._finish, job, spec))
+        elif row is not None and job.rounds_failed > spec.spare_rounds:
+            await self._fail_job(job.job_id, RoundFailed(row.reason), stage=f"round {row.number}")
         else:
             self._stage[job.job_id] = f"planning round {number}"
-            self._spawn((job.job_id, number, "plan"), partial(self._plan, job, spec, history))
+            self._spawn((job.job_id, number, "plan"), partial(self._plan, job, spec, number))
 
     async def _advance_round(self, job: JobRow, row: RoundRow, spec: FederatedTrainingSpec) -> None:
         now = self._clock()
@@ -230,7 +228,7 @@ class Coordinator:
         if step is Step.ASK_SHARES:
             return [await self._steps.ask_shares(row, connected=self._sessions.connected)]
         history = await self._database.run(partial(self._history, job_id=row.job_id))
-        return await self._steps.release(row, spec=spec, history=history, costs=self._costs(row))
+        return await self._steps.release(row, spec=spec, history=history)
 
     async def _settle(self, row: RoundRow) -> None:
         """The ledger's last word on a round at rest, and the job's event, in one transaction."""
@@ -254,13 +252,8 @@ class Coordinator:
         released = [row for row in rows if row.state is RoundState.RELEASED and row.result]
         state = (released[-1].result or {})["state_sha256"] if released else ""
         # A round whose shares were asked for counts as shown, whatever became of it; the present one comes on top.
-        costs = tuple(self._costs(row) for row in rows if row.spent and row.at_rest)
+        costs = tuple(costs_of(row) for row in rows if row.spent and row.at_rest)
         return History(costs, state, self._accounts.head(connection))
-
-    def _costs(self, row: RoundRow) -> tuple[Mechanism, Mechanism]:
-        plan = plan_of(row.plan)
-        costs = round_costs(self._pipeline.scheme(plan.scheme), plan)
-        return costs["release"], costs["aggregator"]
 
     # --- what happens to a job ----------------------------------------------------------------------------------------
 
@@ -277,7 +270,9 @@ class Coordinator:
         if not self._federation.pinned and not self._federation.roster.members:
             raise StateError("no party has joined yet: a job can be priced only for parties that are known")
         model = await self._pipeline.initial_model(spec)
-        plan = plan_round(spec, job_id="priced", number=1, model=model, roster=self._federation.roster, scheme=scheme)
+        plan = await asyncio.to_thread(
+            plan_round, spec, job_id="priced", number=1, model=model, roster=self._federation.roster, scheme=scheme
+        )
         return round_costs(scheme, plan)["release"]
 
     def _committed(self, connection: Connection) -> list[tuple[FederatedTrainingSpec, int]]:
@@ -285,19 +280,15 @@ class Coordinator:
         pending = self._jobs.list_jobs(connection, state=JobState.PENDING, page_size=1000).rows
         jobs = [*self._jobs.active(connection), *pending]
         specs = [FederatedTrainingSpec.from_json(job.spec) for job in jobs]
-        used = [len(self._rounds.of_job(connection, job.job_id)) for job in jobs]
+        used = [latest.number if latest else 0 for latest in (self._rounds.latest(connection, j.job_id) for j in jobs)]
         return [(spec, max(0, spec.priced_rounds - count)) for spec, count in zip(specs, used, strict=True)]
 
-    async def _plan(self, job: JobRow, spec: FederatedTrainingSpec, history: list[RoundRow]) -> None:
-        released = [row for row in history if row.state is RoundState.RELEASED and row.result]
+    async def _plan(self, job: JobRow, spec: FederatedTrainingSpec, number: int) -> None:
         try:
-            if released:
-                result = released[-1].result or {}
-                dimension = plan_of(released[-1].plan).dimension
-                model = Model(result["model_sha256"], result["model_bytes"], dimension)
-            else:
-                model = await self._pipeline.initial_model(spec)
-            row = self._new_row(job.job_id, len(history) + 1, spec, model)
+            model = await self._database.run(partial(self._last_model, job_id=job.job_id))
+            row = await asyncio.to_thread(
+                self._new_row, job.job_id, number, spec, model or await self._pipeline.initial_model(spec)
+            )
             await self._database.run(partial(self._open_round, row=row))
         except Exception as error:
             if not isinstance(error, SottoError):
@@ -309,16 +300,26 @@ class Coordinator:
         LOG.info("round %d of job %s is planned (plan %s)", row.number, job.job_id, row.plan_digest[:16])
         self.wake()
 
+    def _last_model(self, connection: Connection, job_id: str) -> Model | None:
+        """What the last released round of a job gave; None before the first."""
+        released = [row for row in self._rounds.of_job(connection, job_id) if row.state is RoundState.RELEASED]
+        if not released:
+            return None
+        result = released[-1].result or {}
+        return Model(result["model_sha256"], result["model_bytes"], plan_of(released[-1].plan).dimension)
+
     def _new_row(self, job_id: str, number: int, spec: FederatedTrainingSpec, model: Model) -> RoundRow:
         roster = self._federation.roster
         scheme = self._pipeline.scheme(spec.encryption.scheme)
         plan = plan_round(spec, job_id=job_id, number=number, model=model, roster=roster, scheme=scheme)
         signed = self._federation.sign(PLAN_KIND, plan.to_statement())
+        costs = {name: dict(event_to_json(event)) for name, event in round_costs(scheme, plan).items()}
         row = RoundRow(
             job_id=job_id,
             number=number,
             plan=signed.to_json(),
             plan_digest=signed_digest(signed, PLAN_KIND),
+            costs=costs,
             model_sha256=model.sha256,
             cohort=plan.cohort,
             quorum=plan.quorum,
@@ -332,12 +333,13 @@ class Coordinator:
 
     def _open_round(self, connection: Connection, row: RoundRow) -> None:
         """Reserve, then store: a round that the budget does not allow never exists."""
-        self._accounts.reserve(connection, row.job_id, row.number, event=self._costs(row)[0], now=self._clock())
+        self._accounts.reserve(connection, row.job_id, row.number, event=costs_of(row)[0], now=self._clock())
         self._rounds.insert(connection, row)
 
-    async def _finish(self, job: JobRow, spec: FederatedTrainingSpec, history: list[RoundRow]) -> None:
+    async def _finish(self, job: JobRow, spec: FederatedTrainingSpec) -> None:
         self._stage[job.job_id] = "writing the artifact"
         try:
+            history = await self._database.run(partial(self._rounds.of_job, job_id=job.job_id))
             head = await self._database.run(self._accounts.head)
             result = await asyncio.to_thread(
                 write_artifact,
@@ -377,7 +379,7 @@ class Coordinator:
         async def run() -> None:
             try:
                 await work()
-            except SottoError:
+            except Exception:  # the rows are as they were: the next turn begins the same work again
                 LOG.exception("task %s failed", key)
             finally:
                 self._tasks.pop(key, None)

@@ -16,6 +16,7 @@ from ..errors import SottoError, meaning
 from ..jobs.spec import FederatedTrainingSpec
 from ..privacy.accounting import epsilon
 from ..privacy.events import Event as Mechanism
+from ..privacy.events import event_from_json
 from ..protocol.batches import StoredBatch
 from ..protocol.canonical import real
 from ..protocol.plan import (
@@ -99,9 +100,7 @@ class RoundSteps:
         opening = self._federation.sign(OPENING_KIND, statement.to_statement())
         return SharesAsked(opening.to_json(), holders_to_ask(row, connected=connected, now=self._clock()))
 
-    async def release(
-        self, row: RoundRow, *, spec: FederatedTrainingSpec, history: History, costs: tuple[Mechanism, Mechanism]
-    ) -> list[Event]:
+    async def release(self, row: RoundRow, *, spec: FederatedTrainingSpec, history: History) -> list[Event]:
         """Open, apply, evaluate, record. Wrong shares instead become the failures of those who sent them."""
         opened = await self._pipeline.open(row, optimizer=spec.server_optimizer, state_sha256=history.state_sha256)
         if "wrong" in opened:
@@ -110,7 +109,7 @@ class RoundSteps:
                 for party, why in opened["wrong"].items()
             ]
         metrics = await self._pipeline.evaluate(plan_of(row.plan), opened["model_sha256"])
-        spent = await asyncio.to_thread(_epsilons, [*history.spent, costs], spec.party_privacy.delta)
+        spent = await asyncio.to_thread(_epsilons, [*history.spent, costs_of(row)], spec.party_privacy.delta)
         transcript = self._transcript(row, opened, epsilons=spent, ledger_head=history.ledger_head)
         result: dict[str, Any] = {
             "model_sha256": opened["model_sha256"],
@@ -151,6 +150,11 @@ class RoundSteps:
             body_bytes=batch.size,
         )
         return self._federation.sign(ROOT_KIND, statement.to_statement())
+
+
+def costs_of(row: RoundRow) -> tuple[Mechanism, Mechanism]:
+    """What a round costs a party: against whoever sees the release, and against the aggregator."""
+    return event_from_json(row.costs["release"]), event_from_json(row.costs["aggregator"])
 
 
 def _epsilons(costs: list[tuple[Mechanism, Mechanism]], delta: float) -> tuple[float, float]:

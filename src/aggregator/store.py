@@ -42,6 +42,13 @@ class RoundStore:
             raise NotFoundError(f"no round {number} of job {job_id}", job=job_id, round=number)
         return RoundRow.from_json(json.loads(content))
 
+    def latest(self, connection: Connection, job_id: str) -> RoundRow | None:
+        """The newest round of a job; None before the first."""
+        table = self._table
+        query = select(table.c.content).where(table.c.job_id == job_id).order_by(table.c.number.desc()).limit(1)
+        content = connection.execute(query).scalar()
+        return None if content is None else RoundRow.from_json(json.loads(content))
+
     def of_job(self, connection: Connection, job_id: str) -> list[RoundRow]:
         """All rounds of a job, oldest first."""
         query = select(self._table.c.content).where(self._table.c.job_id == job_id).order_by(self._table.c.number)

@@ -59,6 +59,11 @@ def submit(  # each parameter is an option of the command
     round_timeout: Annotated[float | None, typer.Option(help="Seconds for a round.")] = None,
     name: Annotated[str, typer.Option(help="A name to recognise the job by.")] = "",
     request_id: Annotated[str | None, typer.Option(help="Sent again, it gives the same job.")] = None,
+    build_initial_model: Annotated[
+        bool,
+        typer.Option("--build-initial-model", help="Build the task's model here: for an aggregator without torch."),
+    ] = False,
+    and_wait: Annotated[bool, typer.Option("--wait", help="Stay until the job is at rest, as `jobs wait`.")] = False,
     as_json: JsonOption = False,
 ) -> None:
     """Submit a job, from FILE or from options; options win over the file. Prints the job's id."""
@@ -74,12 +79,29 @@ def submit(  # each parameter is an option of the command
     local = {"steps": steps, "learning_rate": learning_rate, "epsilon": epsilon}
     privacy = {"noise_multiplier": noise_multiplier, "clipping_norm": clipping_norm}
     job = _make_job(file, training, sections={"local_training": local, "party_privacy": privacy}, name=name)
+    if build_initial_model:
+        _build_initial_model(job)
     with _client(config) as client:
         submitted = client.submit(job, request_id)
+    if and_wait:
+        if not as_json:
+            typer.echo(submitted.job_id)
+        wait(submitted.job_id, config, as_json=as_json)
+        return
     if as_json:
         _print_json(_job_to_json(submitted))
     else:
         typer.echo(submitted.job_id)
+
+
+def _build_initial_model(job: Job) -> None:
+    """Put the task's own model, as its seed initialises it, into the job."""
+    from ..learning.flatten import model_to_tensors, to_safetensors
+    from ..learning.task import find_task
+
+    training = job.federated_training
+    model = find_task(training.task).build_model(training.seed)
+    training.initial_model = to_safetensors(model_to_tensors(model))
 
 
 @app.command("list")

@@ -122,6 +122,8 @@ class RoundPlan:
             content = dict(value)
             content["local"] = LocalPlan(**content["local"])
             content["noise"] = NoiseSpec(**content["noise"])
+            if not isinstance(content["cohort"], list | tuple):
+                raise TypeError("a cohort is a list")
             content["cohort"] = tuple(content["cohort"])
             plan = cls(**content)
         except (KeyError, TypeError, ValueError) as error:

@@ -82,12 +82,12 @@ def test_a_root_can_be_asked_for_on_the_way() -> None:
 def test_no_leaf_is_changed_removed_repeated_or_moved_unnoticed(count: int) -> None:
     leaves = [f"leaf {index}".encode() for index in range(count)]
     root = root_of(leaves)
-    others = [leaves + [b""]]
+    others = [[*leaves, b""]]
     for index in range(count):
-        others.append(leaves[:index] + [leaves[index] + b"!"] + leaves[index + 1 :])
-        others.append(leaves[:index] + [b""] + leaves[index + 1 :])
+        others.append([*leaves[:index], leaves[index] + b"!", *leaves[index + 1 :]])
+        others.append([*leaves[:index], b"", *leaves[index + 1 :]])
         others.append(leaves[:index] + leaves[index + 1 :])
-        others.append(leaves[:index] + [leaves[index]] + leaves[index:])
+        others.append([*leaves[:index], leaves[index], *leaves[index:]])
     for i, j in combinations(range(count), 2):
         swapped = list(leaves)
         swapped[i], swapped[j] = swapped[j], swapped[i]

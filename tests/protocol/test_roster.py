@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from src.errors import InvalidInput, KeyMaterialError, NotFoundError, SignatureError, SottoError
+from src.errors import InvalidInput, KeyMaterialError, NotFoundError, SignatureError
 from src.protocol.canonical import canonical_bytes, parse_canonical
 from src.protocol.roster import Member, Roster, load_roster, save_roster, sign_roster
 from src.protocol.signing import SigningKey
@@ -44,7 +44,7 @@ def test_a_roster_is_read_back_from_its_statement(names: list[str], threshold: i
     assert [member.share_index for member in roster.holders] == [index for index in range(len(names)) if index]
 
 
-OTHERS = {
+OTHERS: dict[str, Any] = {
     "federation": "other",
     "key_id": "other",
     "custody": "aggregator",
@@ -120,8 +120,8 @@ def test_a_malformed_roster_is_refused(statement: dict[str, Any]) -> None:
         Roster.from_statement(statement)
 
 
-def _pin(path: Path) -> Path:
-    save_roster(path, sign_roster(ROSTER, OPERATOR), operator_verify_key=OPERATOR.verify_key)
+def _pin(path: Path, roster: Roster = ROSTER) -> Path:
+    save_roster(path, sign_roster(roster, OPERATOR), operator_verify_key=OPERATOR.verify_key)
     return path
 
 
@@ -141,9 +141,10 @@ def test_no_changed_byte_of_a_pinned_roster_changes_who_is_in(tmp_path: Path) ->
         changed[position] ^= 1
         path.write_bytes(changed)
         try:
-            assert load_roster(path)[1] == ROSTER
-        except SottoError as error:
-            assert isinstance(error, KeyMaterialError | SignatureError), position
+            roster = load_roster(path)[1]
+        except (KeyMaterialError, SignatureError):
+            continue
+        assert roster == ROSTER, position
 
 
 def test_a_roster_signed_by_another_key_is_refused(tmp_path: Path) -> None:
