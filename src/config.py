@@ -264,7 +264,6 @@ class AggregatorPrivacy(Section):
     noise_by: NoiseBy = _value("both", "who adds the party-level noise: both, parties or aggregator")
     colluders: int = _value(0, "corrupt parties that noise shares and thresholds must stand", ge=0)
     allow_plaintext_scheme: bool = _value(False, "true lets jobs ask for no encryption: tests, benchmarks")
-    deterministic_insecure: bool = _value(False, "true makes all randomness repeatable: tests only")
     budget: Budget = _section("the party-level budget of this federation", max_rounds=200)
 
 
@@ -286,9 +285,8 @@ class PartyPolicy(Section):
     """What this party takes part in."""
 
     allow_plaintext_scheme: bool = _value(False, "true takes part in rounds without encryption")
-    deterministic_insecure: bool = _value(False, "true makes all randomness repeatable: tests only")
-    min_quorum: int = _value(2, "smallest number of updates in a sum that hides this party's", ge=1)
-    min_parties_noise_multiplier: float = _value(0.0, "least party-level noise drawn by parties", ge=0)
+    min_quorum: int = _value(2, "smallest number of updates in a sum that hides this party's", ge=2)
+    min_parties_noise_multiplier: float = _value(0.0, "least multiplier of the noise that the parties draw", ge=0)
     disclose_epsilon: bool = _value(True, "tell the aggregator the ε spent here; it depends on no data")
 
 
@@ -315,7 +313,6 @@ class PartyLimits(Section):
 
     max_update_bytes: int = _value(268_435_456, "of a model, a contribution or what is to be opened", ge=1)
     max_message_bytes: int = _value(4_194_304, "of one gRPC message", ge=65_536, le=2**31 - 1)
-    max_round_timeout_s: float = _value(86_400, "longest round deadline taken on", gt=0)
 
 
 class WorkersSection(Section):

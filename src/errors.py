@@ -10,6 +10,7 @@ row.
     ├── InvalidInput                the caller sent something malformed
     │   ├── BatchError              a batch cut short, too long, of another version, layout or key
     │   ├── CiphertextError         a ciphertext outside Z*_{n^2}; carries its index
+    │   ├── KnowledgeError          a batch whose sender has not proven to know what is inside
     │   ├── SlotOverflowError       a value that its slot cannot hold; carries its index
     │   ├── KeyMaterialError        a key, share or modulus that is not what it claims to be
     │   ├── DigestError             bytes that do not have the digest they were announced with
@@ -83,6 +84,10 @@ class BatchError(InvalidInput):
 
 class CiphertextError(InvalidInput):
     """A ciphertext outside Z*_{n^2}; `metadata["index"]` says which."""
+
+
+class KnowledgeError(InvalidInput):
+    """A batch whose sender has not proven to know what is inside its ciphertexts."""
 
 
 class SlotOverflowError(InvalidInput):
@@ -216,6 +221,7 @@ CATALOGUE: Final[dict[type[SottoError], Meaning]] = {
     InvalidInput: Meaning("INVALID_ARGUMENT", "INVALID_INPUT", 4),
     BatchError: Meaning("INVALID_ARGUMENT", "BATCH_INVALID", 4),
     CiphertextError: Meaning("INVALID_ARGUMENT", "CIPHERTEXT_INVALID", 4),
+    KnowledgeError: Meaning("INVALID_ARGUMENT", "KNOWLEDGE_UNPROVEN", 4),
     SlotOverflowError: Meaning("INVALID_ARGUMENT", "SLOT_OVERFLOW", 4),
     KeyMaterialError: Meaning("INVALID_ARGUMENT", "KEY_MATERIAL_INVALID", 4),
     DigestError: Meaning("DATA_LOSS", "DIGEST_MISMATCH", 4),

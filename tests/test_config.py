@@ -186,7 +186,7 @@ def test_a_wrong_value_is_named_with_what_is_allowed(tmp_path: Path, changes: di
             {"datasets": {"randhie": {"declared_rows": 1, "opts": 1}}},
             "datasets.randhie.opts: unknown key; did you mean",
         ),
-        ({"policy": {"min_quorum": 0}}, "policy.min_quorum: must be >= 1 (got 0)"),
+        ({"policy": {"min_quorum": 1}}, "policy.min_quorum: must be >= 2 (got 1)"),
         ({"privacy": {"budgets": {"example": {}}}}, "privacy.budgets.example: must limit something"),
     ],
 )

@@ -88,7 +88,7 @@ def write_artifact(
 def _privacy(
     plan: RoundPlan, spec: FederatedTrainingSpec, last: dict[str, Any], spent_example: float
 ) -> dict[str, Any]:
-    accountant = "RDP, integer orders, converted by dp-accounting"
+    accountant = "RDP by dp-accounting, converted to (epsilon, delta)"
     return {
         "example": {
             "unit": "one row of one party's data",

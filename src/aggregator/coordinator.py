@@ -11,7 +11,7 @@ import asyncio
 import contextlib
 import logging
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from functools import partial
 from typing import Final
 
@@ -49,7 +49,7 @@ from .round_row import (
     Tick,
 )
 from .sessions import Sessions
-from .steps import History, RoundSteps, costs_of, public_reason
+from .steps import History, RoundSteps, costs_of, lacking, public_reason
 from .store import EnrolmentStore, RoundStore
 from .summary import round_summary
 
@@ -109,7 +109,8 @@ class Coordinator:
             except Exception:  # whatever it is: the rows are as they were, and the next turn reads them again
                 LOG.exception("a turn of the coordinator failed; the next one tries again")
             with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self._woken.wait(), TURN_S)
+                async with asyncio.timeout(TURN_S):  # wait_for of Python 3.11 loses a cancellation beside a wake-up
+                    await self._woken.wait()
 
     async def stop(self) -> None:
         """Cancel what runs beside the loop; the rows stay as they are."""
@@ -167,7 +168,8 @@ class Coordinator:
         if job.rounds_released >= spec.rounds:
             self._spawn((job.job_id, number, "finish"), partial(self._finish, job, spec))
         elif row is not None and job.rounds_failed > spec.spare_rounds:
-            await self._fail_job(job.job_id, RoundFailed(row.reason), stage=f"round {row.number}")
+            failed = RoundFailed(row.reason)
+            await self._fail_job(job.job_id, failed, stage=f"round {row.number}", parties=lacking(row))
         else:
             self._stage[job.job_id] = f"planning round {number}"
             self._spawn((job.job_id, number, "plan"), partial(self._plan, job, spec, number))
@@ -357,11 +359,11 @@ class Coordinator:
             return
         await self._end_job(job.job_id, succeeded_event(result))
 
-    async def _fail_job(self, job_id: str, error: BaseException, *, stage: str) -> None:
+    async def _fail_job(self, job_id: str, error: BaseException, *, stage: str, parties: Sequence[str] = ()) -> None:
         row = meaning(error)
         reason = meaning(JobFailed("")).reason if isinstance(error, RoundFailed) else row.reason
         LOG.warning("job %s failed (%s): %s", job_id, stage, public_reason(error))
-        await self._end_job(job_id, failed_event(reason, public_reason(error), stage=stage))
+        await self._end_job(job_id, failed_event(reason, public_reason(error), stage=stage, parties=parties))
 
     async def _end_job(self, job_id: str, event: JobEvent) -> None:
         await self._database.run(lambda c: self._jobs.apply(c, job_id, event, now=self._clock()))

@@ -64,7 +64,7 @@ class Federation:
             key_id=self.roster.key_id,
             custody=self.roster.custody,
             threshold=0,
-            colluders=0,
+            colluders=self.roster.colluders,
             aggregator_verify_key=self.signing_key.verify_key,
             members=tuple(Member(name, key) for name, key in members),
             created_at=created_at,
@@ -97,7 +97,7 @@ def open_federation(config: AggregatorConfig, *, now: float) -> Federation:
         key_id=keyring.key_id,
         custody="aggregator",
         threshold=0,
-        colluders=0,
+        colluders=config.privacy.colluders,
         aggregator_verify_key=signing_key.verify_key,
         members=(),
         created_at=datetime.fromtimestamp(now, UTC).isoformat(),
@@ -114,6 +114,8 @@ def _check_pinned(config: AggregatorConfig, roster: Roster, keyring: Keyring, si
         problems.append(f"keys.custody: {config.keys.custody}, but the roster says {roster.custody}")
     if roster.custody == "threshold" and roster.key_id != keyring.key_id:
         problems.append(f"keys.public_key: has key id {keyring.key_id}, but the roster says {roster.key_id}")
+    if roster.colluders != config.privacy.colluders:
+        problems.append(f"privacy.colluders: {config.privacy.colluders}, but the roster stands {roster.colluders}")
     if roster.aggregator_verify_key != signing_key.verify_key:
         problems.append("keys.signing_key: is not the aggregator's key in the roster")
     if len(roster.members) > config.limits.max_parties:

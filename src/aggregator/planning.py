@@ -56,8 +56,12 @@ def invited(spec: FederatedTrainingSpec, roster: Roster) -> tuple[tuple[str, ...
             f"a federation needs at least {MIN_COHORT} parties; invited: {', '.join(cohort) or 'nobody'}"
         )
     quorum = spec.quorum or len(cohort)
-    if not MIN_COHORT <= quorum <= len(cohort):
-        raise PlanError(f"a quorum of {quorum} does not fit {len(cohort)} invited parties (at least {MIN_COHORT})")
+    least = MIN_COHORT + roster.colluders
+    if not least <= quorum <= len(cohort):
+        raise PlanError(
+            f"a quorum of {quorum} does not fit {len(cohort)} invited parties: at least {least}, so that a sum holds "
+            f"{MIN_COHORT} honest updates beside those of {roster.colluders} colluders"
+        )
     if roster.custody == "threshold":
         try:
             check_threshold(

@@ -189,7 +189,12 @@ def _settle_phase(row: RoundRow, now: float) -> RoundRow:
     """Move on when the phase has what it needs, and give up when it cannot get it any more."""
     if row.result is not None:
         return _move(row, RoundState.RELEASED, now)
-    late = now >= row.deadline
+    row = _next_phase(row, now)
+    late = now >= row.deadline and not row.at_rest
+    return _fail(row, now, "the round's deadline has passed") if late else row
+
+
+def _next_phase(row: RoundRow, now: float) -> RoundRow:
     if row.state is RoundState.PLANNED and (not row.noise_needed or AGGREGATOR in row.batches):
         row = _move(row, RoundState.TRAINING, now)
     if row.state is RoundState.TRAINING:
@@ -197,10 +202,10 @@ def _settle_phase(row: RoundRow, now: float) -> RoundRow:
     if row.state is RoundState.COLLECTING and row.frozen_list is not None:
         return _settle_collecting(row, now)
     if row.state is RoundState.AGGREGATING and row.aggregate is not None:
-        return _move(row, RoundState.OPENING, now)
+        row = _move(row, RoundState.OPENING, now)
     if row.state is RoundState.OPENING and _too_few_holders(row):
         return _fail(row, now, f"fewer than {row.threshold} parties can open")
-    return _fail(row, now, "the round's deadline has passed") if late else row
+    return row
 
 
 def _settle_training(row: RoundRow, now: float) -> RoundRow:

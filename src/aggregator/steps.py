@@ -46,7 +46,7 @@ from .round_row import (
     SharesAsked,
     Work,
 )
-from .rounds import holders_to_ask
+from .rounds import COMMIT_SHARE, holders_to_ask
 
 
 @dataclass(frozen=True, slots=True)
@@ -167,6 +167,15 @@ def _epsilons(costs: list[tuple[Mechanism, Mechanism]], delta: float) -> tuple[f
 def _plain(value: float) -> float | str:
     """JSON has no infinity."""
     return value if math.isfinite(value) else "inf"
+
+
+def lacking(row: RoundRow) -> tuple[str, ...]:
+    """Whose part a failed round lacks: who refused or failed and, where time ran out, who did not answer."""
+    silent: set[str] = set()
+    if row.ended_at >= row.started_at + COMMIT_SHARE * row.timeout_s:
+        delivered = row.batches if row.frozen_list else row.roots
+        silent = set(row.asked) - set(row.shares) if row.spent else set(row.cohort) - set(delivered)
+    return tuple(sorted(silent | set(row.failures)))
 
 
 def public_reason(error: BaseException) -> str:

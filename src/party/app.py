@@ -81,8 +81,8 @@ class App:
             await self._database.run(self._accounts.verify)
             keep = await self._database.run(self._memory.blobs)
             await asyncio.to_thread(self._blobs.collect, keep)
+            self._log_start()  # before the workers start, which takes seconds: whoever started this wants to see it
             await self._pool.start()
-            self._log_start()
             await self._node.run()
         finally:
             await self._pool.close()

@@ -76,24 +76,25 @@ class Node:
         self._dial = dial
         self._session_id = secrets.token_hex(8)
         self._last_sequence = 0
+        self._pause_s = FIRST_PAUSE_S
         self._tasks: dict[tuple[str, int, str], asyncio.Task[None]] = {}
 
     async def run(self) -> None:
         """Until cancelled. An aggregator that is away is waited for; one that is wrong ends the node."""
-        pause = FIRST_PAUSE_S
         while True:
             try:
                 async with self._dial() as channel:
                     await self._session(federation_pb2_grpc.FederationServiceStub(channel))
-                pause = FIRST_PAUSE_S
             except SottoError as error:
                 if isinstance(error, FATAL):
                     raise
-                LOG.log(logging.INFO if pause > 1 else logging.DEBUG, "waiting for the aggregator: %s", error.message)
+                level = logging.INFO if self._pause_s > 1 else logging.DEBUG
+                LOG.log(level, "waiting for the aggregator: %s", error.message)
             finally:
                 await self._cancel_tasks()
-            await asyncio.sleep(pause * (0.5 + secrets.randbelow(1000) / 1000))  # jitter: parties do not come in step
-            pause = min(pause * 2, LONGEST_PAUSE_S)
+            jitter = 0.5 + secrets.randbelow(1000) / 1000  # parties do not come in step
+            await asyncio.sleep(self._pause_s * jitter)
+            self._pause_s = min(self._pause_s * 2, LONGEST_PAUSE_S)
 
     async def _session(self, stub: Stub) -> None:
         heartbeat_s = await self._join(stub)
@@ -106,7 +107,9 @@ class Node:
         iterator = stream.__aiter__()
         while True:
             try:
-                assignment = await asyncio.wait_for(anext(iterator), heartbeat_s * MISSED_HEARTBEATS)
+                # Not wait_for: in Python 3.11 it loses a cancellation that meets the end of the stream.
+                async with asyncio.timeout(heartbeat_s * MISSED_HEARTBEATS):
+                    assignment = await anext(iterator)
             except StopAsyncIteration:
                 return
             except TimeoutError:
@@ -118,6 +121,7 @@ class Node:
     async def _join(self, stub: Stub) -> float:
         answer = await stub.Join(self._home.introduction())
         self._home.accept(answer)
+        self._pause_s = FIRST_PAUSE_S  # it is there: the next time it is away is a first time again
         LOG.info(
             "joined federation %s at %s (key id %s, custody %s)",
             answer.federation,
@@ -141,6 +145,8 @@ class Node:
     async def _do(self, stub: Stub, assignment: federation_pb2.Assignment, kind: str) -> None:
         name = assignment.round
         try:
+            if kind == "ended":
+                await self._abandon(name)
             await self._refresh_roster(stub, assignment, kind)
             await self._work(stub, assignment, kind)
         except (UnavailableError, DeadlineError) as error:
@@ -174,8 +180,12 @@ class Node:
         if statement.get("roster_digest") != self._home.roster.digest:
             await self._join(stub)
 
-    async def _cancel_tasks(self) -> None:
-        tasks = list(self._tasks.values())
+    async def _abandon(self, name: federation_pb2.RoundName) -> None:
+        """Stop what is still done for a round that has ended: it is of no use, and the next round needs the worker."""
+        await self._cancel_tasks(lambda key: key[:2] == (name.job_id, name.round) and key[2] != "ended")
+
+    async def _cancel_tasks(self, which: Callable[[tuple[str, int, str]], bool] = lambda _: True) -> None:
+        tasks = [task for key, task in self._tasks.items() if which(key)]
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)

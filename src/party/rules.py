@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Final
 
 from ..config import PartyConfig
 from ..encryption.dealer import check_threshold
@@ -29,6 +29,9 @@ from ..protocol.plan import (
 from ..protocol.roster import AGGREGATOR, Roster
 from ..protocol.signing import Signed, open_signed
 from .store import PartyRound, Stage
+
+MIN_HONEST: Final = 2
+"""A sum over one honest party is that party's update."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,6 +64,7 @@ def check_plan(signed: Signed, roster: Roster, *, config: PartyConfig, scheme: S
         raise PlanError("the plan names another roster than this party's")
     _check_policy(plan, config)
     derived = derive_again(scheme, plan)
+    _check_noise_policy(derived.noise_plan, config)
     if derived.layout.body_bytes > config.limits.max_update_bytes:
         raise PolicyError("the plan's updates are larger than limits.max_update_bytes")
     return CheckedPlan(plan, digest, derived.noise_plan)
@@ -108,19 +112,26 @@ def _check_policy(plan: RoundPlan, config: PartyConfig) -> None:
         raise PolicyError(f"this party's keys.custody is {config.keys.custody}, the plan's is {plan.custody}")
     if plan.quorum < policy.min_quorum:
         raise PolicyError(f"a sum of {plan.quorum} updates hides too little (policy.min_quorum {policy.min_quorum})")
+    if plan.quorum - plan.colluders < MIN_HONEST:
+        raise PlanError(
+            f"with {plan.colluders} colluders a quorum of {plan.quorum} can leave one honest party alone in a sum"
+        )
     if plan.colluders < config.privacy.colluders:
         raise PolicyError(
             f"the plan stands {plan.colluders} colluders, this party asks for {config.privacy.colluders} "
             "(privacy.colluders)"
         )
-    drawn = float(plan.noise.noise_multiplier) if plan.noise.noise_by != "aggregator" else 0.0
-    if drawn < policy.min_parties_noise_multiplier:
-        raise PolicyError(
-            f"a noise multiplier of {drawn} drawn by parties is less than policy.min_parties_noise_multiplier "
-            f"({policy.min_parties_noise_multiplier})"
-        )
     if plan.model_bytes > config.limits.max_update_bytes:
         raise PolicyError(f"a model of {plan.model_bytes} bytes is larger than limits.max_update_bytes")
+
+
+def _check_noise_policy(noise: NoisePlan, config: PartyConfig) -> None:
+    drawn, least = noise.multiplier_against_aggregator or 0.0, config.policy.min_parties_noise_multiplier
+    if drawn < least:
+        raise PolicyError(
+            f"the noise that the parties draw has multiplier {drawn:.4g}, less than this party's {least:g} "
+            "(policy.min_parties_noise_multiplier)"
+        )
 
 
 def check_contribution(plan: RoundPlan, config: PartyConfig) -> None:
@@ -224,7 +235,7 @@ def check_opening(
     if unlisted:
         raise OpeningError(f"the opening names who is not on the frozen list: {', '.join(unlisted)}")
     parties = [each for each in opening.contributors if each != AGGREGATOR]
-    if len(parties) < max(plan.quorum, 2):  # a sum over one party is that party's update
+    if len(parties) < max(plan.quorum, MIN_HONEST):
         raise OpeningError(f"the opening has {len(parties)} parties, the quorum is {plan.quorum}")
     if (AGGREGATOR in opening.contributors) != plan.aggregator_adds_noise:
         raise OpeningError("the aggregator's noise is not part of what is to be opened")

@@ -120,8 +120,8 @@ def test_a_malformed_roster_is_refused(statement: dict[str, Any]) -> None:
         Roster.from_statement(statement)
 
 
-def _pin(path: Path, roster: Roster = ROSTER) -> Path:
-    save_roster(path, sign_roster(roster, OPERATOR), operator_verify_key=OPERATOR.verify_key)
+def _pin(path: Path) -> Path:
+    save_roster(path, sign_roster(ROSTER, OPERATOR), operator_verify_key=OPERATOR.verify_key)
     return path
 
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import math
+import re
 from collections.abc import AsyncIterator
 from typing import Any, Final
 
@@ -24,6 +26,7 @@ from ...errors import (
     NotFoundError,
     SignatureError,
     SottoError,
+    StateError,
     VersionError,
 )
 from ...protocol.batches import check_batch_header
@@ -36,7 +39,18 @@ from ..coordinator import Coordinator
 from ..federation import Federation
 from ..pipeline import AggregatorPipeline
 from ..planning import plan_of
-from ..round_row import Batch, BatchStored, Failure, PartyFailed, RootCommitted, RoundRow, RoundState, ShareStored
+from ..round_row import (
+    Batch,
+    BatchStored,
+    Failure,
+    PartyFailed,
+    RootCommitted,
+    RoundRow,
+    RoundState,
+    ShareStored,
+    Work,
+)
+from ..rounds import wanted
 from ..sessions import Session, Sessions
 
 LOG = logging.getLogger("sotto.aggregator")
@@ -60,6 +74,7 @@ ROLES: Final[dict[str, frozenset[str]]] = {
 SHARE_OVERHEAD_BYTES: Final = 1 << 16
 """What a share batch may hold besides its partial decryptions: header and proof."""
 LONGEST_FAILURE_TEXT: Final = 500
+_ROOT: Final = re.compile(r"[0-9a-f]{64}")
 
 
 class FederationServicer(federation_pb2_grpc.FederationServiceServicer):
@@ -163,10 +178,7 @@ class FederationServicer(federation_pb2_grpc.FederationServiceServicer):
         row = await self._row(request.round, cohort=True)
         signed = signed_from_proto(request.root)
         self._root_statement(row, name, signed)
-        budget = (
-            request.example_epsilon_spent if request.HasField("example_epsilon_spent") else None,
-            request.example_epsilon_left if request.HasField("example_epsilon_left") else None,
-        )
+        budget = (_disclosed(request, "example_epsilon_spent"), _disclosed(request, "example_epsilon_left"))
         await self._coordinator.happened(row.job_id, row.number, RootCommitted(name, signed.to_json(), budget))
         return federation_pb2.CommitRootResponse()
 
@@ -176,8 +188,11 @@ class FederationServicer(federation_pb2_grpc.FederationServiceServicer):
         statement = RootStatement.from_statement(open_signed(signed, ROOT_KIND, verify_key=key))
         layout = plan_of(row.plan).layout
         body_bytes = layout["ciphertext_count"] * layout["ciphertext_bytes"]
-        if statement.plan != row.plan_digest or statement.contributor != name:
+        # The signer's name is not under the signature, and is what others will look the key up by.
+        if statement.plan != row.plan_digest or {statement.contributor, signed.signer} != {name}:
             raise SignatureError(f"the root of {name} was signed for another round or by another name", party=name)
+        if not _ROOT.fullmatch(statement.root):  # it goes to every party with the frozen list
+            raise InvalidInput(f"the root of {name} is not a SHA-256 in hex", party=name)
         if (statement.ciphertexts, statement.body_bytes) != (layout["ciphertext_count"], body_bytes):
             raise InvalidInput(
                 f"the root of {name} announces {statement.ciphertexts} ciphertexts, the plan has "
@@ -196,9 +211,12 @@ class FederationServicer(federation_pb2_grpc.FederationServiceServicer):
         row = await self._row(first.header.round, cohort=True)
         signed = signed_from_proto(first.header.root)
         statement = self._root_statement(row, name, signed)
-        if row.state is not RoundState.COLLECTING or row.roots.get(name) != signed.to_json():
-            if name in row.batches and row.roots.get(name) == signed.to_json():
-                return federation_pb2.UploadUpdateResponse(accepted=True)  # it was stored; the answer was lost
+        committed = row.roots.get(name) == signed.to_json()
+        if committed and name in row.batches:
+            return federation_pb2.UploadUpdateResponse(accepted=True)  # it was stored; the answer was lost
+        if row.state is not RoundState.COLLECTING or row.frozen_list is None:
+            raise StateError(f"round {row.number} takes no uploads now: it is {row.state.value}", party=name)
+        if not committed:
             raise ConflictError(f"party {name} uploads what is not on the frozen list of this round", party=name)
         header = first.header.batch_header
         if len(header) > LARGEST_HEADER_BYTES:
@@ -216,16 +234,10 @@ class FederationServicer(federation_pb2_grpc.FederationServiceServicer):
     async def _receive_body(
         self, row: RoundRow, statement: RootStatement, header: bytes, pieces: AsyncIterator[bytes]
     ) -> str:
-        """Store a body whose size is fixed before a byte is kept; refuse it unless it has the root it committed to."""
-        hasher = _LeafHasher(header, plan_of(row.plan).layout["ciphertext_bytes"])
+        """Store a body whose size is fixed before a byte is kept; nothing is stored unless it has its root."""
+        hasher = _LeafHasher(statement, header, plan_of(row.plan).layout["ciphertext_bytes"])
         with await asyncio.to_thread(self._blobs.writer) as writer:
             ref = await receive_pieces(hasher.through(pieces), writer, size=statement.body_bytes)
-        if hasher.root() != statement.root:
-            self._blobs.path(ref.sha256).unlink(missing_ok=True)
-            raise DigestError(
-                f"the upload of {statement.contributor} does not have the root it committed to",
-                party=statement.contributor,
-            )
         return ref.sha256
 
     async def DownloadContribution(  # noqa: N802
@@ -252,6 +264,10 @@ class FederationServicer(federation_pb2_grpc.FederationServiceServicer):
         if {field: statement.get(field) for field in expected} != expected:
             raise SignatureError(f"the shares of {name} are for another round, aggregate or party", party=name)
         size = statement.get("bytes")
+        if wanted(row, name) is not Work.OPEN:  # before a byte of it is kept
+            if row.shares.get(name) == statement.get("sha256"):
+                return federation_pb2.UploadSharesResponse(accepted=True)  # it was stored; the answer was lost
+            raise StateError(f"party {name} is not asked for a share in round {row.number}", party=name)
         layout = plan_of(row.plan).layout
         most = layout["ciphertext_count"] * layout["ciphertext_bytes"] + SHARE_OVERHEAD_BYTES
         if not isinstance(size, int) or not 0 < size <= most:
@@ -269,7 +285,7 @@ class FederationServicer(federation_pb2_grpc.FederationServiceServicer):
     ) -> federation_pb2.ReportFailureResponse:
         name = caller().name
         row = await self._row(request.round, cohort=False)
-        failure = Failure(request.stage[:20], request.reason[:40], request.message[:LONGEST_FAILURE_TEXT])
+        failure = Failure(_printable(request.stage, 20), _printable(request.reason, 40), _printable(request.message))
         LOG.warning("party %s in round %d of job %s: %s", name, row.number, row.job_id, failure.message)
         with contextlib.suppress(SottoError):  # a party that has no part in the round changes nothing
             await self._coordinator.happened(row.job_id, row.number, PartyFailed(name, failure))
@@ -298,27 +314,48 @@ class _Counter:
             yield request.body
 
 
-class _LeafHasher:
-    """The Merkle root of a header and a body that arrives in pieces of any length."""
+def _disclosed(request: federation_pb2.CommitRootRequest, field: str) -> float | None:
+    """What a party discloses of its ε; it ends up in the job's history, which holds numbers only."""
+    if not request.HasField(field):  # type: ignore[arg-type]  # one of the two optional fields
+        return None
+    value = float(getattr(request, field))
+    if not math.isfinite(value):
+        raise InvalidInput("a disclosed ε is a finite number", violations={field: "must be finite"})
+    return value
 
-    def __init__(self, header: bytes, ciphertext_bytes: int) -> None:
+
+def _printable(text: str, most: int = LONGEST_FAILURE_TEXT) -> str:
+    """A party's own words, as logs and errors may carry them: in one line."""
+    return "".join(each if each.isprintable() else " " for each in text[:most])
+
+
+class _LeafHasher:
+    """Passes on a body that arrives in pieces of any length, and ends with DigestError unless it has its root.
+
+    A body of another size is not judged here: who counts the bytes says what is wrong with it.
+    """
+
+    def __init__(self, statement: RootStatement, header: bytes, ciphertext_bytes: int) -> None:
         self._hasher = MerkleHasher()
         self._hasher.add(header)
+        self._statement = statement
         self._width = ciphertext_bytes
         self._pending = b""
 
     async def through(self, pieces: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
+        """The same pieces."""
+        size = 0
         async for piece in pieces:
+            size += len(piece)
             data = self._pending + piece
             whole = len(data) - len(data) % self._width
             for start in range(0, whole, self._width):
                 self._hasher.add(data[start : start + self._width])
             self._pending = data[whole:]
             yield piece
-
-    def root(self) -> str:
-        """Of what has passed."""
-        if self._pending:
-            self._hasher.add(self._pending)
-            self._pending = b""
-        return self._hasher.root()
+        statement = self._statement
+        if size == statement.body_bytes and self._hasher.root() != statement.root:
+            raise DigestError(
+                f"the upload of {statement.contributor} does not have the root it committed to",
+                party=statement.contributor,
+            )

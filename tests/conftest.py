@@ -1,0 +1,345 @@
+"""A federation of real processes on this machine, for every directory of tests that needs one."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
+
+import psutil
+import pytest
+
+if TYPE_CHECKING:  # the tests of pure rooms do not pay for grpc and SQLAlchemy
+    from src.aggregator.round_row import RoundRow
+    from src.client import Job, SottoClient
+    from src.party.store import PartyRound
+    from src.privacy.ledger import Charge, Entry
+
+ROOT: Final = Path(__file__).resolve().parents[1]
+PATIENCE_S: Final = 120.0
+"""Far beyond what any wait takes, on a busy machine too; only a hang reaches it."""
+LOOK_S: Final = 0.02
+ROUND_TIMEOUT_S: Final = 100.0
+"""Only a hang reaches it, and then the job says for whom it waited before `PATIENCE_S` is over."""
+MODULUS_BITS: Final = 512
+
+
+def until(condition: Callable[[], Any], what: str, *, timeout_s: float = PATIENCE_S) -> Any:
+    """The first true value of `condition`; fails, and says `what` did not happen, when time is over."""
+    deadline = time.monotonic() + timeout_s
+    while not (value := condition()):
+        if time.monotonic() > deadline:
+            pytest.fail(f"{what}: not within {timeout_s:g} s")
+        time.sleep(LOOK_S)
+    return value
+
+
+def gone(process: psutil.Process) -> bool:
+    """Ended; who reaps it is its new parent's business."""
+    try:
+        return not process.is_running() or process.status() == psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return True
+
+
+class Processes:
+    """Role processes by name, each with a log of its own."""
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+        self.running: dict[str, subprocess.Popen[bytes]] = {}
+
+    def start(
+        self, name: str, *arguments: str, module: str = "src", settings: Mapping[str, str] | None = None
+    ) -> subprocess.Popen[bytes]:
+        """`python -m MODULE ARGUMENTS`, with SOTTO__… from `settings` alone."""
+        environ = {key: value for key, value in os.environ.items() if not key.startswith("SOTTO__")}
+        with self.log(name).open("ab") as log:
+            self.running[name] = subprocess.Popen(
+                [sys.executable, "-m", module, *arguments],
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                cwd=ROOT,
+                env={**environ, **(settings or {})},
+            )
+        return self.running[name]
+
+    def log(self, name: str) -> Path:
+        return self.directory / f"{name}.log"
+
+    def check(self) -> None:
+        """Fails with the log of a role that ended by itself."""
+        for name, process in self.running.items():
+            if process.poll() is not None:
+                pytest.fail(f"{name} ended ({process.returncode}):\n{self.log(name).read_text()[-3000:]}")
+
+    def all_of(self, name: str) -> list[psutil.Process]:
+        """The role's process, its zygote, and its workers."""
+        root = psutil.Process(self.running[name].pid)
+        return [root, *root.children(recursive=True)]
+
+    def workers(self, name: str) -> list[psutil.Process]:
+        """Those that compute: the children of the zygote."""
+        root = psutil.Process(self.running[name].pid)
+        return [worker for zygote in root.children() for worker in zygote.children()]
+
+    def signal(self, name: str, number: signal.Signals) -> int:
+        """Send a signal that ends the role; its exit code, once nothing that it started is left."""
+        family = self.all_of(name)
+        process = self.running.pop(name)
+        process.send_signal(number)
+        code = process.wait(PATIENCE_S)
+        until(lambda: all(gone(each) for each in family), f"the end of everything that {name} started")
+        return code
+
+    def kill(self, name: str) -> None:
+        """`kill -9`."""
+        assert self.signal(name, signal.SIGKILL) == -signal.SIGKILL
+
+    def stop(self, name: str) -> int:
+        """SIGTERM; returns the exit code."""
+        return self.signal(name, signal.SIGTERM)
+
+    @contextlib.contextmanager
+    def hold(self, *names: str) -> Iterator[None]:
+        """Nothing that these roles have to compute is computed meanwhile; they still talk."""
+        held = [worker for name in names for worker in self.workers(name)]
+        assert held
+        for worker in held:
+            worker.suspend()
+        try:
+            yield
+        finally:
+            for worker in held:
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    worker.resume()
+
+    def close(self) -> None:
+        for process in self.running.values():
+            with contextlib.suppress(ProcessLookupError):
+                process.send_signal(signal.SIGCONT)
+                process.terminate()
+        for process in self.running.values():
+            try:
+                process.wait(20)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
+
+
+class Federation:
+    """Kits, an aggregator, parties and a scientist over mutual TLS; started as far as a test asks for it."""
+
+    def __init__(
+        self,
+        directory: Path,
+        *,
+        parties: Sequence[str] = ("a", "b", "c"),
+        aggregator: Mapping[str, Any] | None = None,
+        party: Mapping[str, Any] | None = None,
+        settings: Mapping[str, Mapping[str, str]] | None = None,
+    ) -> None:
+        from src.provisioning import provision
+
+        self.parties = tuple(parties)
+        self.kits = directory / "kits"
+        self.processes = Processes(directory)
+        self.address = ""
+        self._settings = dict(settings or {})
+        self._client: SottoClient | None = None
+        provision(
+            self.kits,
+            federation="demo",
+            parties=parties,
+            modulus_bits=MODULUS_BITS,
+            insecure_small=True,
+            processes=1,
+            aggregator_overrides={"server": {"listen": "127.0.0.1:0", "address_file": "address"}, **(aggregator or {})},
+            party_overrides=party,
+        )
+
+    # --- roles --------------------------------------------------------------------------------------------------------
+
+    def start_aggregator(self, **settings: str) -> None:
+        """Where it was before, if it was; returns once it serves."""
+        if "aggregator" in self.processes.running:
+            return
+        kit = self.kits / "aggregator"
+        (kit / "address").unlink(missing_ok=True)
+        listen = {"SOTTO__SERVER__LISTEN": self.address} if self.address else {}
+        own = self._settings.get("aggregator", {})
+        arguments = ("aggregator", "--config", str(kit / "aggregator.yaml"))
+        self.processes.start("aggregator", *arguments, settings={**own, **listen, **settings})
+
+        def serving() -> bool:
+            self.processes.check()
+            return (kit / "address").exists()
+
+        until(serving, "the aggregator serves")
+        self.address = (kit / "address").read_text().strip()
+
+    def start(self, *names: str) -> None:
+        """The aggregator and these parties, as far as they are not running; returns once they have joined."""
+        self.start_aggregator()
+        for name in names:
+            if name not in self.processes.running:
+                config = str(self.kits / f"party-{name}" / "party.yaml")
+                settings = {"SOTTO__SERVER__ADDRESS": self.address, **self._settings.get(name, {})}
+                self.processes.start(name, "party", "--config", config, settings=settings)
+        self.joined(*names)
+
+    def joined(self, *names: str) -> None:
+        """Wait until these parties have a session."""
+
+        def connected() -> bool:
+            self.processes.check()
+            return set(names) <= {each.party for each in self.client.status().parties if each.connected}
+
+        until(connected, f"{', '.join(names)} join")
+
+    @property
+    def client(self) -> SottoClient:
+        """A scientist, with the roster of the kit pinned."""
+        from src.client import SottoClient
+
+        if self._client is None:
+            config = self.kits / "scientist" / "client.yaml"
+            self._client = SottoClient.from_config(config, address=self.address, retry_for_s=PATIENCE_S)
+        return self._client
+
+    def close(self) -> None:
+        if self._client is not None:
+            self._client.close()
+        self.processes.close()
+
+    # --- jobs ---------------------------------------------------------------------------------------------------------
+
+    def submit(self, *, request_id: str | None = None, initial_model: bytes = b"", **fields: Any) -> str:
+        """A job of one round by default, that trains little; returns its id."""
+        from src.jobs.spec import FederatedTrainingSpec, LocalTraining, PartyPrivacy, spec_to_proto
+
+        epsilon = fields.pop("epsilon", 3.0)
+        standard = {
+            "task": "randhie",
+            "rounds": 1,
+            "spare_rounds": 0,
+            "local_training": LocalTraining(steps=5, sampling_rate=0.1, learning_rate=1.5, epsilon=epsilon),
+            "party_privacy": PartyPrivacy(clipping_norm=0.5, noise_multiplier=0.2),
+            "round_timeout_s": ROUND_TIMEOUT_S,
+        }
+        spec = FederatedTrainingSpec(**{**standard, **fields})
+        return self.client.submit(spec_to_proto(spec, initial_model), request_id).job_id
+
+    def end(self, job_id: str) -> Job:
+        """The job, once it is at rest."""
+        return self.client.wait(job_id, PATIENCE_S)
+
+    def succeed(self, job_id: str) -> Job:
+        """The job, once it has succeeded; any other end fails, with its reason."""
+        from src.client import result_of
+
+        job = self.end(job_id)
+        result_of(job)
+        return job
+
+    # --- what lies on disk --------------------------------------------------------------------------------------------
+
+    def state(self, name: str) -> Path:
+        """A role's state directory."""
+        return self.kits / (name if name == "aggregator" else f"party-{name}") / "state"
+
+    def _read(self, name: str, read: Callable[[Any], Any]) -> Any:
+        from src.storage.database import read_only
+
+        file = "aggregator.sqlite" if name == "aggregator" else "party.sqlite"
+        with read_only(self.state(name) / file) as connection:
+            return read(connection)
+
+    def rounds(self, job_id: str) -> list[RoundRow]:
+        """The job's rounds as the aggregator has them on disk, whether it runs or not."""
+        from sqlalchemy import MetaData
+
+        from src.aggregator.store import RoundStore
+
+        rows: list[RoundRow] = self._read("aggregator", lambda c: RoundStore(MetaData()).of_job(c, job_id))
+        return rows
+
+    def reached(self, job_id: str, condition: Callable[[RoundRow], Any], what: str) -> RoundRow:
+        """The job's newest round, once `condition` holds of it; fails when the round comes to rest without it."""
+
+        def look() -> RoundRow | None:
+            self.processes.check()
+            row = rows[-1] if (rows := self.rounds(job_id)) else None
+            if row is not None and condition(row):
+                return row
+            if row is not None and row.at_rest:
+                pytest.fail(f"{what}: the round is {row.state.value} {row.reason}")
+            return None
+
+        found: RoundRow = until(look, what)
+        return found
+
+    def memory(self, party: str, job_id: str, number: int = 1) -> PartyRound | None:
+        """A round as a party has it on disk."""
+        from sqlalchemy import MetaData
+
+        from src.party.store import RoundMemory
+
+        row: PartyRound | None = self._read(party, lambda c: RoundMemory(MetaData()).find(c, job_id, number))
+        return row
+
+    def ledger(self, name: str) -> list[Entry]:
+        """A role's ledger, its chain verified."""
+        from sqlalchemy import MetaData
+
+        from src.storage.ledger import LedgerStore
+
+        entries: list[Entry] = self._read(name, LedgerStore(MetaData()).entries)
+        return entries
+
+    def charges(self, name: str, job_id: str) -> list[Charge]:
+        """What a job was charged in a role's ledger, and what became of it."""
+        from src.privacy.ledger import charges
+
+        return [each for each in charges(self.ledger(name)).values() if each.entry.job_id == job_id]
+
+
+@pytest.fixture(scope="session")
+def make_federation(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., Federation]]:
+    """Makes kits; the federation is closed at the end of the session."""
+    made: list[Federation] = []
+
+    def make(**arguments: Any) -> Federation:
+        made.append(Federation(tmp_path_factory.mktemp("federation"), **arguments))
+        return made[-1]
+
+    yield make
+    for federation in made:
+        federation.close()
+
+
+@pytest.fixture(scope="session")
+def make_processes() -> Iterator[Callable[[Path], Processes]]:
+    """Makes an empty set of processes whose logs go to a directory; what still runs ends with the session."""
+    made: list[Processes] = []
+
+    def make(directory: Path) -> Processes:
+        made.append(Processes(directory))
+        return made[-1]
+
+    yield make
+    for processes in made:
+        processes.close()
+
+
+@pytest.fixture(scope="session")
+def wait_until() -> Callable[..., Any]:
+    """`until(condition, what)`."""
+    return until

@@ -1,0 +1,240 @@
+"""A party's two budgets: k rounds are k rounds, nothing is charged by halves, and what was sent stays spent."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import sqlalchemy
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from sqlalchemy import Engine, MetaData
+from sqlalchemy.pool import StaticPool
+
+from src.config import PartyConfig
+from src.encryption.scheme import Scheme
+from src.errors import BudgetError, LedgerError
+from src.party.accounts import PartyAccounts, finite
+from src.party.rules import CheckedPlan
+from src.privacy.accounting import epsilon
+from src.privacy.ledger import charges
+from src.protocol.derive import derive_again, example_event
+from src.protocol.plan import RoundPlan
+from src.storage.ledger import LedgerStore
+
+MakeConfig = Callable[..., PartyConfig]
+MakePlan = Callable[..., RoundPlan]
+
+
+class Books:
+    """A party's ledger in a database, with every call in a transaction of its own."""
+
+    def __init__(self, engine: Engine, config: PartyConfig, scheme: Scheme) -> None:
+        metadata = MetaData()
+        self.store = LedgerStore(metadata)
+        metadata.create_all(engine)
+        self.accounts = PartyAccounts(self.store, config)
+        self.engine, self.scheme = engine, scheme
+
+    def reserve(self, plan: RoundPlan) -> None:
+        checked = CheckedPlan(plan, "d" * 64, derive_again(self.scheme, plan).noise_plan)
+        with self.engine.begin() as connection:
+            self.accounts.reserve(connection, checked, now=0.0)
+
+    def spend(self, plan: RoundPlan) -> None:
+        with self.engine.begin() as connection:
+            self.accounts.spend(connection, plan.job_id, plan.round, now=1.0)
+
+    def give_back(self, plan: RoundPlan) -> None:
+        with self.engine.begin() as connection:
+            self.accounts.return_(connection, plan.job_id, plan.round, now=2.0, reason="x" * 1000)
+
+    def kinds(self) -> list[str]:
+        with self.engine.begin() as connection:
+            self.accounts.verify(connection)
+            return [f"{entry.kind} {entry.unit}" for entry in self.store.entries(connection)]
+
+    def spent(self, unit: str) -> int:
+        """Rounds that count."""
+        with self.engine.begin() as connection:
+            books = charges(self.store.entries(connection)).values()
+        return sum(charge.entry.charged_rounds for charge in books if charge.counts and charge.entry.unit == unit)
+
+
+MakeBooks = Callable[..., Books]
+
+
+@pytest.fixture
+def make_books(engine: Engine, make_config: MakeConfig, scheme: Scheme) -> MakeBooks:
+    """make_books(example=…, party=…): the two budgets."""
+
+    def make(**budgets: Any) -> Books:
+        return Books(engine, make_config(privacy={"budgets": budgets}), scheme)
+
+    return make
+
+
+@pytest.mark.parametrize("unit", ["example", "party"])
+def test_a_budget_of_k_rounds_allows_exactly_k(make_books: MakeBooks, make_plan: MakePlan, unit: str) -> None:
+    budgets = {"example": {"max_rounds": 99}, "party": {"max_rounds": 99}, unit: {"max_rounds": 4}}
+    books = make_books(**budgets)
+    for number in range(1, 5):
+        plan = make_plan(round=number, priced_rounds=4)
+        books.reserve(plan)
+        books.spend(plan)
+    for plan in (make_plan(round=5, priced_rounds=4), make_plan(job_id="another", priced_rounds=1)):
+        with pytest.raises(BudgetError, match=f"round budget at {unit} level.*spent 4, limit 4, left 0"):
+            books.reserve(plan)
+    assert books.spent("example") == books.spent("party") == 4
+
+
+def test_a_job_that_claims_to_be_short_gets_no_more_rounds_than_the_budget(
+    make_books: MakeBooks, make_plan: MakePlan
+) -> None:
+    books = make_books(example={"max_rounds": 99}, party={"max_rounds": 3})
+    for number in range(1, 4):
+        books.reserve(make_plan(round=number, priced_rounds=1))
+    with pytest.raises(BudgetError):
+        books.reserve(make_plan(round=4, priced_rounds=1))
+
+
+OPERATIONS = st.lists(st.tuples(st.sampled_from(["reserve", "spend", "return"]), st.integers(1, 6)), max_size=25)
+
+
+@settings(deadline=None, max_examples=30)
+@given(operations=OPERATIONS, limit=st.integers(1, 4))
+def test_whatever_happens_in_whatever_order_the_budget_holds(
+    make_config: MakeConfig, make_plan: MakePlan, scheme: Scheme, operations: list[tuple[str, int]], limit: int
+) -> None:
+    """Against a small model: a round counts from its reservation on, unless it is given back before it is final."""
+    engine = sqlalchemy.create_engine("sqlite://", poolclass=StaticPool)
+    budgets = {"example": {"max_rounds": 99}, "party": {"max_rounds": limit}}
+    books = Books(engine, make_config(privacy={"budgets": budgets}), scheme)
+    state: dict[int, str] = {}
+    try:
+        for operation, number in operations:
+            plan = make_plan(job_id=f"job{number}", priced_rounds=1)
+            known = state.get(number, "")
+            counted = sum(each != "returned" for each in state.values())
+            if operation == "reserve" and not known:
+                if counted < limit:
+                    books.reserve(plan)
+                    state[number] = "reserved"
+                else:
+                    with pytest.raises(BudgetError):
+                        books.reserve(plan)
+            elif operation == "reserve":
+                books.reserve(plan)  # the same again charges nothing
+            elif known:
+                wanted, act = ("final", books.spend) if operation == "spend" else ("returned", books.give_back)
+                if known in ("reserved", wanted):
+                    act(plan)
+                    state[number] = wanted
+                else:
+                    with pytest.raises(LedgerError, match=f"is {known} and cannot become {wanted}"):
+                        act(plan)
+            counted = sum(each != "returned" for each in state.values())
+            assert books.spent("party") == books.spent("example") == counted <= limit
+    finally:
+        engine.dispose()
+
+
+def test_what_was_given_back_can_be_spent_by_another_round(make_books: MakeBooks, make_plan: MakePlan) -> None:
+    books = make_books(example={"max_rounds": 1}, party={"max_rounds": 1})
+    first, second = make_plan(priced_rounds=1), make_plan(round=2, priced_rounds=1)
+    books.reserve(first)
+    with pytest.raises(BudgetError):
+        books.reserve(second)
+    books.give_back(first)
+    books.reserve(second)
+    books.spend(second)
+    assert books.kinds() == [
+        *["reservation example", "reservation party"],
+        *["returned example", "returned party"],
+        *["reservation example", "reservation party"],
+        *["final example", "final party"],
+    ]
+
+
+BUDGETS = {
+    "more rounds than its party budget has": (
+        {"example": {"max_rounds": 5}, "party": {"max_rounds": 4}},
+        "round budget at party level does not allow it: asked 5, spent 0, limit 4, left 4",
+    ),
+    "more rounds than its data's budget has": (
+        {"example": {"max_rounds": 4}, "party": {"max_rounds": 5}},
+        "round budget at example level does not allow it: asked 5",
+    ),
+    "more ε than its data's budget has": (
+        {"example": {"epsilon": 0.5}, "party": {"max_rounds": 5}},
+        "epsilon budget at example level .*limit 0.5, left 0.5",
+    ),
+    "more ε than its party budget has": (
+        {"example": {"max_rounds": 5}, "party": {"epsilon": 1.0}},
+        "epsilon budget at party level .*limit 1, left 1",
+    ),
+}
+
+
+@pytest.mark.parametrize(("budgets", "words"), BUDGETS.values(), ids=BUDGETS.keys())
+def test_a_job_is_refused_as_a_whole_before_anything_is_charged_if_it_needs(
+    make_books: MakeBooks, make_plan: MakePlan, budgets: dict[str, Any], words: str
+) -> None:
+    """All five rounds are priced when the first one comes, and neither budget is charged if one does not allow them."""
+    books = make_books(**budgets)
+    with pytest.raises(BudgetError, match=words):
+        books.reserve(make_plan(priced_rounds=5))
+    assert books.kinds() == []
+
+
+def test_a_budget_in_epsilon_holds_the_whole_job_and_says_what_is_left(
+    make_books: MakeBooks, make_plan: MakePlan, engine: Engine
+) -> None:
+    whole = epsilon([example_event(make_plan()).repeated(3)], delta=1e-5)
+    books = make_books(example={"epsilon": whole}, party={"max_rounds": 9})
+    with pytest.raises(BudgetError):
+        books.reserve(make_plan(priced_rounds=4))
+    for number in range(1, 4):
+        books.reserve(make_plan(round=number, priced_rounds=3))
+    with engine.begin() as connection:
+        spent, left = books.accounts.example_balance(connection, "randhie")
+        other, untouched = books.accounts.example_balance(connection, "other task")
+    assert (spent, left) == (whole, 0.0)
+    assert (other, untouched) == (0.0, whole)
+    with pytest.raises(BudgetError):
+        books.reserve(make_plan(round=4, priced_rounds=3))
+
+
+def test_a_sum_without_party_noise_is_no_match_for_a_budget_in_epsilon(
+    make_books: MakeBooks, make_plan: MakePlan
+) -> None:
+    books = make_books(example={"max_rounds": 9}, party={"epsilon": 1e9})
+    with pytest.raises(BudgetError, match="asked inf"):
+        books.reserve(make_plan(noise_multiplier=0.0))
+    assert books.kinds() == []
+
+
+def test_each_task_s_data_has_a_budget_of_its_own(make_books: MakeBooks, make_plan: MakePlan) -> None:
+    books = make_books(example={"max_rounds": 1}, party={"max_rounds": 9})
+    books.reserve(make_plan(priced_rounds=1))
+    books.reserve(make_plan(job_id="other", priced_rounds=1, task="another"))
+    with pytest.raises(BudgetError, match="example level"):
+        books.reserve(make_plan(job_id="third", priced_rounds=1))
+
+
+def test_the_same_round_at_another_price_is_not_charged_again(make_books: MakeBooks, make_plan: MakePlan) -> None:
+    """Which plan a round has is the memory's to keep; the ledger charges a round once."""
+    books = make_books(example={"max_rounds": 9}, party={"max_rounds": 9})
+    plan = make_plan()
+    books.reserve(plan)
+    books.reserve(replace(plan, model_sha256="b" * 64))
+    assert books.spent("party") == 1
+
+
+@pytest.mark.parametrize(
+    ("value", "shown"), [(None, None), (0.0, 0.0), (1.5, 1.5), (float("inf"), None), (float("nan"), None)]
+)
+def test_only_a_finite_epsilon_travels(value: float | None, shown: float | None) -> None:
+    assert finite(value) == shown
