@@ -158,6 +158,8 @@ def statements(plan: RoundPlan, modulus_bits: int, last: dict[str, Any]) -> list
         )
     if modulus_bits < 2048:  # NIST SP 800-57 part 1: 2048 bits are the least that is acceptable
         lines.append(f"INSECURE: a modulus of {modulus_bits} bits is breakable")
+    elif modulus_bits < 3072:  # NIST SP 800-57 part 1, table 2
+        lines.append(f"a modulus of {modulus_bits} bits stands for 112-bit security; 3072 bits for 128")
     if plan.noise.noise_by == "aggregator":
         lines.append("the aggregator can know the exact sum: it drew all the noise")
     party = last["epsilon_party"]

@@ -244,8 +244,9 @@ class Coordinator:
             self._jobs.apply(connection, row.job_id, round_event(round_summary(row)), now=now)
 
         await self._database.run(write)
-        for batch in [*row.batches.values(), *([row.aggregate] if row.aggregate else [])]:
-            self._blobs.path(batch.sha256).unlink(missing_ok=True)  # opened or failed: nobody needs it any more
+        batches = [*row.batches.values(), *([row.aggregate] if row.aggregate else [])]
+        for sha256 in [*(batch.sha256 for batch in batches), *row.shares.values()]:
+            self._blobs.path(sha256).unlink(missing_ok=True)  # opened or failed: nobody needs it any more
         self.notify(row.job_id)
         self.wake()
 

@@ -15,7 +15,7 @@ from ..jobs.spec import ServerOptimizer as OptimizerSpec
 from ..learning.task import known_tasks
 from ..protocol.batches import StoredBatch
 from ..protocol.canonical import parse_canonical
-from ..protocol.plan import RoundPlan
+from ..protocol.plan import RootStatement, RoundPlan
 from ..protocol.signing import Signed
 from .federation import Federation
 from .planning import Model, check_noise_by
@@ -73,9 +73,10 @@ class AggregatorPipeline:
         """The aggregator's noise, protected like any update."""
         return StoredBatch(**await self._pool.run("make_noise", self._params(row)))
 
-    async def check_body(self, row: RoundRow, sha256: str) -> None:
-        """Raises CiphertextError, which names the first ciphertext that is none."""
-        await self._pool.run("check_body", {**self._params(row), "sha256": sha256})
+    async def check_body(self, row: RoundRow, sha256: str, root: RootStatement) -> None:
+        """Raises CiphertextError, which names the first ciphertext that is none, or KnowledgeError."""
+        upload = {"sha256": sha256, "proof": root.proof, "contributor": root.contributor}
+        await self._pool.run("check_body", {**self._params(row), **upload})
 
     async def fold(self, row: RoundRow) -> StoredBatch:
         """The product of the contributors' batches."""

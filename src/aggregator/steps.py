@@ -148,6 +148,7 @@ class RoundSteps:
             root=batch.root,
             ciphertexts=int(layout["ciphertext_count"]),
             body_bytes=batch.size,
+            proof=batch.proof,
         )
         return self._federation.sign(ROOT_KIND, statement.to_statement())
 

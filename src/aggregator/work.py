@@ -1,7 +1,7 @@
 """What the aggregator's workers compute. Each unit is data: JSON parameters and blobs in, JSON and blobs out.
 
-A worker holds no channel and no database. Torch is imported only by the two units that need it, so that an aggregator
-without torch can do everything else.
+Any unit may carry `processes`, the cores that it may use (1 without it). A worker holds no channel and no database.
+Torch is imported only by the two units that need it, so that an aggregator without torch can do everything else.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from typing import Any, Final
 import numpy as np
 from numpy.typing import NDArray
 
+from ..encryption.registry import scheme_for
 from ..encryption.scheme import Layout, Scheme
 from ..errors import PolicyError, ShareError
 from ..jobs.executors.units import Handler, WorkContext
@@ -23,7 +24,7 @@ from ..learning.server_optimizer import ServerOptimizer
 from ..privacy.entropy import SystemEntropy
 from ..privacy.noise import discrete_gaussian
 from ..privacy.noise_plan import fraction_from_json
-from ..protocol.batches import StoredBatch, fold_batches, read_body, write_batch
+from ..protocol.batches import StoredBatch, check_knowledge, fold_batches, write_batch
 from ..protocol.canonical import parse_canonical
 from ..protocol.keyring import Keyring, load_private_key
 from ..protocol.plan import RoundPlan, share_binding
@@ -75,11 +76,23 @@ def make_noise(params: Params, context: WorkContext) -> Result:
 
 
 def check_body(params: Params, context: WorkContext) -> Result:
-    """{plan, public, sha256} → {}: CiphertextError names the first ciphertext of an upload that is none."""
-    layout = Layout.from_json(_plan(params).layout)
+    """{plan, plan_digest, public, sha256, proof, contributor} → {}.
+
+    CiphertextError names the first ciphertext of an upload that is none; KnowledgeError a sender who has not proven to
+    know what is inside.
+    """
+    scheme, layout = _scheme(params), Layout.from_json(_plan(params).layout)
     with context.blobs.open(params["sha256"]) as file:
-        for _ in _scheme(params).check(layout, read_body(layout, file)):
-            pass
+        scheme.check_body(layout, file)
+        file.seek(0)
+        check_knowledge(
+            scheme,
+            layout,
+            params["proof"],
+            file,
+            plan_digest=params["plan_digest"],
+            contributor=params["contributor"],
+        )
     return {}
 
 
@@ -87,7 +100,12 @@ def fold(params: Params, context: WorkContext) -> Result:
     """{plan, plan_digest, public, batches} → the aggregate."""
     batches = {name: StoredBatch(**batch) for name, batch in params["batches"].items()}
     aggregate = fold_batches(
-        _scheme(params), _plan(params), batches, plan_digest=params["plan_digest"], blobs=context.blobs
+        _scheme(params),
+        _plan(params),
+        batches,
+        plan_digest=params["plan_digest"],
+        blobs=context.blobs,
+        processes=_processes(params),
     )
     return aggregate.to_json()
 
@@ -166,7 +184,18 @@ def _scheme(params: Params) -> Scheme:
     # The role's main process has checked the key's size; here the smallest test keys must pass too.
     keyring = Keyring.from_json(json.loads(params["public"]), insecure_small=True)
     plan = _plan(params)
-    return keyring.scheme(plan.scheme, expected_ciphertexts=int(plan.layout["ciphertext_count"]))
+    return scheme_for(
+        plan.scheme,
+        keyring.public,
+        threshold_key=keyring.threshold_key,
+        expected_ciphertexts=int(plan.layout["ciphertext_count"]),
+        processes=_processes(params),
+    )
+
+
+def _processes(params: Params) -> int:
+    """Cores that a unit may use: the role says how many, as it alone knows how many workers share them."""
+    return int(params.get("processes", 1))
 
 
 HANDLERS: Final[dict[str, Handler]] = {

@@ -25,9 +25,12 @@ and nothing else.
 
 from __future__ import annotations
 
+import io
+import os
+import stat
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, fields
-from typing import BinaryIO, Final
+from typing import BinaryIO, Final, Protocol
 
 from .scheme import Layout, mismatch
 
@@ -199,23 +202,90 @@ def read_blocks(
     left = layout.body_bytes
     while left:
         size = min(left, block_bytes)
-        block = _read_exactly(stream, size)
-        if len(block) != size:
-            raise mismatch(name, f"cut short, {left - len(block)} of {layout.body_bytes} bytes are missing")
         left -= size
-        yield block
+        # Not kept in a variable: with many bodies read side by side, each would hold on to its last block.
+        yield _read_exactly(stream, size, layout, missing=left, name=name)
     if stream.read(1):
         raise mismatch(name, f"longer than the {layout.body_bytes} bytes of its layout")
 
 
-def _read_exactly(stream: BinaryIO, size: int) -> bytes:
+def _read_exactly(stream: BinaryIO, size: int, layout: Layout, *, missing: int, name: str) -> bytes:
     data = stream.read(size)
-    if len(data) == size or not data:
+    if len(data) == size:
         return data
     parts = bytearray(data)
-    while len(parts) < size and (data := stream.read(size - len(parts))):
+    while data and (data := stream.read(size - len(parts))):
         parts += data
+    if len(parts) != size:
+        missing += size - len(parts)
+        raise mismatch(name, f"cut short, {missing} of {layout.body_bytes} bytes are missing")
     return bytes(parts)
+
+
+class Body(Protocol):
+    """A body that can be read anywhere, in a forked child too."""
+
+    def ciphertexts(self, part: range) -> bytes:
+        """Those ciphertexts, back to back. Raises BatchError when the body has become shorter."""
+        ...
+
+    @property
+    def files(self) -> tuple[int, ...]:
+        """Descriptors that it reads, by position."""
+        ...
+
+
+class _File:
+    def __init__(self, descriptor: int, start: int, layout: Layout) -> None:
+        self._start = start
+        self._width = layout.ciphertext_bytes
+        self.files = (descriptor,)
+        check_length(os.fstat(descriptor).st_size - start, layout)
+
+    def ciphertexts(self, part: range) -> bytes:
+        at, left = self._start + part.start * self._width, len(part) * self._width
+        data = bytearray()
+        while left > len(data) and (piece := os.pread(self.files[0], left - len(data), at + len(data))):
+            data += piece
+        if len(data) != left:
+            raise mismatch("body", "cut short while it was read")
+        return bytes(data)
+
+
+class _Memory:
+    files = ()
+
+    def __init__(self, data: bytes, start: int, layout: Layout) -> None:
+        self._data = data
+        self._start = start
+        self._width = layout.ciphertext_bytes
+        check_length(len(data) - start, layout)
+
+    def ciphertexts(self, part: range) -> bytes:
+        return self._data[self._start + part.start * self._width : self._start + part.stop * self._width]
+
+
+def random_access(stream: BinaryIO, layout: Layout) -> Body | None:
+    """The body that begins where `stream` stands, if it is a regular file or in memory; None for any other stream.
+
+    Raises:
+        BatchError: too short or too long.
+    """
+    if isinstance(stream, io.BytesIO):
+        return _Memory(stream.getvalue(), stream.tell(), layout)
+    if isinstance(stream, (io.FileIO, io.BufferedReader)) and isinstance(getattr(stream, "raw", stream), io.FileIO):
+        descriptor = stream.fileno()
+        if stat.S_ISREG(os.fstat(descriptor).st_mode):
+            return _File(descriptor, stream.tell(), layout)
+    return None
+
+
+def check_length(size: int, layout: Layout, *, name: str = "body") -> None:
+    """Refuse a body of so many bytes unless it is as long as its layout says. Raises BatchError."""
+    if size < layout.body_bytes:
+        raise mismatch(name, f"cut short, {layout.body_bytes - size} of {layout.body_bytes} bytes are missing")
+    if size > layout.body_bytes:
+        raise mismatch(name, f"longer than the {layout.body_bytes} bytes of its layout")
 
 
 def counted(blocks: Iterable[bytes], width: int, count: int, *, name: str = "body") -> Iterator[tuple[int, bytes]]:

@@ -52,8 +52,15 @@ def check_threshold(threshold: int, holders: int, *, colluders: int, quorum: int
         raise KeyMaterialError(rule, violations={"threshold": rule}, field="threshold")
 
 
+def djn_base(n: int, *, entropy: Entropy) -> int:
+    """A fresh h = (-x² mod n)^n mod n², x a random unit (Damgård, Jurik & Nielsen 2010, section 4.2)."""
+    n = mpz(n)
+    base = -(random_unit(entropy, n) ** 2) % n
+    return powmod_sec(base, n, n * n)
+
+
 def make_public_key(p: int, q: int, *, entropy: Entropy) -> PublicKey:
-    """The public key of two primes, with a fresh h = (-x² mod n)^n mod n² (Damgård, Jurik & Nielsen 2010, section 4.2).
+    """The public key of two primes, with a fresh h.
 
     Raises:
         KeyMaterialError: primes that DJN does not work with.
@@ -62,8 +69,7 @@ def make_public_key(p: int, q: int, *, entropy: Entropy) -> PublicKey:
     n = p * q
     modulus_bits = n.bit_length()
     check_primes(p, q, modulus_bits)
-    base = -(random_unit(entropy, n) ** 2) % n
-    return PublicKey(n, powmod_sec(base, n, n * n), modulus_bits)
+    return PublicKey(n, djn_base(n, entropy=entropy), modulus_bits)
 
 
 def make_key_pair(

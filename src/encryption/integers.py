@@ -7,11 +7,13 @@ Every big integer in this room is a gmpy2 `mpz`, which acts as an `int` in arith
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import cache
-from typing import Final, Protocol
+from typing import Final, Protocol, overload
 
 import gmpy2  # type: ignore[import-untyped, unused-ignore]
+
+from .parallel import fan_out, worthwhile
 
 mpz: Final[Callable[[int], int]] = gmpy2.mpz
 powmod: Final[Callable[[int, int, int], int]] = gmpy2.powmod
@@ -82,18 +84,87 @@ def split(block: bytes, width: int) -> list[int]:
     return [from_bytes(block[start : start + width]) for start in range(0, len(block), width)]
 
 
+class PackedIntegers(Sequence[int]):
+    """Integers in [0, 256^width) as big-endian words of `width` bytes, back to back: converted as they are read.
+
+    Args:
+        data: the words; its length is a multiple of `width`.
+        width: bytes of a word.
+    """
+
+    __slots__ = ("data", "width")
+
+    def __init__(self, data: bytes, width: int) -> None:
+        self.data = data
+        self.width = width
+
+    def __len__(self) -> int:
+        return len(self.data) // self.width
+
+    @overload
+    def __getitem__(self, at: int) -> int: ...
+    @overload
+    def __getitem__(self, at: slice) -> PackedIntegers: ...
+    def __getitem__(self, at: int | slice) -> int | PackedIntegers:
+        width = self.width
+        if isinstance(at, slice):
+            first, last, step = at.indices(len(self))
+            if step != 1:
+                raise ValueError("packed integers are cut into ranges, not strides")
+            return PackedIntegers(self.data[first * width : last * width], width)
+        position = range(len(self))[at]
+        return from_bytes(self.data[position * width : (position + 1) * width])
+
+    def __iter__(self) -> Iterator[int]:
+        for start in range(0, len(self.data), self.width):
+            yield from_bytes(self.data[start : start + self.width])
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Sequence) and list(self) == list(other)
+
+    __hash__ = None  # type: ignore[assignment]  # equal to lists, which have none
+
+    def __repr__(self) -> str:
+        return f"<{len(self)} integers of {self.width} bytes>"
+
+
 def join(values: Iterable[int], width: int) -> bytes:
     """Integers in [0, 256^width) as big-endian words of `width` bytes, back to back."""
+    if isinstance(values, PackedIntegers) and values.width == width:
+        return values.data
     return b"".join([value.to_bytes(width, "big") for value in values])
 
 
-def multi_power(bases: Sequence[int], exponents: Sequence[int], modulus: int, *, exponent_bits: int) -> int:
+MULTI_POWER_BASES: Final = 8192
+"""Bases whose buckets are filled together: with more a base costs hardly less, and they would be held all at once."""
+
+
+def multi_power(
+    bases: Sequence[int], exponents: Sequence[int], modulus: int, *, exponent_bits: int, processes: int = 1
+) -> int:
     """∏ bases[j]^exponents[j] mod modulus for public exponents in [0, 2^exponent_bits), by buckets.
 
     Pippenger 1976 as told by Bernstein, Doumen, Lange & Oosterwijk (Indocrypt 2012): with 128-bit exponents a base
-    costs some 16–25 products instead of the 150 of its own exponentiation.
+    costs some 16–25 products instead of the 150 of its own exponentiation. `processes`: see `parallel.fan_out`.
     """
+    if len(bases) != len(exponents):
+        raise ValueError("as many exponents as bases")
+    count = len(bases)
+    processes = worthwhile(processes, count * exponent_bits // 8)
+    size = max(1, min(MULTI_POWER_BASES, -(-count // processes)))
+    width = -(-modulus.bit_length() // 8)
 
+    def work(piece: int) -> bytes:
+        part = slice(piece * size, (piece + 1) * size)
+        return join([_buckets(list(bases[part]), exponents[part], modulus, exponent_bits)], width)
+
+    result = mpz(1)
+    for power in fan_out(work, -(-count // size), processes=processes):
+        result = result * from_bytes(power) % modulus
+    return result
+
+
+def _buckets(bases: list[int], exponents: Sequence[int], modulus: int, exponent_bits: int) -> int:
     def cost(width: int) -> int:
         return -(-exponent_bits // width) * (len(bases) + (2 << width))
 

@@ -119,7 +119,8 @@ def _digest(content: Mapping[str, object]) -> str:
     return hashlib.sha256(canonical.encode("ascii")).hexdigest()
 
 
-def _check_modulus(n: int, modulus_bits: int) -> None:
+def check_modulus(n: int, modulus_bits: int) -> None:
+    """Refuse an n that is even, of another length, prime or trivially composite. Raises KeyMaterialError."""
     check_modulus_bits(modulus_bits, insecure_small=True)
     if n <= 0 or n.bit_length() != modulus_bits:
         raise invalid("n", f"the modulus does not have the {modulus_bits} bits it is said to have")
@@ -166,7 +167,7 @@ class PublicKey:
     n_squared: int = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
-        _check_modulus(self.n, self.modulus_bits)
+        check_modulus(self.n, self.modulus_bits)
         _check_unit("h", self.h, self.n)
         n = mpz(self.n)
         _freeze(self, n=n, h=mpz(self.h), n_squared=n * n)

@@ -5,11 +5,10 @@ Ranges: plaintexts in [0, n), ciphertexts in Z*_{n²} as integers in [1, n²). E
 
 from __future__ import annotations
 
-import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cache
-from typing import Final
+from typing import Final, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -67,6 +66,19 @@ def plan_comb(exponent_bits: int, *, expected_count: int, entry_bytes: int, memo
     return best
 
 
+class Factor(NamedTuple):
+    """A blinding factor h^r mod n² = low + high·n, for one ciphertext and never another.
+
+    Attributes:
+        low, high: in [0, n).
+        exponent: r as little-endian bytes: what a proof about the ciphertext needs.
+    """
+
+    low: int
+    high: int
+    exponent: bytes
+
+
 class Encryptor:
     """Encrypts under one public key: (1 + n·m)·h^r mod n² with fresh r of modulus_bits/2 bits.
 
@@ -84,6 +96,7 @@ class Encryptor:
     def __init__(self, public: PublicKey, *, expected_count: int, memory_limit_mb: int = MEMORY_LIMIT_MB) -> None:
         self.public = public
         self.expected_count = expected_count
+        self.memory_limit_mb = memory_limit_mb
         self._n = public.n
         self.comb = plan_comb(
             public.modulus_bits // 2,
@@ -92,8 +105,6 @@ class Encryptor:
             memory_limit_mb=memory_limit_mb,
         )
         self._low, self._high = self._tables()
-        self._prepared: list[tuple[int, int]] = []
-        self._owner = os.getpid()
 
     def _times(self, x: tuple[int, int], y: tuple[int, int]) -> tuple[int, int]:
         carry, low = divmod_floor(x[0] * y[0], self._n)
@@ -144,40 +155,56 @@ class Encryptor:
                 low, high = product, (low * self._high[table][digit] + high * factor + carry) % n
         return low, high
 
-    def _fresh(self, entropy: Entropy) -> tuple[int, int]:
-        return self._power(entropy.token(self.comb.exponent_bits // 8))
-
-    def prepare(self, count: int, *, entropy: Entropy) -> None:
-        """Compute `count` blinding factors ahead, while there is time.
-
-        They live in this process's memory only: each is used once, a crash or a fork forgets them.
-        """
-        fresh = [self._fresh(entropy) for _ in range(count)]
-        self._disown()
-        self._prepared += fresh
+    @property
+    def exponent_bytes(self) -> int:
+        """Length of an exponent r."""
+        return self.comb.exponent_bits // 8
 
     @property
-    def prepared(self) -> int:
-        """Blinding factors in store."""
-        self._disown()
-        return len(self._prepared)
+    def products(self) -> int:
+        """Products and squarings of an encryption."""
+        return self.comb.row_bits + self.comb.columns - 2
 
-    def _disown(self) -> None:
-        if self._owner != os.getpid():  # a forked child: these factors are its parent's to use
-            self._prepared, self._owner = [], os.getpid()
+    def draw(self, count: int, *, entropy: Entropy) -> list[bytes]:
+        """`count` fresh exponents."""
+        return [entropy.token(self.exponent_bytes) for _ in range(count)]
 
-    def __getstate__(self) -> object:
-        raise TypeError("an Encryptor holds single-use randomness and is not to be copied")
+    def factors(self, exponents: Iterable[bytes]) -> list[Factor]:
+        """h^r for every r: nearly all of the work of an encryption, and none of it needs the plaintext."""
+        return [Factor(*self._power(exponent), exponent) for exponent in exponents]
+
+    def blind(self, plaintexts: Sequence[int], factors: Sequence[Factor]) -> list[int]:
+        """(1 + n·m)·h^r for each plaintext m in [0, n) and its own factor."""
+        n = self._n
+        return [
+            low + n * ((high + low * plaintext) % n)
+            for plaintext, (low, high, _) in zip(plaintexts, factors, strict=True)
+        ]
 
     def encrypt(self, plaintexts: Sequence[int], *, entropy: Entropy) -> list[int]:
-        """One ciphertext for each plaintext in [0, n), under prepared blinding factors first, then fresh ones."""
-        self._disown()
-        n = self._n
-        ciphertexts = []
-        for plaintext in plaintexts:
-            low, high = self._prepared.pop() if self._prepared else self._fresh(entropy)
-            ciphertexts.append(low + n * ((high + low * plaintext) % n))
-        return ciphertexts
+        """One ciphertext for each plaintext in [0, n), each under a fresh factor."""
+        return self.blind(plaintexts, self.factors(self.draw(len(plaintexts), entropy=entropy)))
+
+
+OUTGROWN_FACTOR: Final = 4
+"""Tables are built anew when this many times more encryptions are to come than they were chosen for."""
+
+_latest: list[Encryptor] = []
+
+
+def encryptor_for(public: PublicKey, *, expected_count: int, memory_limit_mb: int = MEMORY_LIMIT_MB) -> Encryptor:
+    """This process's encryptor for a key: tables are built once a key and serve every batch after that.
+
+    Only those of the latest key are kept, and they are replaced when they are too small for what is to come or larger
+    than allowed. They hold powers of a public number, nothing secret.
+    """
+    for encryptor in _latest:
+        large_enough = expected_count < OUTGROWN_FACTOR * encryptor.expected_count
+        if encryptor.public == public and large_enough and encryptor.memory_limit_mb <= memory_limit_mb:
+            return encryptor
+    _latest.clear()
+    _latest.append(Encryptor(public, expected_count=expected_count, memory_limit_mb=memory_limit_mb))
+    return _latest[0]
 
 
 def add(public: PublicKey, ciphertexts: Sequence[int]) -> int:
@@ -187,6 +214,15 @@ def add(public: PublicKey, ciphertexts: Sequence[int]) -> int:
     for ciphertext in ciphertexts:
         product = product * ciphertext % n_squared
     return product
+
+
+def add_batches(public: PublicKey, batches: Iterable[Sequence[int]]) -> list[int]:
+    """The ciphertexts of the sums, place by place; one batch and the product are in memory. None for no batch."""
+    n_squared = public.n_squared
+    total: Sequence[int] | None = None
+    for batch in batches:
+        total = batch if total is None else [x * y % n_squared for x, y in zip(total, batch, strict=True)]
+    return list(total or ())
 
 
 def check_ciphertexts(public: PublicKey, ciphertexts: Sequence[int], *, first: int = 0) -> None:

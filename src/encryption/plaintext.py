@@ -3,22 +3,31 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import BinaryIO, Final
 
 import numpy as np
 from numpy.typing import NDArray
 
-from ..errors import CiphertextError, ShareError, TooFewSharesError
+from ..errors import CiphertextError, KnowledgeError, ShareError, TooFewSharesError
 from .batch import counted, read_blocks
 from .integers import Entropy, digest_parts
 from .keys import KeyShare, PrivateKey, check_counts
 from .packing import check_values, regroup, unpack
 from .paillier_scheme import check_contributions, read_together
-from .scheme import Layout, LayoutRequest, check_layout
+from .scheme import Layout, LayoutRequest, Prover, check_layout
 from .threshold import wrong_share
 
 WORD_BITS: Final = 64
 WORD_BYTES: Final = 8
+
+
+class _NothingToProve:
+    def add(self, block: bytes, plaintexts: Sequence[int], exponents: Sequence[int]) -> None:
+        pass
+
+    def proof(self) -> bytes:
+        return b""
 
 
 class PlaintextScheme:
@@ -66,8 +75,21 @@ class PlaintextScheme:
             contributions=request.contributions,
         )
 
-    def protect(self, layout: Layout, blocks: Iterable[NDArray[np.int64]], *, entropy: Entropy) -> Iterator[bytes]:
-        """See `Scheme.protect`. Draws nothing from `entropy`."""
+    def prepare(self, layout: Layout, *, entropy: Entropy) -> AbstractContextManager[object]:
+        """There is nothing to prepare."""
+        self._check(layout)
+        return nullcontext()
+
+    def protect(
+        self,
+        layout: Layout,
+        blocks: Iterable[NDArray[np.int64]],
+        *,
+        entropy: Entropy,
+        prepared: object = None,
+        prover: Prover | None = None,
+    ) -> Iterator[bytes]:
+        """See `Scheme.protect`. Draws nothing from `entropy`, and has nothing to prove."""
         self._check(layout)
         first = 0
         for values in regroup(blocks, layout):
@@ -86,11 +108,27 @@ class PlaintextScheme:
                 raise CiphertextError(f"word {index} is out of range", index=index)
             yield block
 
+    def check_body(self, layout: Layout, body: BinaryIO) -> None:
+        """See `Scheme.check_body`."""
+        for _ in self.check(layout, read_blocks(body, layout)):
+            pass
+
+    def prover(self, layout: Layout, *, binding: bytes, entropy: Entropy) -> Prover:
+        """Everybody sees what is inside: the proof is empty."""
+        self._check(layout)
+        return _NothingToProve()
+
+    def check_knowledge(self, layout: Layout, body: BinaryIO, *, proof: bytes, binding: bytes) -> None:
+        """See `Scheme.check_knowledge`: the empty proof, and no other."""
+        self._check(layout)
+        if proof:
+            raise KnowledgeError("this scheme proves nothing, and a proof came")
+
     def fold(self, layout: Layout, bodies: Sequence[BinaryIO]) -> Iterator[bytes]:
         """See `Scheme.fold`: sums modulo 2^64."""
         self._check(layout)
         for blocks in read_together(layout, bodies):
-            total = np.zeros(len(blocks[0]) // WORD_BYTES, dtype=np.uint64)
+            total = np.frombuffer(next(blocks), dtype=">u8").astype(np.uint64)
             for block in blocks:
                 total += np.frombuffer(block, dtype=">u8")
             yield total.astype(">u8").tobytes()

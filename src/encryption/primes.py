@@ -2,25 +2,31 @@
 
 A safe prime p = 2p' + 1 is searched from a random start by a sieve that strikes out p' and p together, then by
 Fermat's test to base 2 on both, then by Miller–Rabin. A search is cut into segments, each a function of its start
-alone: they run in this process or in several, and no randomness is drawn anywhere but here.
+alone: they run in this process or in several forked ones, and no randomness is drawn anywhere but here, so that the
+same entropy gives the same primes whatever the number of processes.
 """
 
 from __future__ import annotations
 
-import multiprocessing
+import os
 from collections.abc import Callable, Generator, Iterator
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from contextlib import closing
 from functools import cache
+from itertools import islice
 from typing import Final
 
 import numpy as np
 
-from .integers import SMALL_PRIME_LIMIT, Entropy, gcd, is_prime, mpz, powmod, random_bits
+from .integers import SMALL_PRIME_LIMIT, Entropy, from_bytes, gcd, is_prime, join, mpz, powmod, random_bits
+from .parallel import fan_out
 
 SMALLEST_SEGMENT: Final = 1 << 11
 SEGMENT_DIVISOR: Final = 36
 """A segment has bits²/36 candidates: about one in seven holds a safe prime, so it ends soon enough to be waited for."""
+SEGMENTS_AT_ONCE: Final = 64
+"""Starts that are drawn before processes are forked for them: nine primes' worth."""
+SEGMENTS_A_LINE: Final = 4
+"""Segments between two lines of progress: a few seconds at 3072 bits."""
 CLOSE_PRIMES_BITS: Final = 100
 """Primes that agree in this many leading bits are refused (FIPS 186-5, A.1.3), Fermat's factorisation being cheap."""
 
@@ -74,31 +80,31 @@ def safe_prime(bits: int, *, entropy: Entropy) -> int:
 
     The incremental search (Brandt & Damgård 1992) favours primes after long gaps by a negligible amount.
     """
-    for start, length in _segments(bits, entropy):
-        prime = search_segment(start, length)
-        if prime is not None:
-            return prime
-    raise AssertionError("the segments never end")
+    with closing(_stream(bits, entropy=entropy, processes=1, tell=_silent)) as primes:
+        return next(primes)
 
 
 def generate_safe_primes(
-    modulus_bits: int, *, entropy: Entropy, processes: int = 2, progress: Progress | None = None
+    modulus_bits: int, *, entropy: Entropy, processes: int | None = None, progress: Progress | None = None
 ) -> tuple[int, int]:
     """Two distinct safe primes whose product has exactly `modulus_bits` bits.
 
     Args:
         modulus_bits: length of the product.
         entropy: where the starting points come from.
-        processes: worker processes; 1 searches in this one. Workers are started by `forkserver`, or `spawn`.
-        progress: told in words when something has been found.
+        processes: that search side by side; None: one for each CPU, 1: this one. Ctrl-C ends them with this one.
+        progress: told in words how far the search is, every few seconds.
 
     Returns:
         (p, q), whose difference is not small.
+
+    Raises:
+        WorkerError: a process died.
     """
     tell = progress or _silent
     bits = modulus_bits // 2
     found: list[int] = []
-    with closing(_stream(bits, entropy=entropy, processes=processes)) as primes:
+    with closing(_stream(bits, entropy=entropy, processes=processes or os.cpu_count() or 1, tell=tell)) as primes:
         for prime in primes:
             if found and abs(found[0] - prime).bit_length() <= bits - min(CLOSE_PRIMES_BITS, bits // 2):
                 continue
@@ -109,26 +115,23 @@ def generate_safe_primes(
     return found[0], found[1]
 
 
-def _stream(bits: int, *, entropy: Entropy, processes: int) -> Generator[int, None, None]:
-    if processes <= 1:
-        while True:
-            yield safe_prime(bits, entropy=entropy)
-    method = "forkserver" if "forkserver" in multiprocessing.get_all_start_methods() else "spawn"
-    context = multiprocessing.get_context(method)
-    segments = _segments(bits, entropy)
-    with ProcessPoolExecutor(processes, mp_context=context) as pool:
-        running: set[Future[int | None]] = set()
-        try:
-            while True:
-                while len(running) < processes:
-                    running.add(pool.submit(search_segment, *next(segments)))
-                done, running = wait(running, return_when=FIRST_COMPLETED)
-                for future in done:
-                    prime = future.result()
-                    if prime is not None:
-                        yield prime
-        finally:
-            pool.shutdown(wait=True, cancel_futures=True)
+def _stream(bits: int, *, entropy: Entropy, processes: int, tell: Progress) -> Generator[int, None, None]:
+    segments, searched = _segments(bits, entropy), 0
+    width = -(-bits // 8)
+    while True:
+        batch = list(islice(segments, SEGMENTS_AT_ONCE))
+
+        def work(index: int, batch: list[tuple[int, int]] = batch) -> bytes:
+            return join([search_segment(*batch[index]) or 0], width)
+
+        with closing(fan_out(work, len(batch), processes=processes if hasattr(os, "fork") else 1)) as results:
+            for result in results:
+                searched += 1
+                if searched % SEGMENTS_A_LINE == 0:
+                    tell(f"{searched} segments searched, about one in seven holds a safe prime")
+                prime = from_bytes(result)
+                if prime:
+                    yield prime
 
 
 def generate_primes(modulus_bits: int, *, entropy: Entropy) -> tuple[int, int]:

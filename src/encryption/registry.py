@@ -21,6 +21,7 @@ def scheme_for(
     threshold_key: ThresholdKey | None = None,
     expected_ciphertexts: int | None = None,
     memory_limit_mb: int = MEMORY_LIMIT_MB,
+    processes: int = 1,
 ) -> Scheme:
     """The scheme called `name`.
 
@@ -28,7 +29,7 @@ def scheme_for(
         name: one of `SCHEME_NAMES`.
         public: the public key, for schemes that have one; may be left out when `threshold_key` is given.
         threshold_key: the public values of the deal; None in custody `aggregator`. `plaintext` takes its counts.
-        expected_ciphertexts, memory_limit_mb: see `PaillierScheme`.
+        expected_ciphertexts, memory_limit_mb, processes: see `PaillierScheme`.
 
     Raises:
         ConfigError: no scheme of that name.
@@ -46,5 +47,9 @@ def scheme_for(
             raise KeyMaterialError("public: this scheme needs a key", field="public")
         public = threshold_key.public
     return PaillierScheme(
-        public, threshold_key, expected_ciphertexts=expected_ciphertexts, memory_limit_mb=memory_limit_mb
+        public,
+        threshold_key,
+        expected_ciphertexts=expected_ciphertexts,
+        memory_limit_mb=memory_limit_mb,
+        processes=processes,
     )

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, fields, replace
 from typing import BinaryIO, Final, Protocol
 
@@ -170,6 +171,18 @@ class Layout:
         return cls(**values)  # type: ignore[arg-type]  # types were checked one by one above
 
 
+class Prover(Protocol):
+    """Collects what `protect` encrypts, and proves at the end that it was known."""
+
+    def add(self, block: bytes, plaintexts: Sequence[int], exponents: Sequence[int]) -> None:
+        """The next ciphertexts (bytes), what is inside, and their randomness."""
+        ...
+
+    def proof(self) -> bytes:
+        """The proof for the whole batch."""
+        ...
+
+
 class Scheme(Protocol):
     """Sums what nobody may see. Every method raises BatchError for a layout of another scheme or key.
 
@@ -185,10 +198,29 @@ class Scheme(Protocol):
         """The layout for a round; raises SlotOverflowError when a slot would exceed 62 bits."""
         ...
 
-    def protect(self, layout: Layout, blocks: Iterable[NDArray[np.int64]], *, entropy: Entropy) -> Iterator[bytes]:
+    def prepare(self, layout: Layout, *, entropy: Entropy) -> AbstractContextManager[object]:
+        """Whatever one `protect` needs beside the values, computed on idle cores from now on.
+
+        It is in memory alone and serves one batch. Leave its `with` block when it is not wanted any more.
+        """
+        ...
+
+    def protect(
+        self,
+        layout: Layout,
+        blocks: Iterable[NDArray[np.int64]],
+        *,
+        entropy: Entropy,
+        prepared: object = None,
+        prover: Prover | None = None,
+    ) -> Iterator[bytes]:
         """Body blocks for the values in `blocks` (1-D int64 arrays of any lengths, parameter_count values in all).
 
+        `prepared` is what `prepare` gave for this layout; without it everything is computed now. `prover` is told what
+        is encrypted; once all blocks are read it has the proof.
+
         Raises:
+            StateError: `prepared` was used before; `metadata["index"]` is the first ciphertext that it fails.
             SlotOverflowError: a value outside [-offset, offset]; `metadata["index"]` is its position.
             BatchError: more or fewer values than the layout has, or not int64.
         """
@@ -203,8 +235,23 @@ class Scheme(Protocol):
         """
         ...
 
+    def check_body(self, layout: Layout, body: BinaryIO) -> None:
+        """`check` a whole body, from where the stream stands; raises as it does."""
+        ...
+
+    def prover(self, layout: Layout, *, binding: bytes, entropy: Entropy) -> Prover:
+        """For one batch: a proof, bound to `binding`, that its sender knows what is inside."""
+        ...
+
+    def check_knowledge(self, layout: Layout, body: BinaryIO, *, proof: bytes, binding: bytes) -> None:
+        """Raises KnowledgeError unless `proof` shows that the body's sender knew what is inside, under `binding`.
+
+        Raises what `check` raises too.
+        """
+        ...
+
     def fold(self, layout: Layout, bodies: Sequence[BinaryIO]) -> Iterator[bytes]:
-        """Body blocks of the aggregate; memory O(block · bodies).
+        """Body blocks of the aggregate; memory O(block), however many bodies.
 
         Raises:
             BatchError: no body, more than `layout.contributions`, or one that is too short or too long.

@@ -22,6 +22,7 @@ from typing import Final
 from ..errors import CiphertextError, ShareError, TooFewSharesError
 from .integers import (
     Entropy,
+    PackedIntegers,
     digest_parts,
     from_bytes,
     invert,
@@ -31,10 +32,10 @@ from .integers import (
     powmod,
     powmod_sec,
     random_bits,
-    split,
 )
 from .keys import KeyShare, ThresholdKey, check_share
 from .paillier import check_ciphertexts
+from .parallel import fan_out, pieces, worthwhile
 
 WEIGHT_BITS: Final = 128
 """A false batch passes with probability 2^-128."""
@@ -58,7 +59,7 @@ class ShareBatch:
     Attributes:
         key_id: 32 hexadecimal digits.
         index: the holder, 1 … holders.
-        values: d_j in [1, n²).
+        values: d_j in [1, n²); of a batch that was read, its bytes, converted as they are used.
         challenge: in [0, 2^256).
         response: mask + challenge · Δ·s_i, over the integers.
     """
@@ -112,7 +113,7 @@ class ShareBatch:
             raise wrong_share(index, "its length is not the expected one")
         proof_at = end + _CHALLENGE_BYTES
         challenge, response = from_bytes(data[end:proof_at]), from_bytes(data[proof_at:])
-        return cls(key.key_id, index, split(data[at:end], width), challenge, response)
+        return cls(key.key_id, index, PackedIntegers(data[at:end], width), challenge, response)
 
 
 def response_bytes(key: ThresholdKey) -> int:
@@ -134,8 +135,10 @@ def partial_decrypt(share: KeyShare, key: ThresholdKey, ciphertext: int) -> int:
     return powmod_sec(ciphertext, 2 * key.delta * share.value, key.public.n_squared)
 
 
-def partial_decrypt_all(share: KeyShare, key: ThresholdKey, ciphertexts: Sequence[int]) -> list[int]:
-    """`partial_decrypt` for every ciphertext: the part of an opening that takes long and can be cut into pieces.
+def partial_decrypt_all(
+    share: KeyShare, key: ThresholdKey, ciphertexts: Sequence[int], *, processes: int = 1
+) -> PackedIntegers:
+    """`partial_decrypt` for every ciphertext, in up to `processes` processes: the part of an opening that takes long.
 
     Raises:
         CiphertextError: a ciphertext outside Z*_{n²}.
@@ -143,12 +146,19 @@ def partial_decrypt_all(share: KeyShare, key: ThresholdKey, ciphertexts: Sequenc
     """
     check_share(key, share)
     check_ciphertexts(key.public, ciphertexts)
-    exponent, n_squared = 2 * key.delta * share.value, key.public.n_squared
-    return [powmod_sec(ciphertext, exponent, n_squared) for ciphertext in ciphertexts]
+    exponent, n_squared, width = 2 * key.delta * share.value, key.public.n_squared, key.public.ciphertext_bytes
+    processes = worthwhile(processes, len(ciphertexts) * exponent.bit_length())
+    parts = pieces(len(ciphertexts), processes)
+
+    def work(piece: int) -> bytes:
+        part = ciphertexts[parts[piece].start : parts[piece].stop]
+        return join((powmod_sec(ciphertext, exponent, n_squared) for ciphertext in part), width)
+
+    return PackedIntegers(b"".join(fan_out(work, len(parts), processes=processes)), width)
 
 
 def _weigh(
-    key: ThresholdKey, index: int, ciphertexts: Sequence[int], values: Sequence[int], *, binding: bytes
+    key: ThresholdKey, index: int, ciphertexts: Sequence[int], values: Sequence[int], *, binding: bytes, processes: int
 ) -> tuple[bytes, int, int]:
     """The statement's hash, C and D."""
     public, width = key.public, key.public.ciphertext_bytes
@@ -164,11 +174,12 @@ def _weigh(
     )
     size = WEIGHT_BITS // 8
     stream = hashlib.shake_256(b"sotto/share-proof/weights/1" + statement).digest(size * len(ciphertexts))
-    weights = split(stream, size)
-    n_squared = public.n_squared
-    base = powmod(multi_power(ciphertexts, weights, n_squared, exponent_bits=WEIGHT_BITS), 4, n_squared)
-    image = powmod(multi_power(values, weights, n_squared, exponent_bits=WEIGHT_BITS), 2, n_squared)
-    return statement, base, image
+    weights, n_squared = PackedIntegers(stream, size), public.n_squared
+    base, image = (
+        multi_power(bases, weights, n_squared, exponent_bits=WEIGHT_BITS, processes=processes)
+        for bases in (ciphertexts, values)
+    )
+    return statement, powmod(base, 4, n_squared), powmod(image, 2, n_squared)
 
 
 def _challenge(key: ThresholdKey, statement: bytes, points: Sequence[int]) -> int:
@@ -185,10 +196,11 @@ def prove(
     *,
     binding: bytes,
     entropy: Entropy,
+    processes: int = 1,
 ) -> ShareBatch:
     """The share batch for `values` = `partial_decrypt_all(ciphertexts)`, proven under `binding`."""
     n_squared = key.public.n_squared
-    statement, base, image = _weigh(key, share.index, ciphertexts, values, binding=binding)
+    statement, base, image = _weigh(key, share.index, ciphertexts, values, binding=binding, processes=processes)
     mask = random_bits(entropy, _mask_bits(key)) + 1  # powmod_sec wants it positive
     points = [base, image, powmod_sec(base, mask, n_squared), powmod_sec(key.v, mask, n_squared)]
     challenge = _challenge(key, statement, points)
@@ -197,15 +209,27 @@ def prove(
 
 
 def open_batch(
-    share: KeyShare, key: ThresholdKey, ciphertexts: Sequence[int], *, binding: bytes, entropy: Entropy
+    share: KeyShare,
+    key: ThresholdKey,
+    ciphertexts: Sequence[int],
+    *,
+    binding: bytes,
+    entropy: Entropy,
+    processes: int = 1,
 ) -> ShareBatch:
     """Partial decryptions of all ciphertexts and their proof; raises as `partial_decrypt_all` does."""
-    values = partial_decrypt_all(share, key, ciphertexts)
-    return prove(share, key, ciphertexts, values, binding=binding, entropy=entropy)
+    values = partial_decrypt_all(share, key, ciphertexts, processes=processes)
+    return prove(share, key, ciphertexts, values, binding=binding, entropy=entropy, processes=processes)
 
 
 def verify_share_batch(
-    key: ThresholdKey, ciphertexts: Sequence[int], batch: ShareBatch, *, index: int, binding: bytes
+    key: ThresholdKey,
+    ciphertexts: Sequence[int],
+    batch: ShareBatch,
+    *,
+    index: int,
+    binding: bytes,
+    processes: int = 1,
 ) -> None:
     """Check holder `index`'s share batch for `ciphertexts` (already checked to be in Z*_{n²}).
 
@@ -222,7 +246,7 @@ def verify_share_batch(
     except CiphertextError as error:
         raise wrong_share(index, f"value {error.metadata['index']} is not an element of Z*_{{n²}}") from error
     n_squared = key.public.n_squared
-    statement, base, image = _weigh(key, index, ciphertexts, batch.values, binding=binding)
+    statement, base, image = _weigh(key, index, ciphertexts, batch.values, binding=binding, processes=processes)
     image_inverse = invert(image, n_squared)
     v_inverse = invert(key.verification[index - 1], n_squared)
     commitments = [

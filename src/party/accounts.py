@@ -38,8 +38,8 @@ class PartyAccounts:
         known = charges(self._store.entries(connection))
         for budget, event in self._costs(checked):
             key = _key(plan.job_id, plan.round, budget)
-            if key in known:
-                continue
+            if key in known and known[key].counts:
+                continue  # what was given back is refused by the ledger: a new round has a new charge
             self._check_plan(connection, checked, budget, event)
             entry = reserve(
                 self._store.entries(connection),
@@ -93,9 +93,8 @@ class PartyAccounts:
         return _budget(self._config.privacy.budgets.example, unit="example", subject=f"dataset:{task}")
 
     def _keys(self, connection: Connection, job_id: str, number: int) -> list[str]:
-        prefix = f"{job_id}/{number}/"
         books = charges(self._store.entries(connection))
-        return [key for key in books if key.startswith(prefix)]
+        return [key for key, charge in books.items() if (charge.entry.job_id, charge.entry.round) == (job_id, number)]
 
 
 def _key(job_id: str, number: int, budget: Budget) -> str:

@@ -27,7 +27,7 @@ from ..errors import (
     StorageError,
     UnavailableError,
 )
-from ..protocol.plan import PLAN_KIND
+from ..protocol.plan import PLAN_KIND, signed_digest
 from ..protocol.roster import AGGREGATOR
 from ..protocol.signing import open_signed
 from ..storage.database import Database
@@ -156,8 +156,11 @@ class Node:
             LOG.warning("%s of round %d is refused: %s", kind, name.round, text, extra={"job": name.job_id})
             if not isinstance(error, SottoError):
                 LOG.exception("unexpected")
+            if kind == "ended":
+                return
             with contextlib.suppress(SottoError):
-                await self._worker.failed(stub, name, stage=kind, error=error)
+                plan = signed_digest(signed_from_proto(getattr(assignment, kind).plan), PLAN_KIND)
+                await self._worker.failed(stub, name, stage=kind, plan=plan, error=error)
 
     def _work(self, stub: Stub, assignment: federation_pb2.Assignment, kind: str) -> Awaitable[None]:
         name = assignment.round

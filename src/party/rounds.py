@@ -15,7 +15,7 @@ from sqlalchemy import Connection
 from ..communication.generated import federation_pb2, federation_pb2_grpc
 from ..communication.messages import signed_from_proto, signed_to_proto
 from ..communication.streams import blob_pieces, receive_blob
-from ..errors import OpeningError, SottoError, meaning
+from ..errors import BudgetError, OpeningError, PlanError, SottoError, meaning
 from ..jobs.executors.pool import WorkerPool
 from ..protocol.batches import StoredBatch, expected_header
 from ..protocol.plan import ROOT_KIND, SHARES_KIND, TRANSCRIPT_KIND, OpeningStatement, RootStatement
@@ -33,6 +33,7 @@ from .rules import (
     check_plan,
     check_reveal,
     describe,
+    open_plan,
 )
 from .store import PartyRound, RoundMemory, Stage, check_same
 from .work import dataset_options
@@ -73,7 +74,7 @@ class RoundWorker:
     async def contribute(self, stub: Stub, name: federation_pb2.RoundName, work: federation_pb2.Contribute) -> None:
         """Train and commit: send the signed root of the finished batch."""
         signed = signed_from_proto(work.plan)
-        checked = self._check(signed)
+        checked = self._check(signed, name)
         check_contribution(checked.plan, self._home.config)
         row = await self._database.run(lambda c: self._begin(c, checked))
         if row.stage is Stage.FAILED:
@@ -99,6 +100,8 @@ class RoundWorker:
         fresh = PartyRound(job_id=plan.job_id, number=plan.round, plan=checked.digest, stage=Stage.RESERVED)
         if known is not None:
             check_same(known, fresh)
+            if known.ended:
+                raise PlanError("this round has ended")
             return known
         self._accounts.reserve(connection, checked, now=self._clock())
         self._memory.put(connection, fresh)
@@ -117,18 +120,21 @@ class RoundWorker:
             "options": options,
             "declared_rows": dataset.declared_rows,
         }
-        batch = StoredBatch(**await self._pool.run("contribute", params))
+        try:
+            batch = StoredBatch(**await self._pool.run("contribute", params))
+        finally:
+            self._blobs.path(plan.model_sha256).unlink(missing_ok=True)
         statement = RootStatement(
             plan=checked.digest,
             contributor=self._home.name,
             root=batch.root,
             ciphertexts=int(plan.layout["ciphertext_count"]),
             body_bytes=batch.size,
+            proof=batch.proof,
         )
         root = self._home.signing_key.sign(ROOT_KIND, statement.to_statement(), signer=self._home.name)
         row = replace(row, stage=Stage.COMMITTED, batch=batch.to_json(), root=root.to_json())
         await self._database.run(lambda c: self._memory.put(c, row))
-        self._blobs.path(plan.model_sha256).unlink(missing_ok=True)
         return row
 
     # --- reveal -------------------------------------------------------------------------------------------------------
@@ -136,13 +142,15 @@ class RoundWorker:
     async def reveal(self, stub: Stub, name: federation_pb2.RoundName, work: federation_pb2.Reveal) -> None:
         """Upload the stored batch, once the frozen list is one that this party can live with."""
         signed, listed = signed_from_proto(work.plan), signed_from_proto(work.frozen_list)
-        checked = self._check(signed)
+        checked = self._check(signed, name)
         roots = check_list(listed, self._home.roster, plan=checked.plan, plan_digest=checked.digest)
 
         def accept(connection: Connection) -> PartyRound:
             row = self._memory.find(connection, name.job_id, name.round)
             if row is None or row.plan != checked.digest or row.batch is None:
                 raise OpeningError("this party has committed to nothing in this round")
+            if row.ended:
+                raise PlanError("this round has ended")
             digest = check_reveal(row, listed, roots, name=self._home.name)
             if row.stage is Stage.COMMITTED:
                 self._accounts.spend(connection, row.job_id, row.number, now=self._clock())
@@ -172,7 +180,7 @@ class RoundWorker:
     async def open(self, stub: Stub, name: federation_pb2.RoundName, work: federation_pb2.Open) -> None:
         """Send a share of the aggregate that this party multiplied itself, and of no other in this round, ever."""
         signed, listed = signed_from_proto(work.plan), signed_from_proto(work.frozen_list)
-        checked = self._check(signed)
+        checked = self._check(signed, name)
         roots = check_list(listed, self._home.roster, plan=checked.plan, plan_digest=checked.digest)
         row = await self._database.run(lambda c: self._memory.find(c, name.job_id, name.round))
         row = row or PartyRound(job_id=name.job_id, number=name.round, plan=checked.digest, stage=Stage.WITNESS)
@@ -200,13 +208,40 @@ class RoundWorker:
         opening: OpeningStatement,
         roots: dict[str, RootStatement],
     ) -> PartyRound:
-        batches = {name: await self._fetch(stub, row, checked, roots[name]) for name in opening.contributors}
+        mine = (row.batch or {}).get("sha256")
+        fetched: set[str] = set()
+        try:
+            return await self._open_fetched(
+                stub, row, checked, signed=signed, opening=opening, roots=roots, fetched=fetched
+            )
+        finally:
+            for blob in fetched - {mine}:  # refused or opened: nobody needs them any more
+                self._blobs.path(blob).unlink(missing_ok=True)
+
+    async def _open_fetched(
+        self,
+        stub: Stub,
+        row: PartyRound,
+        checked: CheckedPlan,
+        *,
+        signed: Signed,
+        opening: OpeningStatement,
+        roots: dict[str, RootStatement],
+        fetched: set[str],
+    ) -> PartyRound:
+        batches = {}
+        for name in opening.contributors:
+            batches[name] = await self._fetch(stub, row, checked, roots[name])
+            fetched.add(batches[name].sha256)
         params = self._params(checked, signed)
         own = {name: batch.to_json() for name, batch in batches.items()}
-        aggregate = StoredBatch(**await self._pool.run("recompute", {**params, "batches": own}))
+        aggregate = StoredBatch(
+            **await self._pool.run("recompute", {**params, "name": self._home.name, "batches": own})
+        )
+        fetched.add(aggregate.sha256)
         if aggregate.root != opening.aggregate_root:
             raise OpeningError("the aggregate that this party multiplied is not the one it is asked to open")
-        row = replace(row, aggregate_root=aggregate.root)
+        row = replace(row, aggregate_root=aggregate.root, list=opening.list)
         # Before a share exists: from here on no other aggregate of this round is opened, whatever happens.
         await self._database.run(lambda c: self._memory.put(c, row))
         share = await self._pool.run(
@@ -221,9 +256,6 @@ class RoundWorker:
         )
         row = replace(row, share=share["sha256"])
         await self._database.run(lambda c: self._memory.put(c, row))
-        mine = (row.batch or {}).get("sha256")
-        for blob in {aggregate.sha256, *(batch.sha256 for batch in batches.values())} - {mine}:
-            self._blobs.path(blob).unlink(missing_ok=True)
         return row
 
     async def _fetch(self, stub: Stub, row: PartyRound, checked: CheckedPlan, root: RootStatement) -> StoredBatch:
@@ -234,7 +266,7 @@ class RoundWorker:
         request = federation_pb2.DownloadContributionRequest(round=_round_name(row), contributor=root.contributor)
         limit = min(self._home.config.limits.max_update_bytes, root.body_bytes)
         ref = await receive_blob(stub.DownloadContribution(request), self._blobs, max_bytes=limit)
-        return StoredBatch(header, ref.sha256, ref.size, root.root)
+        return StoredBatch(header, ref.sha256, ref.size, root.root, root.proof)
 
     async def _shares(self, row: PartyRound) -> AsyncIterator[federation_pb2.UploadSharesRequest]:
         size = await asyncio.to_thread(self._blobs.size, row.share)
@@ -278,14 +310,21 @@ class RoundWorker:
 
     # --- refusals -----------------------------------------------------------------------------------------------------
 
-    async def failed(self, stub: Stub, name: federation_pb2.RoundName, *, stage: str, error: BaseException) -> None:
-        """Remember a refusal or failure, give back what did not leave, and tell the aggregator, by public text."""
+    async def failed(
+        self, stub: Stub, name: federation_pb2.RoundName, *, stage: str, plan: str, error: BaseException
+    ) -> None:
+        """Remember a refusal or failure, give back what did not leave, and tell the aggregator, by public text.
+
+        `plan` is the digest of what was asked for: a refusal of another plan changes nothing in the round as it is.
+        """
         text = error.message if isinstance(error, SottoError) else "internal error"
+        if isinstance(error, BudgetError) and not self._home.config.policy.disclose_epsilon:
+            text = "this party's budget does not allow it"
         failure = (meaning(error).reason, text)
 
         def note(connection: Connection) -> None:
             row = self._memory.find(connection, name.job_id, name.round)
-            if stage == "contribute" and row is not None and row.stage is Stage.RESERVED:
+            if stage == "contribute" and row is not None and (row.stage, row.plan) == (Stage.RESERVED, plan):
                 self._accounts.return_(connection, row.job_id, row.number, now=self._clock(), reason=failure[0])
                 self._memory.put(connection, replace(row, stage=Stage.FAILED, failure=failure))
 
@@ -298,13 +337,16 @@ class RoundWorker:
 
     # --- shared -------------------------------------------------------------------------------------------------------
 
-    def _check(self, signed: Signed) -> CheckedPlan:
-        scheme_name = str(json.loads(signed.statement).get("scheme", ""))
+    def _check(self, signed: Signed, name: federation_pb2.RoundName) -> CheckedPlan:
+        """The plan, verified before anything in it is believed, and of the round that the assignment names."""
+        plan, _ = open_plan(signed, self._home.roster)
+        if (plan.job_id, plan.round) != (name.job_id, name.round):
+            raise PlanError("the assignment names another round than its plan")
         return check_plan(
             signed,
             self._home.roster,
             config=self._home.config,
-            scheme=self._home.scheme(scheme_name),
+            scheme=self._home.scheme(plan.scheme),
             pinned=self._home.pinned,
         )
 

@@ -6,6 +6,7 @@ nothing is believed because the aggregator says so.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Final
@@ -30,6 +31,9 @@ from ..protocol.roster import AGGREGATOR, Roster
 from ..protocol.signing import Signed, open_signed
 from .store import PartyRound, Stage
 
+MAX_LOCAL_STEPS: Final = 1_000_000
+"""Of one round: what a job may ask for at most."""
+_JOB_ID: Final = re.compile(r"[A-Za-z0-9_-]{1,64}")
 MIN_HONEST: Final = 2
 """A sum over one honest party is that party's update."""
 
@@ -58,6 +62,7 @@ def check_plan(signed: Signed, roster: Roster, *, config: PartyConfig, scheme: S
         PolicyError: this party's policy does not allow it.
     """
     plan, digest = open_plan(signed, roster)
+    _check_ranges(plan)
     if pinned or plan.roster_digest == roster.digest:
         _check_against_roster(plan, roster)
     elif roster.custody == "threshold":
@@ -68,6 +73,19 @@ def check_plan(signed: Signed, roster: Roster, *, config: PartyConfig, scheme: S
     if derived.layout.body_bytes > config.limits.max_update_bytes:
         raise PolicyError("the plan's updates are larger than limits.max_update_bytes")
     return CheckedPlan(plan, digest, derived.noise_plan)
+
+
+def _check_ranges(plan: RoundPlan) -> None:
+    """Before anything is reserved for it: what no honest aggregator plans."""
+    checks = {
+        "job_id": _JOB_ID.fullmatch(plan.job_id) is not None,
+        "round": 1 <= plan.round < 2**32,  # a batch header has four bytes for it
+        "priced_rounds": 1 <= plan.priced_rounds < 2**32,
+        "local.steps": 1 <= plan.local.steps <= MAX_LOCAL_STEPS,
+    }
+    for field, holds in checks.items():
+        if not holds:
+            raise PlanError(f"the plan's {field} is out of range", field=field)
 
 
 def _check_against_roster(plan: RoundPlan, roster: Roster) -> None:

@@ -1,6 +1,7 @@
 """What a party's workers compute. An update leaves the worker only protected: no other form of it is stored or logged.
 
-Each unit is data: JSON parameters and blobs in, JSON and blobs out.
+Each unit is data: JSON parameters and blobs in, JSON and blobs out. Any of them may carry `processes`, the cores that
+it may use (1 without it).
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..encryption.keys import KeyShare
+from ..encryption.registry import scheme_for
 from ..encryption.scheme import Layout, Scheme
 from ..errors import InvalidInput, PolicyError
 from ..jobs.executors.units import Handler, WorkContext
@@ -37,20 +39,22 @@ def contribute(params: Params, context: WorkContext) -> Result:
     """Train, clip, encode, add the noise share, protect, store.
 
     {plan, plan_digest, public, name, options, declared_rows} → the stored batch. The plaintext update lives and dies
-    in this function.
+    in this function. What encryption needs beside it is prepared on idle cores while the model trains.
     """
     plan, entropy = _plan(params), SystemEntropy()
-    update = _train(plan, params, context, entropy)
-    values = encode(update, plan, entropy=entropy)
-    batch = write_batch(
-        _scheme(params, plan),
-        plan,
-        values,
-        plan_digest=params["plan_digest"],
-        contributor=params["name"],
-        blobs=context.blobs,
-        entropy=entropy,
-    )
+    scheme = _scheme(params, plan)
+    with scheme.prepare(Layout.from_json(plan.layout), entropy=entropy) as prepared:
+        update = _train(plan, params, context, entropy)
+        batch = write_batch(
+            scheme,
+            plan,
+            encode(update, plan, entropy=entropy),
+            plan_digest=params["plan_digest"],
+            contributor=params["name"],
+            blobs=context.blobs,
+            entropy=entropy,
+            prepared=prepared,
+        )
     return batch.to_json()
 
 
@@ -114,11 +118,20 @@ def dataset_options(own: Mapping[str, Any], plan: RoundPlan) -> dict[str, Any]:
 
 
 def recompute(params: Params, context: WorkContext) -> Result:
-    """{plan, plan_digest, public, batches} → the aggregate, multiplied by this party itself from signed batches."""
+    """{plan, plan_digest, public, name, batches} → the aggregate, multiplied by this party itself from signed batches.
+
+    Everybody else has to have proven to know what is inside theirs: nothing of an earlier round comes back in disguise.
+    """
     plan = _plan(params)
     batches = {name: StoredBatch(**batch) for name, batch in params["batches"].items()}
     aggregate = fold_batches(
-        _scheme(params, plan), plan, batches, plan_digest=params["plan_digest"], blobs=context.blobs
+        _scheme(params, plan),
+        plan,
+        batches,
+        plan_digest=params["plan_digest"],
+        blobs=context.blobs,
+        unproven=batches.keys() - {params["name"]},
+        processes=_processes(params),
     )
     return aggregate.to_json()
 
@@ -147,7 +160,18 @@ def _plan(params: Params) -> RoundPlan:
 def _scheme(params: Params, plan: RoundPlan) -> Scheme:
     # The role's main process has checked the key's size; here the smallest test keys must pass too.
     keyring = Keyring.from_json(json.loads(params["public"]), insecure_small=True)
-    return keyring.scheme(plan.scheme, expected_ciphertexts=int(plan.layout["ciphertext_count"]))
+    return scheme_for(
+        plan.scheme,
+        keyring.public,
+        threshold_key=keyring.threshold_key,
+        expected_ciphertexts=int(plan.layout["ciphertext_count"]),
+        processes=_processes(params),
+    )
+
+
+def _processes(params: Params) -> int:
+    """Cores that a unit may use: the role says how many, as it alone knows how many workers share them."""
+    return int(params.get("processes", 1))
 
 
 HANDLERS: Final[dict[str, Handler]] = {

@@ -16,8 +16,8 @@ from .canonical import real
 from .plan import NoiseSpec, RoundPlan
 
 OVERFLOW_LOG2: Final = 64
-"""The noise of some slot of a job exceeds its bound with probability at most 2^-64: far below any δ, from which it is
-taken."""
+"""The noise of some slot of a job exceeds its bound with probability at most 2^-64, and then the party refuses. That is
+not charged: (1 + e^ε)·2^-64 is far below any δ wherever ε still means something (docs/numerics.md)."""
 
 
 @dataclass(frozen=True, slots=True)

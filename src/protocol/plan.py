@@ -181,6 +181,8 @@ class RootStatement:
         root: Merkle root (hex) over the batch header and every ciphertext.
         ciphertexts: how many.
         body_bytes: length of the ciphertexts back to back.
+        proof: that the contributor knows what is inside the ciphertexts (hex; see `knowledge_binding`); empty for a
+            scheme without encryption. The signed list brings it to everybody who opens.
     """
 
     plan: str
@@ -188,6 +190,7 @@ class RootStatement:
     root: str
     ciphertexts: int
     body_bytes: int
+    proof: str
 
     def to_statement(self) -> dict[str, Any]:
         """Canonical-JSON-able."""
@@ -200,7 +203,7 @@ class RootStatement:
             statement = cls(**value)
         except TypeError as error:
             raise InvalidInput("a root statement is malformed") from error
-        texts = (statement.plan, statement.contributor, statement.root)
+        texts = (statement.plan, statement.contributor, statement.root, statement.proof)
         counts = (statement.ciphertexts, statement.body_bytes)
         if not all(type(text) is str for text in texts) or not all(type(n) is int and n >= 0 for n in counts):
             raise InvalidInput("a root statement is malformed")
@@ -243,6 +246,11 @@ class OpeningStatement:
 def aggregate_header(plan_digest: str, contributors: tuple[str, ...]) -> bytes:
     """The first leaf of the aggregate's Merkle tree: what was multiplied, under which plan."""
     return f"sotto/v1/aggregate\n{plan_digest}\n{','.join(contributors)}".encode()
+
+
+def knowledge_binding(plan_digest: str, contributor: str) -> bytes:
+    """What a proof of knowledge is bound to: job and round (by the plan), and who sends."""
+    return f"sotto/v1/knowledge\n{plan_digest}\n{contributor}".encode()
 
 
 def share_binding(plan_digest: str, aggregate_root: str, party: str) -> bytes:

@@ -186,6 +186,7 @@ HIDDEN = "no update and no sum could be opened by fewer than 2 key shares; the a
 HOLDS_KEY = "the aggregator holds the key: updates are protected in transit and at rest, not from it"
 PLAINTEXT = "INSECURE: updates travelled unencrypted"
 SMALL = "INSECURE: a modulus of 512 bits is breakable"
+SHORT = "a modulus of 2048 bits stands for 112-bit security; 3072 bits for 128"
 EXACT_SUM = "the aggregator can know the exact sum"
 FEW = "no meaningful party-level guarantee"
 
@@ -195,7 +196,7 @@ CASES: dict[str, tuple[dict[str, Any], int, float | str, set[str]]] = {
     "no encryption": ({"scheme": "plaintext"}, 3072, 3.5, {PLAINTEXT}),
     "no encryption, custody aggregator": ({"scheme": "plaintext", "custody": "aggregator"}, 3072, 3.5, {PLAINTEXT}),
     "a small modulus": ({}, 512, 3.5, {HIDDEN, SMALL}),
-    "2048 bits": ({}, 2048, 3.5, {HIDDEN}),
+    "2048 bits": ({}, 2048, 3.5, {HIDDEN, SHORT}),
     "noise by the aggregator": ({"noise_by": "aggregator"}, 3072, 3.5, {HIDDEN, EXACT_SUM}),
     "noise by the parties": ({"noise_by": "parties"}, 3072, 3.5, {HIDDEN}),
     "a large party-level epsilon": ({}, 3072, 20.5, {HIDDEN, FEW}),

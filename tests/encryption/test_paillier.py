@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import copy
-import os
-import pickle
-from collections.abc import Callable
 from dataclasses import replace
 
 import phe
@@ -14,8 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from src.encryption.integers import Entropy, gcd, multi_power, powmod
-from src.encryption.keys import PrivateKey, PublicKey
-from src.encryption.paillier import Comb, Encryptor, add, check_ciphertexts, decrypt, plan_comb
+from src.encryption.keys import KeyShare, PrivateKey, PublicKey, ThresholdKey
+from src.encryption.paillier import Comb, Encryptor, add, check_ciphertexts, decrypt, encryptor_for, plan_comb
 from src.errors import CiphertextError
 
 
@@ -76,29 +72,17 @@ def test_the_comb_obeys_its_memory_limit_and_pays_off() -> None:
     assert many.row_bits + many.columns < 150  # fixed windows of 8 bits need 192 products
 
 
-def test_prepared_randomness_is_used_once_and_then_fresh_randomness(
-    public: PublicKey, private: PrivateKey, seeded: Callable[[bytes], Entropy]
+def test_tables_are_built_once_a_key_until_they_are_outgrown_or_too_large(
+    public: PublicKey, dealt_again: tuple[ThresholdKey, list[KeyShare]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    encryptor = Encryptor(public, expected_count=10)
-    encryptor.prepare(3, entropy=seeded(b"ahead"))
-    assert encryptor.prepared == 3
-    ciphertexts = encryptor.encrypt([9] * 5, entropy=seeded(b"now"))
-    assert encryptor.prepared == 0
-    assert len(set(ciphertexts)) == 5
-    assert {decrypt(private, ciphertext) for ciphertext in ciphertexts} == {9}
-
-
-def test_prepared_randomness_is_not_inherited_by_a_fork_and_cannot_be_copied(
-    public: PublicKey, entropy: Entropy, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    encryptor = Encryptor(public, expected_count=1)
-    encryptor.prepare(2, entropy=entropy)
-    for copier in (pickle.dumps, copy.copy, copy.deepcopy):
-        with pytest.raises(TypeError, match="single-use"):
-            copier(encryptor)
-    child = os.getpid() + 1
-    monkeypatch.setattr("os.getpid", lambda: child)
-    assert encryptor.prepared == 0
+    monkeypatch.setattr("src.encryption.paillier._latest", [])
+    first = encryptor_for(public, expected_count=100)
+    assert encryptor_for(public, expected_count=399) is first
+    assert encryptor_for(public, expected_count=1) is first
+    larger = encryptor_for(public, expected_count=400)
+    assert larger is not first
+    assert encryptor_for(public, expected_count=1000, memory_limit_mb=1).memory_limit_mb == 1
+    assert encryptor_for(dealt_again[0].public, expected_count=1).public == dealt_again[0].public
 
 
 def refused(public: PublicKey, p: int) -> list[tuple[str, int]]:

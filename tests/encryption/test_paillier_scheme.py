@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
+import gzip
+import io
+import tracemalloc
 from collections.abc import Callable
-from dataclasses import replace
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import BinaryIO, cast
 
 import numpy as np
 import phe
+import psutil
 import pytest
 
+from src.encryption import parallel
 from src.encryption.dealer import make_key_pair
 from src.encryption.integers import Entropy, split
 from src.encryption.keys import KeyShare, PrivateKey, ThresholdKey
@@ -57,23 +65,6 @@ def test_equal_inputs_give_ciphertexts_that_all_differ(
     assert len(set(seen)) == len(seen) == 55
 
 
-def test_prepared_randomness_serves_the_next_batch_alone(key: ThresholdKey, layout: Layout, entropy: Entropy) -> None:
-    class Counting:
-        drawn = 0
-
-        def token(self, size: int) -> bytes:
-            self.drawn += 1
-            return entropy.token(size)
-
-    scheme = PaillierScheme(key.public, key)
-    scheme.prepare(layout, entropy=entropy)
-    now = Counting()
-    list(scheme.protect(layout, [VALUES], entropy=now))
-    assert now.drawn == 0
-    list(scheme.protect(layout, [VALUES], entropy=now))
-    assert now.drawn == layout.ciphertext_count
-
-
 def test_the_key_owner_opens_what_the_holders_open(
     scheme: PaillierScheme, layout: Layout, body: bytes, private: PrivateKey
 ) -> None:
@@ -109,17 +100,136 @@ def test_phe_opens_a_batch_of_ours(scheme: PaillierScheme, layout: Layout, body:
     assert np.concatenate(list(scheme.decode(layout, [opened], contributions=1))).tolist() == VALUES.tolist()
 
 
-def test_an_opening_in_parts_is_the_opening_of_the_whole(
-    scheme: PaillierScheme, layout: Layout, body: bytes, shares: list[KeyShare], entropy: Entropy
+@dataclass(frozen=True)
+class Files:
+    """Bodies as streams of three kinds: a file, one that begins in the middle of it, memory."""
+
+    folder: Path
+
+    def open(self, bodies: list[bytes]) -> list[BinaryIO]:
+        streams: list[BinaryIO] = []
+        for position, body in enumerate(bodies):
+            before = bytes(position * 100)
+            path = self.folder / str(position)
+            path.write_bytes(before + body)
+            stream: BinaryIO = path.open("rb") if position % 3 else io.BytesIO(before + body)
+            stream.seek(len(before))
+            streams.append(stream)
+        return streams
+
+
+@pytest.fixture
+def files(tmp_path: Path) -> Files:
+    return Files(tmp_path)
+
+
+@pytest.fixture
+def together(key: ThresholdKey, monkeypatch: pytest.MonkeyPatch) -> PaillierScheme:
+    """A scheme that forks three processes for whatever it does."""
+    monkeypatch.setattr(parallel, "SMALLEST_PART_PRODUCTS", 1)
+    monkeypatch.setattr("src.encryption.scheme.BLOCK_BYTES", 2 * 128)
+    return PaillierScheme(key.public, key, processes=3)
+
+
+def test_several_processes_do_what_one_does(
+    scheme: PaillierScheme,
+    together: PaillierScheme,
+    layout: Layout,
+    shares: list[KeyShare],
+    private: PrivateKey,
+    files: Files,
+    seeded: Callable[[bytes], Entropy],
 ) -> None:
-    parts = [
-        scheme.open_part(layout.part(0, 4), shares[0], [body[: 4 * 128]]),
-        scheme.open_part(layout.part(4, 7), shares[0], [body[4 * 128 :]]),
-    ]
-    batch = scheme.prove_parts(layout, shares[0], [body], parts=parts, binding=b"round", entropy=entropy)
-    scheme.verify_share(layout, body, batch, index=1, binding=b"round")
-    with pytest.raises(BatchError):
-        scheme.prove_parts(layout, shares[0], [body], parts=parts[:1], binding=b"round", entropy=entropy)
+    """The same bytes at every step of a round, from files and from memory."""
+
+    def steps(scheme: PaillierScheme) -> list[bytes]:
+        bodies = [
+            b"".join(scheme.protect(layout, [VALUES + shift], entropy=seeded(b"%d" % shift))) for shift in range(3)
+        ]
+        with ExitStack() as stack:
+            for stream in files.open(bodies):
+                scheme.check_body(layout, stack.enter_context(stream))
+            aggregate = b"".join(scheme.fold(layout, list(map(stack.enter_context, files.open(bodies)))))
+        share_batches = {}
+        for share in shares[:3]:
+            batch = scheme.open_share(layout, share, [aggregate], binding=b"round", entropy=seeded(b"share"))
+            scheme.verify_share(layout, aggregate, batch, index=share.index, binding=b"round")
+            share_batches[share.index] = batch
+        opened = b"".join(scheme.combine(layout, aggregate, share_batches))
+        assert b"".join(scheme.open_with_key(layout, private, [aggregate])) == opened
+        decoded = np.concatenate(list(scheme.decode(layout, [opened], contributions=3)))
+        assert decoded.tolist() == (3 * VALUES + 3).tolist()
+        return [*bodies, aggregate, *share_batches.values(), opened]
+
+    assert steps(together) == steps(scheme)
+    assert psutil.Process().children() == []
+
+
+@pytest.mark.parametrize("at", [0, 6, 10])
+def test_several_processes_refuse_what_one_refuses_with_the_same_position(
+    together: PaillierScheme, layout: Layout, body: bytes, files: Files, private: PrivateKey, at: int
+) -> None:
+    bad = body[: at * 128] + bytes(128) + body[(at + 1) * 128 :]
+    for stream in files.open([bad, bad]):
+        with stream, pytest.raises(CiphertextError) as caught:
+            together.check_body(layout, stream)
+        assert caught.value.metadata["index"] == str(at)
+    with pytest.raises(CiphertextError) as caught:
+        list(together.open_with_key(layout, private, [bad]))
+    assert caught.value.metadata["index"] == str(at)
+
+
+@pytest.mark.parametrize(
+    ("change", "problem"),
+    [(lambda body: body[:-1], "cut short, 1 of"), (lambda body: body + b"0", "longer"), (lambda _: b"", "cut short")],
+)
+@pytest.mark.parametrize("position", [0, 1, 2])
+@pytest.mark.parametrize("name", ["scheme", "together"])
+def test_a_body_of_another_length_is_named_by_one_process_and_by_several(
+    request: pytest.FixtureRequest,
+    layout: Layout,
+    body: bytes,
+    files: Files,
+    change: Callable[[bytes], bytes],
+    problem: str,
+    position: int,
+    name: str,
+) -> None:
+    scheme: PaillierScheme = request.getfixturevalue(name)
+    bodies = [change(body) if place == position else body for place in range(3)]
+    with ExitStack() as stack, pytest.raises(BatchError, match=problem) as caught:
+        list(scheme.fold(layout, list(map(stack.enter_context, files.open(bodies)))))
+    assert caught.value.metadata["body"] == str(position)
+
+
+def test_a_stream_that_cannot_be_read_anywhere_is_folded_all_the_same(
+    together: PaillierScheme, layout: Layout, body: bytes, files: Files
+) -> None:
+    """A pipe, or a compressed file whose descriptor shows other bytes than it reads."""
+    packed = io.BytesIO(gzip.compress(body))
+    with gzip.open(packed) as unpacked, ExitStack() as stack:
+        streams: list[BinaryIO] = [stack.enter_context(stream) for stream in files.open([body])]
+        folded = b"".join(together.fold(layout, [*streams, cast(BinaryIO, unpacked)]))
+    assert folded == b"".join(together.fold(layout, [io.BytesIO(body), io.BytesIO(body)]))
+
+
+def test_folding_holds_one_block_however_many_bodies_there_are(scheme: PaillierScheme) -> None:
+    """Python's own memory; the numbers themselves are as many as a block has ciphertexts."""
+    layout = scheme.plan(replace(REQUEST, parameter_count=15_000, contributions=60))
+    body = b"\1" * layout.body_bytes
+    assert layout.ciphertext_count > layout.block_ciphertexts
+
+    def peak(count: int) -> int:
+        streams: list[BinaryIO] = [io.BytesIO(body) for _ in range(count)]
+        tracemalloc.start()
+        for _ in scheme.fold(layout, streams):
+            pass
+        highest = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        return highest
+
+    peak(2)
+    assert peak(60) - peak(2) < 100_000  # a reader for each; the blocks would be 2.8 MB
 
 
 def replaced(number: Callable[[int, int], int]) -> Callable[[bytes, int, int], bytes]:

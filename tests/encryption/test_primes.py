@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import psutil
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -49,12 +50,22 @@ def test_safe_primes_for_a_modulus_of_exact_length(processes: int, seeded: Calla
     assert (p * q).bit_length() == 320
     assert p != q
     assert all(is_prime(prime) and is_prime(prime // 2) for prime in (p, q))
-    assert len(told) == 2
+    assert [line for line in told if "found" in line] == [f"safe prime {k} of 2 found (160 bits)" for k in (1, 2)]
 
 
-def test_the_same_entropy_gives_the_same_primes_in_one_process(seeded: Callable[[bytes], Entropy]) -> None:
-    first, second = (generate_safe_primes(256, entropy=seeded(b"same"), processes=1) for _ in range(2))
-    assert first == second
+def test_the_search_tells_how_far_it_is(seeded: Callable[[bytes], Entropy], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("src.encryption.primes.SEGMENTS_A_LINE", 1)
+    told: list[str] = []
+    generate_safe_primes(256, entropy=seeded(b"far"), processes=2, progress=told.append)
+    assert told[0] == "1 segments searched, about one in seven holds a safe prime"
+
+
+def test_the_same_entropy_gives_the_same_primes_however_many_processes_search(
+    seeded: Callable[[bytes], Entropy],
+) -> None:
+    one, two, three = (generate_safe_primes(256, entropy=seeded(b"same"), processes=count) for count in (1, 2, 3))
+    assert one == two == three
+    assert psutil.Process().children() == []
 
 
 def test_primes_for_a_key_pair_are_what_djn_asks_for(seeded: Callable[[bytes], Entropy]) -> None:

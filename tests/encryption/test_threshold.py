@@ -157,7 +157,7 @@ def test_a_holder_who_shifts_plaintext_between_two_ciphertexts_is_caught(
     """d_0·g and d_1/g leave the product of all d_j as it was: only the weights see it, with the share known."""
     n_squared = key.public.n_squared
     g = 1 + key.public.n
-    values = partial_decrypt_all(shares[0], key, ciphertexts)
+    values = list(partial_decrypt_all(shares[0], key, ciphertexts))
     values[0] = values[0] * g % n_squared
     values[1] = values[1] * invert(g, n_squared) % n_squared
     forged = prove(shares[0], key, ciphertexts, values, binding=BINDING, entropy=entropy)

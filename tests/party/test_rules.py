@@ -48,7 +48,7 @@ class Aggregator:
         return self.keys[by].sign(kind, statement, signer=by)
 
     def root(self, name: str) -> Signed:
-        statement = RootStatement(self.digest, name, f"root of {name}", 10, 80)
+        statement = RootStatement(self.digest, name, f"root of {name}", 10, 80, "")
         return self.sign("root", statement.to_statement(), by=name)
 
     def list(self, names: tuple[str, ...]) -> Signed:

@@ -27,7 +27,7 @@ from src.protocol.signing import SigningKey
 
 MakePlan = Callable[..., RoundPlan]
 KEY = SigningKey.from_bytes(bytes(range(32)))
-ROOT = RootStatement(plan="p" * 64, contributor="a", root="r" * 64, ciphertexts=3, body_bytes=384)
+ROOT = RootStatement(plan="p" * 64, contributor="a", root="r" * 64, ciphertexts=3, body_bytes=384, proof="")
 OPENING = OpeningStatement(plan="p" * 64, list="l" * 64, contributors=("a", "b"), aggregate_root="r" * 64)
 
 

@@ -109,7 +109,7 @@ def check(what: Callable[[], object], refusal: Refusal) -> None:
 
 
 def root(name: str, **changes: Any) -> RootStatement:
-    return replace(RootStatement(DIGEST, name, f"root of {name}", 1, 128), **changes)
+    return replace(RootStatement(DIGEST, name, f"root of {name}", 1, 128, ""), **changes)
 
 
 def signed_root(name: str, *, key: str = "", signer: str = "", **changes: Any) -> dict[str, str]:

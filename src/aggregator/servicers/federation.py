@@ -75,6 +75,7 @@ SHARE_OVERHEAD_BYTES: Final = 1 << 16
 """What a share batch may hold besides its partial decryptions: header and proof."""
 LONGEST_FAILURE_TEXT: Final = 500
 _ROOT: Final = re.compile(r"[0-9a-f]{64}")
+_PROOF: Final = re.compile(r"[0-9a-f]{0,8192}")  # of an 8192-bit key it has 3 282 digits
 
 
 class FederationServicer(federation_pb2_grpc.FederationServiceServicer):
@@ -191,8 +192,9 @@ class FederationServicer(federation_pb2_grpc.FederationServiceServicer):
         # The signer's name is not under the signature, and is what others will look the key up by.
         if statement.plan != row.plan_digest or {statement.contributor, signed.signer} != {name}:
             raise SignatureError(f"the root of {name} was signed for another round or by another name", party=name)
-        if not _ROOT.fullmatch(statement.root):  # it goes to every party with the frozen list
-            raise InvalidInput(f"the root of {name} is not a SHA-256 in hex", party=name)
+        # Root and proof go to every party with the frozen list.
+        if not _ROOT.fullmatch(statement.root) or not _PROOF.fullmatch(statement.proof):
+            raise InvalidInput(f"the root or the proof of {name} is not what it should be, in hex", party=name)
         if (statement.ciphertexts, statement.body_bytes) != (layout["ciphertext_count"], body_bytes):
             raise InvalidInput(
                 f"the root of {name} announces {statement.ciphertexts} ciphertexts, the plan has "
@@ -226,7 +228,7 @@ class FederationServicer(federation_pb2_grpc.FederationServiceServicer):
             raise LimitError(f"an update of {statement.body_bytes} bytes is larger than limits.max_update_bytes")
         counter = _Counter(first.ByteSize())
         ref = await self._receive_body(row, statement, header, counter.bodies(request_iterator))
-        await self._pipeline.check_body(row, ref)
+        await self._pipeline.check_body(row, ref, statement)
         batch = Batch(header.hex(), ref, statement.body_bytes)
         await self._coordinator.happened(row.job_id, row.number, BatchStored(name, batch, counter.total))
         return federation_pb2.UploadUpdateResponse(accepted=True)
