@@ -321,6 +321,11 @@ class WorkersSection(Section):
     count: int = _value(1, "worker processes", ge=1, le=256)
     nice: int = _value(10, "their lower priority", ge=0, le=19)
 
+    @property
+    def cores_each(self) -> int:
+        """Cores that one worker may use for a large batch: this machine's, shared evenly; at least 1."""
+        return max(1, (os.cpu_count() or 1) // self.count)
+
 
 class LoggingSection(Section):
     """The log on stderr."""

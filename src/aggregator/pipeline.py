@@ -128,6 +128,7 @@ class AggregatorPipeline:
             "plan": Signed.from_json(row.plan).statement.decode(),
             "plan_digest": row.plan_digest,
             "public": self._public,
+            "processes": self._config.workers.cores_each,
         }
 
 

@@ -24,7 +24,9 @@ def provision(
     ] = None,
     colluders: Annotated[int, typer.Option(help="Corrupt parties to stand, besides the aggregator.")] = 0,
     custody: Annotated[str, typer.Option(help="threshold, or aggregator: it then holds the whole key.")] = "threshold",
-    modulus_bits: Annotated[int, typer.Option(help="Of the Paillier key: 3072 (128-bit security) or 2048 (112-bit).")] = 3072,
+    modulus_bits: Annotated[
+        int, typer.Option(help="Of the Paillier key: 3072 (128-bit security) or 2048 (112-bit).")
+    ] = 3072,
     insecure_small_modulus: Annotated[
         bool, typer.Option("--insecure-small-modulus", help="Allow less than 2048 bits: tests only, breakable.")
     ] = False,
