@@ -1,8 +1,8 @@
 """Canonical JSON: the one form in which statements are hashed and signed.
 
 Sorted keys, no white space, UTF-8 without escapes beyond those JSON requires, and no floating-point numbers: reals
-travel as decimal strings (`repr` of the float), because every language prints floats its own way. A subset of RFC 8785
-that a plain JSON library reproduces.
+travel as decimal strings (`repr` of the float), because every language prints floats its own way. A plain JSON library
+reproduces it. Not quite a subset of RFC 8785: keys sort by code points, and integers may exceed 2^53.
 """
 
 from __future__ import annotations

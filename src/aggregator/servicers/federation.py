@@ -75,7 +75,7 @@ SHARE_OVERHEAD_BYTES: Final = 1 << 16
 """What a share batch may hold besides its partial decryptions: header and proof."""
 LONGEST_FAILURE_TEXT: Final = 500
 _ROOT: Final = re.compile(r"[0-9a-f]{64}")
-_PROOF: Final = re.compile(r"[0-9a-f]{0,8192}")  # of an 8192-bit key it has 3 282 digits
+_PROOF: Final = re.compile(r"[0-9a-f]{0,8192}")  # of an 8192-bit key it has 3 212 digits
 
 
 class FederationServicer(federation_pb2_grpc.FederationServiceServicer):
