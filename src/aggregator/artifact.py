@@ -61,7 +61,7 @@ def write_artifact(
         "spec_digest": spec.digest,
         "model": {"file": MODEL_FILE, "sha256": last["model_sha256"], "bytes": last["model_bytes"]},
         "evaluation": {name: real(value) for name, value in last["metrics"].items()} or "not evaluated",
-        "privacy": _privacy(plan, spec, last, spent_example),
+        "privacy": _privacy(plan, last, rounds=len(history), spent_example=spent_example),
         "encryption": _encryption(plan, federation),
         "rounds": [_round(row) for row in history],
         "ledger_head": ledger_head,
@@ -85,9 +85,7 @@ def write_artifact(
     }
 
 
-def _privacy(
-    plan: RoundPlan, spec: FederatedTrainingSpec, last: dict[str, Any], spent_example: float
-) -> dict[str, Any]:
+def _privacy(plan: RoundPlan, last: dict[str, Any], *, rounds: int, spent_example: float) -> dict[str, Any]:
     accountant = "RDP by dp-accounting, converted to (epsilon, delta)"
     return {
         "example": {
@@ -100,7 +98,7 @@ def _privacy(
             "mechanism": "DP-SGD, Poisson sampling",
             "noise_multiplier": plan.local.noise_multiplier,
             "sampling_rate": plan.local.sampling_rate,
-            "steps": plan.local.steps * spec.priced_rounds,
+            "steps": plan.local.steps * rounds,
             "max_grad_norm": plan.local.max_grad_norm,
             "noise_by": "each party, on its own gradients",
         },

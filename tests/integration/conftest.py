@@ -1,11 +1,11 @@
-"""What tests over the wire stand on: a served job service whose coordinator is played."""
+"""What tests over the wire stand on: a served job service whose coordinator is played, and a real federation."""
 
 from __future__ import annotations
 
 import asyncio
 import json
 import math
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -230,3 +230,16 @@ async def job_house(tmp_path: Path) -> AsyncIterator[House]:
     await house.start()
     yield house
     await house.stop()
+
+
+SMALL_EPSILON = 40.0
+"""Party c's budget for a row; the others allow 1000."""
+
+
+@pytest.fixture(scope="session")
+def federation(make_federation: Callable[..., Any]) -> Any:
+    """Kits for parties a, b and c, any two of whom can open; nobody runs until `federation.start(…)`."""
+    return make_federation(
+        party={"privacy": {"budgets": {"example": {"epsilon": 1000.0}}}},
+        settings={"c": {"SOTTO__PRIVACY__BUDGETS__EXAMPLE__EPSILON": str(SMALL_EPSILON)}},
+    )
