@@ -1,4 +1,5 @@
-"""A federation of real processes on this machine, for every directory of tests that needs one."""
+"""A federation of real processes on this machine, for every directory of tests that needs one; and which worker of
+pytest-xdist runs what."""
 
 from __future__ import annotations
 
@@ -28,6 +29,45 @@ LOOK_S: Final = 0.02
 ROUND_TIMEOUT_S: Final = 100.0
 """Only a hang reaches it, and then the job says for whom it waited before `PATIENCE_S` is over."""
 MODULUS_BITS: Final = 512
+
+LONG_FILES: Final = (
+    "tests/integration/test_federation.py",
+    "tests/integration/test_missing.py",
+    "tests/integration/test_wrong_kit.py",
+    "tests/faults/test_kill_and_resume.py",
+    "tests/integration/test_demo.py",
+    "tests/integration/test_classic.py",
+)
+"""With processes of their own, about a minute each: workers begin with these, so that none is left alone with one."""
+ONE_FEDERATION: Final = frozenset(LONG_FILES[:3])
+"""Their tests share one federation, which takes half a minute to start: they belong into one worker."""
+
+
+def _file_of(nodeid: str) -> str:
+    return nodeid.partition("::")[0]
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """A file's tests run in one worker, which makes its fixtures once. (`--dist loadgroup` needs no hook, and groups
+    nothing under pytest 9.2: pytest-xdist 3.8 sets a private attribute that is not read any more.)"""
+    if config.getoption("dist") != "load":  # somebody asked for something else
+        return None
+    from xdist.scheduler import LoadScopeScheduling  # type: ignore[import-untyped]  # ships no types
+
+    class ByFile(LoadScopeScheduling):  # type: ignore[misc]
+        def _split_scope(self, nodeid: str) -> str:
+            file = _file_of(nodeid)
+            return "one federation" if file in ONE_FEDERATION else file
+
+    config.option.loadscopereorder = False  # it would begin with the files of many tests, which are the quick ones
+    return ByFile(config, log)
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Where workers share the tests, the long files come first."""
+    if hasattr(config, "workerinput"):
+        items.sort(key=lambda item: _file_of(item.nodeid) not in LONG_FILES)
 
 
 def until(condition: Callable[[], Any], what: str, *, timeout_s: float = PATIENCE_S) -> Any:

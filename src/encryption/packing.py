@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..errors import SlotOverflowError
-from .integers import from_bytes
+from .integers import split
 from .scheme import Layout, mismatch
 
 WORD_BITS: Final = 64
@@ -89,9 +89,7 @@ def pack(values: NDArray[np.int64], layout: Layout, *, first: int = 0) -> list[i
     slots[: len(values)] = values + np.int64(layout.offset)
     words = layout.modulus_bits // WORD_BITS
     packed = pack_words(slots.reshape(count, per), layout.slot_bits, words)
-    data = packed[:, ::-1].astype(">u8").tobytes()
-    width = words * WORD_BITS // 8
-    return [from_bytes(data[start : start + width]) for start in range(0, count * width, width)]
+    return split(packed[:, ::-1].astype(">u8").tobytes(), words * WORD_BITS // 8)
 
 
 def unpack(block: bytes, layout: Layout, *, contributions: int, first_ciphertext: int = 0) -> NDArray[np.int64]:

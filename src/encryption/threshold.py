@@ -202,8 +202,14 @@ def prove(
     n_squared = key.public.n_squared
     statement, base, image = _weigh(key, share.index, ciphertexts, values, binding=binding, processes=processes)
     mask = random_bits(entropy, _mask_bits(key)) + 1  # powmod_sec wants it positive
-    points = [base, image, powmod_sec(base, mask, n_squared), powmod_sec(key.v, mask, n_squared)]
-    challenge = _challenge(key, statement, points)
+    width = key.public.ciphertext_bytes
+
+    def commitment(piece: int) -> bytes:
+        return join([powmod_sec((base, key.v)[piece], mask, n_squared)], width)
+
+    processes = worthwhile(processes, 2 * _mask_bits(key))
+    commitments = [from_bytes(data) for data in fan_out(commitment, 2, processes=processes)]
+    challenge = _challenge(key, statement, [base, image, *commitments])
     response = mask + challenge * key.delta * share.value
     return ShareBatch(key.key_id, share.index, values, challenge, response)
 
