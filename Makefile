@@ -24,10 +24,10 @@ demo-check: $(READY)  ## five seeds: the federation learns as much as central DP
 	@$(BIN)/python scripts/demo_check.py $(ARGS)
 
 test: $(READY)  ## the test suite, under ten minutes on two cores
-	@$(BIN)/python -m pytest -q -n $(PYTEST_WORKERS) --dist loadgroup -m "not slow" $(ARGS)
+	@$(BIN)/python -m pytest -q -n $(PYTEST_WORKERS) -m "not slow" $(ARGS)
 
 test-all: $(READY)  ## the test suite with the long runs
-	@$(BIN)/python -m pytest -q -n $(PYTEST_WORKERS) --dist loadgroup $(ARGS)
+	@$(BIN)/python -m pytest -q -n $(PYTEST_WORKERS) $(ARGS)
 
 check: $(READY)  ## ruff, mypy strict, and whether the generated stubs are up to date
 	@$(BIN)/ruff check .

@@ -230,10 +230,10 @@ def test_development_mounts_sources_read_only_and_never_hides_the_stubs() -> Non
     for service in services.values():
         by_target = {volume["target"]: volume for volume in service["volumes"]}
         for source in ("src", "proto", "scripts", "generate_grpc.sh"):
-            assert by_target[f"/work/{source}"]["source"] == f"../{source}"
-            assert by_target[f"/work/{source}"]["read_only"] is True
+            assert by_target[f"/checkout/{source}"]["source"] == f"../{source}"
+            assert by_target[f"/checkout/{source}"]["read_only"] is True
             assert (DOCKER / f"../{source}").exists()
-        stubs = by_target["/work/src/communication/generated"]
+        stubs = by_target["/checkout/src/communication/generated"]
         assert (stubs["type"], stubs["tmpfs"]["mode"]) == ("tmpfs", 0o1777)
         assert service["build"]["target"] == "dev"
 
