@@ -25,10 +25,14 @@ if TYPE_CHECKING:  # the tests of pure rooms do not pay for grpc and SQLAlchemy
 ROOT: Final = Path(__file__).resolve().parents[1]
 PATIENCE_S: Final = 120.0
 """Far beyond what any wait takes, on a busy machine too; only a hang reaches it."""
-LOOK_S: Final = 0.02
+LOOK_S: Final = 0.05
+ASK_S: Final = 0.25
+"""Between two calls over the network: looking must not cost what is waited for."""
 ROUND_TIMEOUT_S: Final = 100.0
 """Only a hang reaches it, and then the job says for whom it waited before `PATIENCE_S` is over."""
 MODULUS_BITS: Final = 512
+URGENT: Final = {"workers": {"nice": 0}}
+"""Yielding to whatever else this machine does, workers could wait for ever: tests are in a hurry."""
 
 LONG_FILES: Final = (
     "tests/integration/test_federation.py",
@@ -70,13 +74,13 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         items.sort(key=lambda item: _file_of(item.nodeid) not in LONG_FILES)
 
 
-def until(condition: Callable[[], Any], what: str, *, timeout_s: float = PATIENCE_S) -> Any:
+def until(condition: Callable[[], Any], what: str, *, timeout_s: float = PATIENCE_S, every_s: float = LOOK_S) -> Any:
     """The first true value of `condition`; fails, and says `what` did not happen, when time is over."""
     deadline = time.monotonic() + timeout_s
     while not (value := condition()):
         if time.monotonic() > deadline:
             pytest.fail(f"{what}: not within {timeout_s:g} s")
-        time.sleep(LOOK_S)
+        time.sleep(every_s)
     return value
 
 
@@ -182,7 +186,6 @@ class Federation:
         directory: Path,
         *,
         parties: Sequence[str] = ("a", "b", "c"),
-        aggregator: Mapping[str, Any] | None = None,
         party: Mapping[str, Any] | None = None,
         settings: Mapping[str, Mapping[str, str]] | None = None,
     ) -> None:
@@ -201,8 +204,8 @@ class Federation:
             modulus_bits=MODULUS_BITS,
             insecure_small=True,
             processes=1,
-            aggregator_overrides={"server": {"listen": "127.0.0.1:0", "address_file": "address"}, **(aggregator or {})},
-            party_overrides=party,
+            aggregator_overrides={"server": {"listen": "127.0.0.1:0", "address_file": "address"}, **URGENT},
+            party_overrides={**URGENT, **(party or {})},
         )
 
     # --- roles --------------------------------------------------------------------------------------------------------
@@ -242,7 +245,7 @@ class Federation:
             self.processes.check()
             return set(names) <= {each.party for each in self.client.status().parties if each.connected}
 
-        until(connected, f"{', '.join(names)} join")
+        until(connected, f"{', '.join(names)} join", every_s=ASK_S)
 
     @property
     def client(self) -> SottoClient:

@@ -20,8 +20,9 @@ from .parallel import fan_out, pieces, worthwhile
 from .scheme import Layout, LayoutRequest, Prover, check_layout, mismatch
 from .threshold import ShareBatch, combine, open_batch, verify_share_batch
 
-PREPARING_PAYS: Final = 100
-"""Ciphertexts in a batch from which preparing ahead is worth its forks: 50 ms of encryption at 2048 bits."""
+PREPARING_PAYS: Final = 200
+"""Ciphertexts in a batch from which preparing ahead pays: 100 ms of encryption at 2048 bits, for which training starts
+20 ms later (two forks of a worker that has torch loaded)."""
 OPENING_WINDOW: Final = 4096
 """Ciphertexts that the key's owner opens side by side: ten seconds of work and 3 MB at 3072 bits."""
 

@@ -29,8 +29,8 @@ Work = Callable[[int], bytes]
 """Computes piece number i."""
 
 SMALLEST_PART_PRODUCTS: Final = 8_000
-"""Products modulo n² that a process must have to do before it is worth its fork: some 40 ms at 2048 bits, where a fork
-of a worker that has torch loaded, with the pages that are then copied on write, costs 5–10 ms."""
+"""Products modulo n² that a process must have to do before it is worth its fork: some 45 ms at 2048 bits. A fork of a
+worker that has torch loaded costs 10 ms, and the pages that it copies while it reads the tables 10–20 ms more."""
 PIECES_PER_PROCESS: Final = 8
 """So that a process that was slower than another leaves at most an eighth of its share undone when that one ends."""
 LARGEST_PIECE: Final = 64

@@ -145,8 +145,8 @@ def open_share(params: Params, context: WorkContext) -> Result:
         share = KeyShare(share.index, 1, "")  # a receipt that opens nothing, as that scheme has no key
     binding = share_binding(params["plan_digest"], params["aggregate_root"], params["name"])
     with context.blobs.open(params["aggregate"]) as file:
-        material = list(scheme.opening_material(layout, file))
-    batch = scheme.open_share(layout, share, material, binding=binding, entropy=SystemEntropy())
+        material = scheme.opening_material(layout, file)
+        batch = scheme.open_share(layout, share, material, binding=binding, entropy=SystemEntropy())
     ref = context.blobs.write(batch)
     return {"sha256": ref.sha256, "size": ref.size}
 

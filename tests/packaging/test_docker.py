@@ -127,9 +127,7 @@ def test_images_start_with_commands_that_exist(stages: Stages) -> None:
 
 
 def test_hadolint_finds_nothing() -> None:
-    hadolint = shutil.which("hadolint")
-    if hadolint is None:
-        pytest.skip("hadolint is not installed")
+    hadolint = Path(sys.executable).parent / "hadolint"  # the package brings the binary
     done = subprocess.run([hadolint, DOCKERFILE], capture_output=True, text=True, timeout=60, check=False)
     assert done.stdout == ""
 

@@ -127,8 +127,7 @@ class FederationServicer(federation_pb2_grpc.FederationServiceServicer):
 
     def _check_member(self, name: str, request: federation_pb2.JoinRequest) -> None:
         roster = self._federation.roster
-        if roster.member(name).verify_key != request.verify_key:
-            raise SignatureError(f"party {name} signs with another key than the roster has", party=name)
+        member = roster.member(name)
         if request.key_id and request.key_id != roster.key_id:
             raise KeyMaterialError(
                 f"party {name} has public key {request.key_id}, this federation has {roster.key_id}: "
@@ -137,6 +136,8 @@ class FederationServicer(federation_pb2_grpc.FederationServiceServicer):
             )
         if request.roster_digest and request.roster_digest != roster.digest:
             raise KeyMaterialError(f"party {name} has another roster than this aggregator: use one kit", party=name)
+        if member.verify_key != request.verify_key:
+            raise SignatureError(f"party {name} signs with another key than the roster has", party=name)
 
     async def StreamAssignments(  # noqa: N802
         self, request: federation_pb2.StreamAssignmentsRequest, context: Any

@@ -1,0 +1,1 @@
+"""What Sotto costs, measured: see bench.py."""

@@ -1,0 +1,84 @@
+"""A party told to stop stops, also when the aggregator goes away in the same moment."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from types import SimpleNamespace
+from typing import Any, cast
+
+import grpc
+import pytest
+
+from src.communication.generated import federation_pb2
+from src.errors import UnavailableError
+from src.party.home import Home
+from src.party.node import Node
+from src.party.rounds import RoundWorker
+from src.party.store import RoundMemory
+from src.storage.database import Database
+
+MOMENTS = range(8)
+"""Turns of the event loop between the end of the stream and the order to stop; more than the way between them has."""
+
+
+class Channel:
+    """An aggregator that takes a party in, and then falls silent until it breaks."""
+
+    def __init__(self) -> None:
+        self.listening = asyncio.Event()
+        self.broken: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+
+    async def __aenter__(self) -> Channel:
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        return None
+
+    def unary_unary(self, *_: Any, **__: Any) -> Any:
+        async def call(_request: Any) -> federation_pb2.JoinResponse:
+            return federation_pb2.JoinResponse(heartbeat_interval_s=30)
+
+        return call
+
+    def unary_stream(self, *_: Any, **__: Any) -> Any:
+        return self._assignments
+
+    def stream_unary(self, *_: Any, **__: Any) -> Any:
+        return None
+
+    async def _assignments(self, _request: Any) -> AsyncIterator[federation_pb2.Assignment]:
+        self.listening.set()
+        await self.broken
+        yield federation_pb2.Assignment()
+
+
+@pytest.mark.parametrize("moment", MOMENTS)
+async def test_a_stop_is_not_lost_when_the_stream_breaks_at_the_same_time(moment: int) -> None:
+    channel = Channel()
+
+    async def no_rounds(_: Any) -> list[Any]:
+        return []
+
+    home = SimpleNamespace(
+        introduction=federation_pb2.JoinRequest,
+        accept=lambda _: None,
+        config=SimpleNamespace(server=SimpleNamespace(address="nowhere")),
+        keyring=SimpleNamespace(key_id="k"),
+    )
+    node = Node(
+        home=cast(Home, home),
+        database=cast(Database, SimpleNamespace(run=no_rounds)),
+        memory=cast(RoundMemory, SimpleNamespace(open_rounds=None)),
+        worker=cast(RoundWorker, None),
+        dial=lambda: cast(grpc.aio.Channel, channel),
+    )
+    task = asyncio.create_task(node.run())
+    await channel.listening.wait()
+    channel.broken.set_exception(UnavailableError("the aggregator is gone"))
+    for _ in range(moment):
+        await asyncio.sleep(0)
+    task.cancel()
+    done, _ = await asyncio.wait({task}, timeout=5)
+    assert done
+    assert task.cancelled()

@@ -1,0 +1,122 @@
+"""The classic set-up: the two files of config/, no kits; the aggregator makes its keys, parties join as they come."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from src.client import SottoClient
+from src.communication.generated import jobs_pb2
+from src.communication.identity import Identity
+from src.errors import StateError
+from src.jobs.spec import FederatedTrainingSpec, LocalTraining
+from src.protocol.keyring import load_private_key
+
+ROOT = Path(__file__).resolve().parents[2]
+LONG_S = 120.0
+SETTINGS = {"SOTTO__KEYS__INSECURE_SMALL_MODULUS": "true", "SOTTO__WORKERS__NICE": "0"}
+"""What is not as in the files: a key that is made in a moment, and workers that yield to nobody."""
+SPEC = FederatedTrainingSpec(
+    task="randhie", rounds=1, spare_rounds=0, local_training=LocalTraining(steps=5, sampling_rate=0.1, epsilon=3.0)
+)
+
+
+class Classic:
+    """config/ copied, its state beside it; the modules of the two roles are run as scripts."""
+
+    def __init__(self, directory: Path, processes: Any, wait_until: Callable[..., Any]) -> None:
+        self.config = shutil.copytree(ROOT / "config", directory / "config")
+        self.state = directory / "var"
+        self.processes = processes
+        self._until = wait_until
+        self.address = ""
+        self.start_aggregator()
+        self.client = SottoClient(self.address, insecure=True, identity=Identity("scientist", "ann"))
+
+    def start_aggregator(self, **more: str) -> None:
+        file = self.state / "address"
+        file.unlink(missing_ok=True)
+        settings = {
+            "SOTTO__SERVER__LISTEN": self.address or "127.0.0.1:0",
+            "SOTTO__SERVER__ADDRESS_FILE": str(file),
+            "SOTTO__KEYS__MODULUS_BITS": "512",
+            **SETTINGS,
+            **more,
+        }
+        config = str(self.config / "aggregator.yaml")
+        self.processes.start("aggregator", "--config", config, module="src.aggregator.main", settings=settings)
+
+        def serving() -> bool:
+            self.processes.check()
+            return file.exists()
+
+        self._until(serving, "the aggregator serves")
+        self.address = file.read_text().strip()
+
+    def start_parties(self) -> None:
+        """Those of a, b and c that do not run; returns once the aggregator has them all."""
+        settings = {"SOTTO__SERVER__ADDRESS": self.address, **SETTINGS}
+        config = str(self.config / "party.yaml")
+        for name in "abc":
+            if name not in self.processes.running:
+                arguments = ("--config", config, "--name", name)
+                self.processes.start(name, *arguments, module="src.party.main", settings=settings)
+
+        def joined() -> bool:
+            self.processes.check()
+            return [each.party for each in self.client.status().parties if each.connected] == ["a", "b", "c"]
+
+        self._until(joined, "three parties join", every_s=0.25)
+
+
+@pytest.fixture(scope="module")
+def classic(
+    tmp_path_factory: pytest.TempPathFactory, make_processes: Callable[[Path], Any], wait_until: Callable[..., Any]
+) -> Iterator[Classic]:
+    directory = tmp_path_factory.mktemp("classic")
+    made = Classic(directory, make_processes(directory), wait_until)
+    yield made
+    made.client.close()
+    made.processes.close()
+
+
+def test_the_aggregator_starts_without_anything_and_makes_its_keys(classic: Classic) -> None:
+    status = classic.client.status()
+    assert (status.custody, status.federation) == ("aggregator", "demo")
+    private, signing = (classic.state / "aggregator" / name for name in ("private_key.json", "signing.key"))
+    assert load_private_key(private, insecure_small=True).public.key_id == status.key_id
+    assert [path.stat().st_mode & 0o077 for path in (private, signing)] == [0, 0]  # their owner's alone
+    log = classic.processes.log("aggregator").read_text()
+    assert "this process holds the key and can read every update" in log
+    assert "INSECURE: no TLS" in log
+
+
+def test_three_parties_join_and_finish_a_job_whose_manifest_says_that_the_aggregator_can_read(
+    classic: Classic, tmp_path: Path
+) -> None:
+    if not classic.client.status().parties:
+        with pytest.raises(StateError, match="no party has joined yet"):
+            classic.client.submit(SPEC)
+    classic.start_parties()
+    job = classic.client.wait(classic.client.submit(SPEC).job_id, LONG_S)
+    assert job.state == jobs_pb2.SUCCEEDED, job.error.message
+    assert job.progress.rounds[0].contributions == 3
+    files = classic.client.fetch_artifact(job.job_id, tmp_path)
+    manifest = json.loads(files["manifest.json"].read_text())["readable"]
+    assert any(text.startswith("the aggregator holds the key: updates are") for text in manifest["statements"])
+    assert manifest["encryption"]["custody"] == "aggregator"
+    assert manifest["encryption"]["key_id"] == classic.client.status().key_id
+
+
+def test_a_restarted_aggregator_keeps_its_keys_and_its_parties(classic: Classic) -> None:
+    classic.start_parties()
+    key_id = classic.client.status().key_id
+    assert classic.processes.stop("aggregator") == 0
+    classic.start_aggregator(SOTTO__EVALUATION="{}")  # seconds sooner; nothing is evaluated here
+    assert classic.client.status().key_id == key_id
+    classic.start_parties()  # they come back by themselves, and know the aggregator by its keys
