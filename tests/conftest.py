@@ -23,12 +23,12 @@ if TYPE_CHECKING:  # the tests of pure rooms do not pay for grpc and SQLAlchemy
     from src.privacy.ledger import Charge, Entry
 
 ROOT: Final = Path(__file__).resolve().parents[1]
-PATIENCE_S: Final = 120.0
+PATIENCE_S: Final = 200.0
 """Far beyond what any wait takes, on a busy machine too; only a hang reaches it."""
 LOOK_S: Final = 0.05
 ASK_S: Final = 0.25
 """Between two calls over the network: looking must not cost what is waited for."""
-ROUND_TIMEOUT_S: Final = 100.0
+ROUND_TIMEOUT_S: Final = 150.0
 """Only a hang reaches it, and then the job says for whom it waited before `PATIENCE_S` is over."""
 MODULUS_BITS: Final = 512
 URGENT: Final = {"workers": {"nice": 0}}

@@ -18,7 +18,7 @@ from src.jobs.spec import FederatedTrainingSpec, LocalTraining
 from src.protocol.keyring import load_private_key
 
 ROOT = Path(__file__).resolve().parents[2]
-LONG_S = 120.0
+LONG_S = 200.0
 SETTINGS = {"SOTTO__KEYS__INSECURE_SMALL_MODULUS": "true", "SOTTO__WORKERS__NICE": "0"}
 """What is not as in the files: a key that is made in a moment, and workers that yield to nobody."""
 SPEC = FederatedTrainingSpec(

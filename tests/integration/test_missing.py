@@ -81,7 +81,7 @@ def test_a_round_without_its_quorum_fails_at_its_deadline_and_names_who_was_miss
     assert "c: no answer" in job.error.message
     assert (list(job.error.parties), job.error.stage) == (["c"], "round 1")
     (row,) = two.rounds(job_id)
-    assert row.ended_at - row.started_at == pytest.approx(0.6 * SHORT_S, abs=2)
+    assert 0.6 * SHORT_S <= row.ended_at - row.started_at < SHORT_S
     assert not row.spent
     assert {each.settled.kind for each in two.charges("aggregator", job_id)} == {"returned"}
 

@@ -13,7 +13,7 @@ from src.errors import CATALOGUE, ConfigError, KeyMaterialError, SignatureError
 from src.protocol.roster import load_roster
 from src.provisioning import provision
 
-LONG_S = 60.0
+LONG_S = 120.0
 """Far beyond what a refusal takes."""
 
 
