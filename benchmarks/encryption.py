@@ -231,8 +231,8 @@ def two_cores(bench: Bench) -> Figures:
     material = bench.protect(OPENED // 2)
     figures = speedup(
         "encrypt_two_cores_speedup",
-        lambda: bench.protect(PARAMETERS * 4, processes=1),
-        lambda: bench.protect(PARAMETERS * 4, processes=2),
+        lambda: bench.protect(PARAMETERS * 3, processes=1),
+        lambda: bench.protect(PARAMETERS * 3, processes=2),
     )
 
     def share(processes: int) -> Callable[[], bytes]:
