@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..errors import BatchError, SlotOverflowError
-from .integers import Entropy, digest_parts
+from .integers import Entropy
 from .keys import KeyShare, PrivateKey
 
 LAYOUT_VERSION: Final = 1
@@ -265,7 +265,7 @@ class Scheme(Protocol):
     def open_share(
         self, layout: Layout, share: KeyShare, material: Iterable[bytes], *, binding: bytes, entropy: Entropy
     ) -> bytes:
-        """One holder's serialized share batch with its proof, bound to `binding` (see `opening_binding`).
+        """One holder's serialized share batch with its proof, bound to `binding`.
 
         Raises:
             CiphertextError, BatchError: the material is not one of this layout.
@@ -298,12 +298,6 @@ class Scheme(Protocol):
             BatchError: too short, too long, or more contributions than planned.
         """
         ...
-
-
-def opening_binding(*, job_id: str, round_number: int, party: str, plan_digest: bytes) -> bytes:
-    """The 32 bytes that bind a share's proof to job, round, round plan and party."""
-    number = round_number.to_bytes(8, "big")
-    return digest_parts(b"sotto/opening-binding/1", job_id.encode(), number, party.encode(), plan_digest)
 
 
 def slot_width(contributions: int, offset: int) -> int:

@@ -10,7 +10,7 @@ from typing import Any, BinaryIO, Final, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from ..encryption.batch import BatchHeader, check_header, read_blocks
+from ..encryption.batch import BatchHeader, check_header
 from ..encryption.parallel import fan_out, worthwhile
 from ..encryption.scheme import Layout, Scheme
 from ..errors import DigestError, KnowledgeError
@@ -138,11 +138,6 @@ def fold_batches(
         hasher = _RootOf(aggregate_header(plan_digest, names), layout)
         ref = blobs.write(hasher.through(scheme.fold(layout, bodies)))
     return StoredBatch("", ref.sha256, ref.size, hasher.root)
-
-
-def read_body(scheme_layout: Layout, file: BinaryIO) -> Iterator[bytes]:
-    """A stored body, block by block."""
-    return read_blocks(file, scheme_layout)
 
 
 def _check_roots(

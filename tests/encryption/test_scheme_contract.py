@@ -17,11 +17,11 @@ from src.encryption.integers import Entropy
 from src.encryption.keys import KeyShare, ThresholdKey
 from src.encryption.paillier_scheme import PaillierScheme
 from src.encryption.plaintext import PlaintextScheme
-from src.encryption.scheme import Layout, LayoutRequest, Scheme, SystemEntropy, opening_binding
+from src.encryption.scheme import Layout, LayoutRequest, Scheme, SystemEntropy
 from src.errors import BatchError, CiphertextError, ShareError, SlotOverflowError, TooFewSharesError
 
 Values = NDArray[np.int64]
-BINDING = opening_binding(job_id="job", round_number=3, party="party-a", plan_digest=bytes(32))
+BINDING = b"job, round 3, party-a, plan"
 
 
 @dataclass(frozen=True)
@@ -153,10 +153,10 @@ def test_a_wrong_share_is_named(case: Case) -> None:
 
 
 BINDINGS: list[tuple[str, bytes]] = [
-    ("another job", opening_binding(job_id="job2", round_number=3, party="party-a", plan_digest=bytes(32))),
-    ("another round", opening_binding(job_id="job", round_number=4, party="party-a", plan_digest=bytes(32))),
-    ("another party", opening_binding(job_id="job", round_number=3, party="party-b", plan_digest=bytes(32))),
-    ("another plan", opening_binding(job_id="job", round_number=3, party="party-a", plan_digest=b"1" * 32)),
+    ("another job", b"job2, round 3, party-a, plan"),
+    ("another round", b"job, round 4, party-a, plan"),
+    ("another party", b"job, round 3, party-b, plan"),
+    ("another plan", b"job, round 3, party-a, another plan"),
     ("nothing", b""),
 ]
 

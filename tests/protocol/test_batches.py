@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from src.encryption.batch import BatchHeader
+from src.encryption.batch import BatchHeader, read_blocks
 from src.encryption.keys import KeyShare, PrivateKey
 from src.encryption.scheme import Layout, Scheme
 from src.errors import BatchError, DigestError, NotFoundError, SlotOverflowError
@@ -24,7 +24,6 @@ from src.protocol.batches import (
     check_batch_header,
     expected_header,
     fold_batches,
-    read_body,
     write_batch,
 )
 from src.protocol.merkle import batch_root
@@ -164,7 +163,7 @@ def test_a_batch_commits_to_its_header_and_every_ciphertext(played: Round) -> No
         root = batch_root(header, [body], ciphertext_bytes=played.layout.ciphertext_bytes)[0]
         assert batch.root == root
         with played.blobs.open(batch.sha256) as file:
-            assert b"".join(read_body(played.layout, file)) == body
+            assert b"".join(read_blocks(file, played.layout)) == body
     assert StoredBatch(**batch.to_json()) == batch
 
 
