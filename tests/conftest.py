@@ -47,6 +47,11 @@ ONE_FEDERATION: Final = frozenset(LONG_FILES[:3])
 """Their tests share one federation, which takes half a minute to start: they belong into one worker."""
 
 
+FORKING: Final = ("tests/encryption/", "tests/privacy/", "tests/jobs/test_pool.py")
+"""They fork this process, or count its children: before any test opens a gRPC channel here, whose threads do not
+survive a fork (grpc aborts the child), and before a federation of real processes runs."""
+
+
 def _file_of(nodeid: str) -> str:
     return nodeid.partition("::")[0]
 
@@ -68,10 +73,14 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
     return ByFile(config, log)
 
 
-def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Where workers share the tests, the long files come first."""
-    if hasattr(config, "workerinput"):
-        items.sort(key=lambda item: _file_of(item.nodeid) not in LONG_FILES)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """First what forks, then the long files, so that no worker is left alone with one; then all others."""
+
+    def turn(item: pytest.Item) -> int:
+        file = _file_of(item.nodeid)
+        return 0 if file.startswith(FORKING) else 1 if file in LONG_FILES else 2
+
+    items.sort(key=turn)
 
 
 def until(condition: Callable[[], Any], what: str, *, timeout_s: float = PATIENCE_S, every_s: float = LOOK_S) -> Any:

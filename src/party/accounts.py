@@ -38,8 +38,8 @@ class PartyAccounts:
         known = charges(self._store.entries(connection))
         for budget, event in self._costs(checked):
             key = _key(plan.job_id, plan.round, budget)
-            if key in known and known[key].counts:
-                continue  # what was given back is refused by the ledger: a new round has a new charge
+            if key in known:
+                continue
             self._check_plan(connection, checked, budget, event)
             entry = reserve(
                 self._store.entries(connection),
