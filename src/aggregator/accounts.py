@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Final
 
 from sqlalchemy import Connection
 
@@ -11,11 +10,8 @@ from ..config import AggregatorPrivacy
 from ..jobs.states import utc
 from ..privacy.budget import Budget, check_affordable
 from ..privacy.events import Event
-from ..privacy.ledger import charges, finalise, give_back, reserve
+from ..privacy.ledger import LONGEST_TEXT, charges, finalise, give_back, reserve
 from ..storage.ledger import LedgerStore
-
-LONGEST_REASON: Final = 500
-"""Characters that a ledger entry holds."""
 
 
 class Accounts:
@@ -65,7 +61,7 @@ class Accounts:
         """Give back what a round reserved, of which nothing was opened."""
         entries = self._store.entries(connection)
         key = self._key(job_id, number)
-        self._store.add(connection, give_back(entries, key, at=utc(now), reason=reason[:LONGEST_REASON]))
+        self._store.add(connection, give_back(entries, key, at=utc(now), reason=reason[:LONGEST_TEXT]))
 
     def head(self, connection: Connection) -> str:
         """Digest of the ledger's last entry."""

@@ -15,7 +15,7 @@ from jsonschema import Draft202012Validator
 from .. import __version__
 from ..jobs.spec import FederatedTrainingSpec
 from ..jobs.states import JobRow
-from ..privacy.accounting import epsilon
+from ..privacy.accounting import MEANINGLESS_EPSILON, epsilon
 from ..protocol.canonical import real
 from ..protocol.derive import example_event
 from ..protocol.plan import MANIFEST_KIND, TRANSCRIPT_KIND, RoundPlan, signed_digest
@@ -29,8 +29,6 @@ MANIFEST_VERSION: Final = 1
 MODEL_FILE: Final = "model.safetensors"
 MANIFEST_FILE: Final = "manifest.json"
 SCHEMA: Final = json.loads((Path(__file__).parent / "manifest.schema.json").read_text())
-MEANINGLESS_EPSILON: Final = 20.0
-"""Above it a party-level ε says nothing: the odds may change by e^20 = 5·10^8."""
 PACKAGES: Final = ("cryptography", "dp-accounting", "gmpy2", "numpy", "opacus", "torch")
 
 

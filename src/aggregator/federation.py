@@ -87,7 +87,7 @@ def open_federation(config: AggregatorConfig, *, now: float) -> Federation:
         _write_public(keys.public_key, keyring)
     else:
         keyring = Keyring.load(keys.public_key, insecure_small=keys.insecure_small_modulus)
-    signing_key = _load_or_make_signing_key(keys.signing_key)
+    signing_key = SigningKey.load_or_make(keys.signing_key)
     if keys.roster is not None:
         signed, roster = load_roster(keys.roster)
         _check_pinned(config, roster, keyring, signing_key)
@@ -136,13 +136,6 @@ def _load_or_make_private_key(config: AggregatorConfig) -> PrivateKey:
     path.parent.mkdir(parents=True, exist_ok=True)
     _write_secret(path, json.dumps(private.to_json()).encode())
     return private
-
-
-def _load_or_make_signing_key(path: Path) -> SigningKey:
-    if not path.exists():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        SigningKey.generate().save(path)
-    return SigningKey.load(path)
 
 
 def _write_public(path: Path, keyring: Keyring) -> None:

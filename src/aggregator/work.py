@@ -6,8 +6,6 @@ Torch is imported only by the two units that need it, so that an aggregator with
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Final
@@ -15,7 +13,6 @@ from typing import Any, Final
 import numpy as np
 from numpy.typing import NDArray
 
-from ..encryption.registry import scheme_for
 from ..encryption.scheme import Layout, Scheme
 from ..errors import PolicyError, ShareError
 from ..jobs.executors.units import Handler, WorkContext
@@ -25,12 +22,11 @@ from ..privacy.entropy import SystemEntropy
 from ..privacy.noise import discrete_gaussian
 from ..privacy.noise_plan import fraction_from_json
 from ..protocol.batches import StoredBatch, check_knowledge, fold_batches, write_batch
-from ..protocol.canonical import parse_canonical
-from ..protocol.keyring import Keyring, load_private_key
+from ..protocol.keyring import load_private_key
 from ..protocol.plan import RoundPlan, share_binding
 from ..protocol.roster import AGGREGATOR
+from ..protocol.units import Params, unit_plan, unit_processes, unit_scheme
 
-Params = Mapping[str, Any]
 Result = dict[str, Any]
 
 
@@ -59,7 +55,8 @@ def inspect_model(params: Params, context: WorkContext) -> Result:
 
 def make_noise(params: Params, context: WorkContext) -> Result:
     """{plan, plan_digest, public} → the aggregator's noise batch."""
-    plan, scheme = _plan(params), _scheme(params)
+    plan = unit_plan(params)
+    scheme = unit_scheme(params, plan)
     entropy = SystemEntropy()
     sigma2 = fraction_from_json(plan.noise.aggregator_sigma2)
     noise = discrete_gaussian(sigma2, plan.dimension, entropy=entropy)
@@ -81,7 +78,8 @@ def check_body(params: Params, context: WorkContext) -> Result:
     CiphertextError names the first ciphertext of an upload that is none; KnowledgeError a sender who has not proven to
     know what is inside.
     """
-    scheme, layout = _scheme(params), Layout.from_json(_plan(params).layout)
+    plan = unit_plan(params)
+    scheme, layout = unit_scheme(params, plan), Layout.from_json(plan.layout)
     with context.blobs.open(params["sha256"]) as file:
         scheme.check_body(layout, file)
         file.seek(0)
@@ -98,14 +96,15 @@ def check_body(params: Params, context: WorkContext) -> Result:
 
 def fold(params: Params, context: WorkContext) -> Result:
     """{plan, plan_digest, public, batches} → the aggregate."""
+    plan = unit_plan(params)
     batches = {name: StoredBatch(**batch) for name, batch in params["batches"].items()}
     aggregate = fold_batches(
-        _scheme(params),
-        _plan(params),
+        unit_scheme(params, plan),
+        plan,
         batches,
         plan_digest=params["plan_digest"],
         blobs=context.blobs,
-        processes=_processes(params),
+        processes=unit_processes(params),
     )
     return aggregate.to_json()
 
@@ -117,7 +116,8 @@ def open_aggregate(params: Params, context: WorkContext) -> Result:
     private_key, optimizer, state_sha256} → {model_sha256, state_sha256}, or {wrong: {party: why}} where shares are
     wrong: then nothing has been opened.
     """
-    plan, scheme = _plan(params), _scheme(params)
+    plan = unit_plan(params)
+    scheme = unit_scheme(params, plan)
     layout = Layout.from_json(plan.layout)
     with context.blobs.open(params["aggregate"]) as file:
         material = b"".join(scheme.opening_material(layout, file))
@@ -172,30 +172,6 @@ def evaluate_model(params: Params, context: WorkContext) -> Result:
     if rows is None:
         return {"metrics": {}}
     return {"metrics": evaluate(task, from_safetensors(context.blobs.read(params["sha256"])), rows)}
-
-
-def _plan(params: Params) -> RoundPlan:
-    statement = parse_canonical(params["plan"].encode())
-    statement.pop("kind", None)
-    return RoundPlan.from_statement(statement)
-
-
-def _scheme(params: Params) -> Scheme:
-    # The role's main process has checked the key's size; here the smallest test keys must pass too.
-    keyring = Keyring.from_json(json.loads(params["public"]), insecure_small=True)
-    plan = _plan(params)
-    return scheme_for(
-        plan.scheme,
-        keyring.public,
-        threshold_key=keyring.threshold_key,
-        expected_ciphertexts=int(plan.layout["ciphertext_count"]),
-        processes=_processes(params),
-    )
-
-
-def _processes(params: Params) -> int:
-    """Cores that a unit may use: the role says how many, as it alone knows how many workers share them."""
-    return int(params.get("processes", 1))
 
 
 HANDLERS: Final[dict[str, Handler]] = {

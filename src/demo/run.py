@@ -19,9 +19,10 @@ from ..communication.generated import jobs_pb2
 from ..errors import ConfigError, DeadlineError, JobFailed
 from ..jobs.spec import FederatedTrainingSpec, LocalTraining, PartyPrivacy, spec_to_proto
 from ..learning.tasks.randhie import DEMO, RandHieTask
+from ..privacy.accounting import MEANINGLESS_EPSILON
 from ..provisioning import Summary, provision
 from .processes import Roles
-from .view import MEANINGLESS_EPSILON, View, epsilon
+from .view import View, epsilon
 
 FEDERATION: Final = "demo"
 SPARE_ROUNDS: Final = 1

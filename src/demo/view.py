@@ -12,8 +12,6 @@ from rich.table import Table
 
 from ..communication.generated import jobs_pb2
 
-MEANINGLESS_EPSILON: Final = 20.0
-"""Above it a party-level ε says nothing: the odds may change by e^20 = 5·10^8."""
 _COLUMNS: Final = ("round", "updates", "AUC", "ε a row, spent/left", "ε a party*", "kB up", "seconds")
 _WIDTHS: Final = (5, 7, 6, 20, 11, 6, 7)
 

@@ -10,12 +10,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 from ..errors import InvalidInput
+from ..privacy.accounting import MEANINGLESS_EPSILON
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-
-MEANINGLESS_PARTY_EPSILON: Final = 20.0
-"""Above this ε the party-level figure is called what it is: odds may change by e²⁰ = 5·10⁸."""
 
 _MOST_TICKS: Final = 8
 _TICK_STEPS: Final = tuple(size * 10**power for power in range(7) for size in (1, 2, 5))
@@ -75,7 +73,7 @@ def party_level_text(party_level: Mapping[str, float]) -> str:
     epsilon = party_level["epsilon"]
     shown = "∞" if math.isinf(epsilon) else f"{epsilon:,.2f}" if epsilon < 10 else f"{epsilon:,.0f}"
     text = f"Party level (one party's whole update, replaced by zero): ε = {shown} at δ = {party_level['delta']:g}"
-    if epsilon > MEANINGLESS_PARTY_EPSILON:
+    if epsilon > MEANINGLESS_EPSILON:
         return f"{text},\nno meaningful party-level guarantee with so few parties ({party_level['parties']:.0f})"
     return text
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from typing import Final
 
 from sqlalchemy import Connection
 
@@ -12,13 +11,10 @@ from ..config import PartyConfig
 from ..jobs.states import utc
 from ..privacy.budget import Budget, balance, check_affordable
 from ..privacy.events import Event, Unit
-from ..privacy.ledger import charges, finalise, give_back, reserve
+from ..privacy.ledger import LONGEST_TEXT, charges, finalise, give_back, reserve
 from ..protocol.derive import example_event, party_event
 from ..storage.ledger import LedgerStore
 from .rules import CheckedPlan
-
-LONGEST_REASON: Final = 500
-"""Characters that a ledger entry holds."""
 
 
 class PartyAccounts:
@@ -70,7 +66,7 @@ class PartyAccounts:
         """Give back what a round reserved of which no byte left."""
         for key in self._keys(connection, job_id, number):
             entries = self._store.entries(connection)
-            self._store.add(connection, give_back(entries, key, at=utc(now), reason=reason[:LONGEST_REASON]))
+            self._store.add(connection, give_back(entries, key, at=utc(now), reason=reason[:LONGEST_TEXT]))
 
     def example_balance(self, connection: Connection, task: str) -> tuple[float, float | None]:
         """ε spent and left of a dataset's rows; left is None without a limit in ε, spent may be infinite."""

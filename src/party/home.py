@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-from pathlib import Path
 from typing import Any, Final
 
 from ..communication.generated import federation_pb2
@@ -33,7 +32,7 @@ class Home:
 
     def __init__(self, config: PartyConfig) -> None:
         self.config = config
-        self.signing_key = _load_or_make_key(config.keys.signing_key)
+        self.signing_key = SigningKey.load_or_make(config.keys.signing_key)
         self.pinned = config.keys.roster is not None
         self._roster: Roster | None = None
         self._keyring: Keyring | None = None
@@ -166,10 +165,3 @@ class Home:
         except KeyMaterialError as error:
             return [f"keys.share: {error.message}"]
         return []
-
-
-def _load_or_make_key(path: Path) -> SigningKey:
-    if not path.exists():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        SigningKey.generate().save(path)
-    return SigningKey.load(path)

@@ -15,8 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..encryption.keys import KeyShare
-from ..encryption.registry import scheme_for
-from ..encryption.scheme import Layout, Scheme
+from ..encryption.scheme import Layout
 from ..errors import InvalidInput, PolicyError
 from ..jobs.executors.units import Handler, WorkContext
 from ..learning.flatten import flatten, from_safetensors, load_tensors, model_to_tensors
@@ -27,11 +26,10 @@ from ..privacy.noise import discrete_gaussian
 from ..privacy.noise_plan import fraction_from_json
 from ..privacy.rounding import conditional_round
 from ..protocol.batches import StoredBatch, fold_batches, write_batch
-from ..protocol.canonical import parse_canonical
-from ..protocol.keyring import Keyring, load_share
+from ..protocol.keyring import load_share
 from ..protocol.plan import RoundPlan, share_binding
+from ..protocol.units import Params, unit_plan, unit_processes, unit_scheme
 
-Params = Mapping[str, Any]
 Result = dict[str, Any]
 
 
@@ -41,8 +39,8 @@ def contribute(params: Params, context: WorkContext) -> Result:
     {plan, plan_digest, public, name, options, declared_rows} → the stored batch. The plaintext update lives and dies
     in this function. What encryption needs beside it is prepared on idle cores while the model trains.
     """
-    plan, entropy = _plan(params), SystemEntropy()
-    scheme = _scheme(params, plan)
+    plan, entropy = unit_plan(params), SystemEntropy()
+    scheme = unit_scheme(params, plan)
     with scheme.prepare(Layout.from_json(plan.layout), entropy=entropy) as prepared:
         update = _train(plan, params, context, entropy)
         batch = write_batch(
@@ -122,24 +120,24 @@ def recompute(params: Params, context: WorkContext) -> Result:
 
     Everybody else has to have proven to know what is inside theirs: nothing of an earlier round comes back in disguise.
     """
-    plan = _plan(params)
+    plan = unit_plan(params)
     batches = {name: StoredBatch(**batch) for name, batch in params["batches"].items()}
     aggregate = fold_batches(
-        _scheme(params, plan),
+        unit_scheme(params, plan),
         plan,
         batches,
         plan_digest=params["plan_digest"],
         blobs=context.blobs,
         unproven=batches.keys() - {params["name"]},
-        processes=_processes(params),
+        processes=unit_processes(params),
     )
     return aggregate.to_json()
 
 
 def open_share(params: Params, context: WorkContext) -> Result:
     """{plan, plan_digest, public, name, share, aggregate, aggregate_root} → {sha256, size} of the share batch."""
-    plan = _plan(params)
-    scheme, layout = _scheme(params, plan), Layout.from_json(plan.layout)
+    plan = unit_plan(params)
+    scheme, layout = unit_scheme(params, plan), Layout.from_json(plan.layout)
     share = load_share(Path(params["share"]))
     if plan.scheme == "plaintext":
         share = KeyShare(share.index, 1, "")  # a receipt that opens nothing, as that scheme has no key
@@ -149,29 +147,6 @@ def open_share(params: Params, context: WorkContext) -> Result:
         batch = scheme.open_share(layout, share, material, binding=binding, entropy=SystemEntropy())
     ref = context.blobs.write(batch)
     return {"sha256": ref.sha256, "size": ref.size}
-
-
-def _plan(params: Params) -> RoundPlan:
-    statement = parse_canonical(params["plan"].encode())
-    statement.pop("kind", None)
-    return RoundPlan.from_statement(statement)
-
-
-def _scheme(params: Params, plan: RoundPlan) -> Scheme:
-    # The role's main process has checked the key's size; here the smallest test keys must pass too.
-    keyring = Keyring.from_json(json.loads(params["public"]), insecure_small=True)
-    return scheme_for(
-        plan.scheme,
-        keyring.public,
-        threshold_key=keyring.threshold_key,
-        expected_ciphertexts=int(plan.layout["ciphertext_count"]),
-        processes=_processes(params),
-    )
-
-
-def _processes(params: Params) -> int:
-    """Cores that a unit may use: the role says how many, as it alone knows how many workers share them."""
-    return int(params.get("processes", 1))
 
 
 HANDLERS: Final[dict[str, Handler]] = {

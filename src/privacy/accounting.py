@@ -30,6 +30,10 @@ _UNSAMPLED_ORDERS: Final = tuple(1.0 + 2.0 ** (step / 16.0) for step in range(-1
 more than 1.01) to 2^20, which serves ε from 1e-3 to 1e4."""
 
 
+MEANINGLESS_EPSILON: Final = 20.0
+"""Above it an ε says nothing: the odds may change by e^20 = 5·10^8. Figures are kept, and said to mean nothing."""
+
+
 def _dp_sgd(event: DpSgdSteps) -> Any:
     import dp_accounting as dp
 

@@ -30,7 +30,7 @@ GENESIS: Final = "0" * 64
 """`previous` of the first entry."""
 
 _DOMAIN: Final = b"sotto.v1.ledger-entry\x00"
-_MAX_TEXT: Final = 500
+LONGEST_TEXT: Final = 500
 _CHARGES: Final = frozenset({"opening_balance", "reservation"})
 _CHARGE_CONTENT: Final = ("kind", "job_id", "round", "unit", "subject", "charged_rounds", "event")
 """What makes a repeated charge the same; time and reason may differ."""
@@ -117,7 +117,7 @@ def _problem(entry: Entry) -> str:
         "the unit is unknown": entry.unit in RELATIONS,
         "the time is not UTC in ISO 8601": _is_utc(entry.at),
         "the round is negative": entry.round is None or entry.round >= 0,
-        "a text is too long": all(len(text) <= _MAX_TEXT for text in texts),
+        "a text is too long": all(len(text) <= LONGEST_TEXT for text in texts),
         "subject or reservation_id is empty": bool(entry.subject and entry.reservation_id),
         "only a charge has charged_rounds": entry.charged_rounds >= 0 and (charges or entry.charged_rounds == 0),
         "a reservation must charge a round": entry.kind != "reservation" or entry.charged_rounds >= 1,

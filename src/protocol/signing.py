@@ -60,6 +60,14 @@ class SigningKey:
         """The key in a file that `save` wrote."""
         return cls.from_bytes(path.read_bytes())
 
+    @classmethod
+    def load_or_make(cls, path: Path) -> SigningKey:
+        """The key in a file; a new one, saved there, where there is none."""
+        if not path.exists():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            cls.generate().save(path)
+        return cls.load(path)
+
     def save(self, path: Path) -> None:
         """Write the 32-byte seed, readable by the owner only; refuses to overwrite (FileExistsError)."""
         seed = self._key.private_bytes(Encoding.Raw, PrivateFormat.Raw, NoEncryption())
