@@ -26,6 +26,7 @@ row.
     ├── NotFoundError               no such job, round, artifact, blob
     ├── ConflictError               it exists already, with another content
     ├── StateError                  not possible in the state it is in
+    ├── LeaseError                  a job that another process holds by now
     ├── AuthenticationError         who is calling is not known
     ├── AccessError                 the caller's role may not do this
     ├── LimitError                  larger or more than a configured limit
@@ -150,6 +151,10 @@ class StateError(SottoError):
     """Not possible in the state it is in."""
 
 
+class LeaseError(SottoError):
+    """Another process holds the job by now: this one may not write about it any more."""
+
+
 class AuthenticationError(SottoError):
     """Who is calling is not known."""
 
@@ -237,6 +242,7 @@ CATALOGUE: Final[dict[type[SottoError], Meaning]] = {
     NotFoundError: Meaning("NOT_FOUND", "NOT_FOUND", 7),
     ConflictError: Meaning("ALREADY_EXISTS", "ALREADY_EXISTS", 8),
     StateError: Meaning("FAILED_PRECONDITION", "WRONG_STATE", 8),
+    LeaseError: Meaning("ABORTED", "LEASE_LOST", 8),
     AuthenticationError: Meaning("UNAUTHENTICATED", "UNAUTHENTICATED", 9),
     AccessError: Meaning("PERMISSION_DENIED", "PERMISSION_DENIED", 9),
     LimitError: Meaning("RESOURCE_EXHAUSTED", "LIMIT_EXCEEDED", 4),

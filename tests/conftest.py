@@ -31,23 +31,25 @@ ASK_S: Final = 0.25
 ROUND_TIMEOUT_S: Final = 150.0
 """Only a hang reaches it, and then the job says for whom it waited before `PATIENCE_S` is over."""
 MODULUS_BITS: Final = 512
-URGENT: Final = {"workers": {"nice": 0}}
-"""Yielding to whatever else this machine does, workers could wait for ever: tests are in a hurry."""
+URGENT: Final = {"workers": {"nice": 0, "size": 2, "min_size": 2, "max_size": 2, "health_interval_s": 3600.0}}
+"""Yielding to whatever else this machine does, workers could wait for ever: tests are in a hurry. And no worker takes
+the place of one that a test holds."""
 
 LONG_FILES: Final = (
     "tests/integration/test_federation.py",
     "tests/integration/test_missing.py",
     "tests/integration/test_wrong_kit.py",
+    "tests/integration/test_node_client.py",
     "tests/faults/test_kill_and_resume.py",
     "tests/integration/test_demo.py",
     "tests/integration/test_classic.py",
 )
 """With processes of their own, about a minute each: workers begin with these, so that none is left alone with one."""
-ONE_FEDERATION: Final = frozenset(LONG_FILES[:3])
+ONE_FEDERATION: Final = frozenset(LONG_FILES[:4])
 """Their tests share one federation, which takes half a minute to start: they belong into one worker."""
 
 
-FORKING: Final = ("tests/encryption/", "tests/privacy/", "tests/jobs/test_pool.py")
+FORKING: Final = ("tests/encryption/", "tests/privacy/", "tests/jobs/test_pool")
 """They fork this process, or count its children: before any test opens a gRPC channel here, whose threads do not
 survive a fork (grpc aborts the child), and before a federation of real processes runs."""
 

@@ -21,6 +21,7 @@ from src.privacy.accounting import epsilon
 from src.privacy.events import NoisySum
 from src.storage.database import Database
 from src.storage.ledger import LedgerStore
+from src.storage.migrations import Migrations
 
 ROOT = Path(__file__).resolve().parents[1]
 SMALL = ["--party", "a", "--party", "b", "--modulus-bits", "512", "--insecure-small-modulus"]
@@ -50,7 +51,7 @@ def test_help_lists_every_command_and_imports_nothing_heavy() -> None:
         [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60, check=True
     )
     *help_text, modules = done.stdout.splitlines()
-    for command in ("aggregator", "party", "provision", "demo", "jobs", "budget"):
+    for command in ("aggregator", "party", "provision", "demo", "jobs", "status", "budget"):
         assert any(line.startswith(f"  {command} ") for line in help_text)
     heavy = {"torch", "grpc", "numpy", "sqlalchemy", "pydantic", "yaml", "cryptography", "gmpy2", "rich", "google"}
     assert modules.startswith("0 ")
@@ -62,7 +63,7 @@ def test_the_version_is_the_packages(capsys: pytest.CaptureFixture[str]) -> None
     assert capsys.readouterr().out == f"sotto {__version__}\n"
 
 
-@pytest.mark.parametrize("command", ["aggregator", "party", "provision", "budget", "jobs", "demo"])
+@pytest.mark.parametrize("command", ["aggregator", "party", "provision", "budget", "jobs", "status", "demo"])
 def test_every_command_explains_itself(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.run([command, "--help"]) == 0
     assert f"sotto {command}" in capsys.readouterr().out
@@ -250,7 +251,7 @@ def ledger(config: Path) -> Path:
         store.append(connection, **fields)
 
     async def make() -> None:
-        database = Database(path, metadata, schema_version=1)
+        database = Database(path, Migrations("aggregator"))
         await database.open()
         await database.run(fill)
         await database.close()
@@ -284,7 +285,7 @@ def test_reading_the_budget_writes_nothing_and_needs_no_lock(config: Path, ledge
     before = ledger.read_bytes()
 
     async def read_beside() -> int:
-        database = Database(ledger, MetaData(), schema_version=1)
+        database = Database(ledger, Migrations("aggregator"))
         await database.open()  # the running role, which holds the lock
         code = await asyncio.to_thread(cli.run, ["budget", "show", "--config", str(config), "--json"])
         await database.close()
@@ -303,7 +304,7 @@ def test_a_party_sees_both_of_its_budgets_before_anything_is_spent(
     async def make() -> None:
         metadata = MetaData()
         LedgerStore(metadata)
-        database = Database(tmp_path / "b/party.sqlite", metadata, schema_version=1)
+        database = Database(tmp_path / "b/party.sqlite", Migrations("party"))
         await database.open()
         await database.close()
 

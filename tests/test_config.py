@@ -17,17 +17,9 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from src import logs
-from src.config import (
-    AggregatorConfig,
-    Budget,
-    PartyConfig,
-    is_loopback,
-    load_aggregator_config,
-    load_client_config,
-    load_party_config,
-    split_address,
-)
-from src.config_reader import parse_yaml, read_document
+from src.config import AggregatorConfig, PartyConfig, load_aggregator_config, load_client_config, load_party_config
+from src.config_sections import Budget, is_loopback, split_address
+from src.config_yaml import parse_yaml, read_document
 from src.errors import BudgetError, ConfigError
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -98,7 +90,7 @@ def test_defaults_are_validated_and_placed_like_anything_written(tmp_path: Path)
     assert config.database_path == tmp_path / "state/aggregator.sqlite"
     assert config.blobs_dir == tmp_path / "state/blobs"
     assert config.keys.signing_key == tmp_path / "state/signing.key"
-    assert (config.workers.count, config.privacy.budget.max_rounds, config.server.listen) == (2, 200, "127.0.0.1:50051")
+    assert (config.workers.size, config.privacy.budget.max_rounds, config.server.listen) == (3, 200, "127.0.0.1:50051")
 
 
 def test_a_loaded_configuration_cannot_be_changed(tmp_path: Path) -> None:
@@ -124,10 +116,11 @@ def test_every_problem_is_told_at_once_with_its_path_and_what_is_allowed(tmp_pat
         "privacy.budget.max_rounds: must be >= 1 (got 0)",
         "privacy.budget.delta: must be > 0 and < 1 (got 3)",
         "privacy.budget.delt: unknown key; did you mean 'delta'?; allowed here: max_rounds, epsilon, delta",
-        "workers: must be a section with the keys count, nice (got 3)",
+        "workers: must be a section with the keys size, min_size, max_size, nice, recycle_after, "
+        "idle_s, health_interval_s, memory_limit_mb, cpu_limit_s (got 3)",
         "logging.level: must be 'DEBUG' or 'INFO' or 'WARNING' or 'ERROR' (got null)",
-        "fedration: unknown key; did you mean 'federation'?; allowed here: version, federation, state_dir, server, "
-        "keys, privacy, limits, workers, logging, evaluation",
+        "fedration: unknown key; did you mean 'federation'?; allowed here: version, federation, state_dir, "
+        "database, server, keys, privacy, limits, jobs, workers, logging, evaluation",
     ]
 
 
@@ -272,16 +265,16 @@ def test_an_unknown_or_unusable_variable_is_named(tmp_path: Path) -> None:
         SOTTO__SERVER="x",
         SOTTO__LIMITS__MAX_PARTIES__A="1",
         SOTTO__LIMITS__MAX_ROUNDS="[",
-        SOTTO__WORKERS__COUNT="0",
+        SOTTO__WORKERS__SIZE="0",
     )
     assert found[:-1] == [
         "SOTTO__LIMITS__MAX_PARTIES__A: limits.max_parties has no keys",
         "SOTTO__LIMITS__MAX_ROUNDS: the value is not YAML",
         "SOTTO__SERVER: server is a section; name a key in it: insecure, tls, listen, reflection, "
-        "heartbeat_interval_s, address_file",
+        "heartbeat_interval_s, address_file, shutdown_s",
         "SOTTO__SERVR__LISTEN: no key 'servr' in the top level; did you mean 'server'?",
     ]
-    assert found[-1] == "workers.count: must be >= 1 and <= 256 (got 0) [from SOTTO__WORKERS__COUNT]"
+    assert found[-1] == "workers.size: must be >= 1 and <= 256 (got 0) [from SOTTO__WORKERS__SIZE]"
 
 
 def test_the_name_on_the_command_line_beats_the_environment_beats_the_file(tmp_path: Path) -> None:

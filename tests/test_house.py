@@ -41,6 +41,8 @@ ADAPTERS = {
     "gmpy2": {"encryption"},
     "grpc": {"communication", "aggregator", "party", "client", "cli", "jobs"},
     "sqlalchemy": {"storage", "aggregator", "party", "jobs", "cli"},
+    "alembic": {"storage"},
+    "psycopg": {"storage"},
     "typer": {"cli"},
 }
 """A library that only certain rooms touch."""

@@ -17,7 +17,7 @@ from cryptography.x509.oid import ExtendedKeyUsageOID
 from cryptography.x509.verification import PolicyBuilder, Store
 
 from src.config import load_aggregator_config, load_client_config, load_party_config
-from src.config_reader import parse_yaml
+from src.config_yaml import parse_yaml
 from src.encryption.keys import KeyShare, ThresholdKey, check_kit
 from src.errors import ConfigError, SignatureError
 from src.protocol.roster import load_roster

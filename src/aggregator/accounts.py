@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from sqlalchemy import Connection
 
-from ..config import AggregatorPrivacy
+from ..config_sections import AggregatorPrivacy
 from ..jobs.states import utc
 from ..privacy.budget import Budget, check_affordable
 from ..privacy.events import Event

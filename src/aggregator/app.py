@@ -17,15 +17,21 @@ from .. import __version__
 from ..communication.generated import federation_pb2_grpc, jobs_pb2_grpc
 from ..communication.grpc_server import GrpcServer
 from ..communication.tls import TlsFiles
-from ..config import AggregatorConfig, split_address
+from ..config import AggregatorConfig
+from ..config_sections import split_address
+from ..jobs.admission import JobSettings
 from ..jobs.executors.pool import WorkerPool
+from ..jobs.executors.settings import PoolSettings
 from ..jobs.service import JobService
 from ..jobs.store import JobStore
 from ..storage.blobs import Blobs
 from ..storage.database import Database
 from ..storage.ledger import LedgerStore
+from ..storage.location import database_location
+from ..storage.migrations import Migrations
 from .accounts import Accounts
-from .coordinator import Coordinator
+from .computations import Computations
+from .coordinator import Coordinator, capacity_of
 from .federation import Federation, open_federation
 from .pipeline import AggregatorPipeline
 from .servicers import federation as federation_servicer
@@ -37,8 +43,6 @@ from .work import has_torch
 
 LOG = logging.getLogger("sotto.aggregator")
 
-SCHEMA_VERSION: Final = 1
-DATABASE_FILE: Final = "aggregator.sqlite"
 GRACE_S: Final = 3.0
 """How long calls under way may take to end when the aggregator stops."""
 
@@ -58,19 +62,19 @@ class App:
             LedgerStore(metadata),
             EnrolmentStore(metadata),
         )
-        self._database = Database(state / DATABASE_FILE, metadata, schema_version=SCHEMA_VERSION)
+        location = database_location(config.database_path, config.database.url, config.database.password_file)
+        self._database = Database(location, Migrations("aggregator"))
         blobs = Blobs(state / "blobs")
         preload = ("learning.evaluation", "learning.warm") if has_torch() and config.evaluation else ()
         self._pool = WorkerPool(
+            PoolSettings(**config.workers.model_dump()),
             handlers="aggregator.work",
             blobs_root=state / "blobs",
             workspace=state / "work",
-            size=config.workers.count,
-            nice=config.workers.nice,
             preload=preload,
         )
         self._sessions = Sessions()
-        pipeline = AggregatorPipeline(self._pool, self.federation, config)
+        pipeline = AggregatorPipeline(self._pool, self.federation, config, blobs)
         self._coordinator = Coordinator(
             config=config,
             database=self._database,
@@ -79,14 +83,15 @@ class App:
             accounts=Accounts(ledger, config.privacy, federation=config.federation),
             blobs=blobs,
             pipeline=pipeline,
+            computations=Computations(self._pool, config, self.federation, blobs),
             federation=self.federation,
             sessions=self._sessions,
             enrolments=enrolments,
         )
         self._service = JobService(
-            self._database, jobs, blobs=blobs, coordinator=self._coordinator, limits=config.limits
+            self._database, jobs, blobs=blobs, coordinator=self._coordinator, settings=_settings(config)
         )
-        self._coordinator.notify = self._service.notify
+        self._coordinator.on_event(self._service.notify)
         self._server = self._make_server(blobs, pipeline)
         self._loop: asyncio.Task[None] | None = None
 
@@ -106,6 +111,7 @@ class App:
         parties = federation_servicer.FederationServicer(
             config=config,
             coordinator=self._coordinator,
+            trainings=self._coordinator.trainings,
             federation=self.federation,
             pipeline=pipeline,
             sessions=self._sessions,
@@ -135,8 +141,10 @@ class App:
         return address
 
     async def stop(self) -> None:
-        """Stop serving; what runs is left to the rows, from which the next process goes on."""
+        """Take nothing more, let what runs come to its end for a while, and leave the rest to the rows, from which the
+        next process goes on."""
         self._service.close()
+        await self._coordinator.drain(0.0 if self._loop is None else self.config.server.shutdown_s)
         self._sessions.close_all()
         await self._server.stop(GRACE_S)
         if self._loop is not None:
@@ -147,6 +155,20 @@ class App:
         await self._pool.close()
         await self._database.close()
         LOG.info("stopped")
+
+
+def _settings(config: AggregatorConfig) -> JobSettings:
+    limits, jobs = config.limits, config.jobs
+    return JobSettings(
+        max_jobs_pending=limits.max_jobs_pending,
+        max_pending_per_scientist=jobs.max_pending_per_scientist,
+        max_rounds=limits.max_rounds,
+        max_parties=limits.max_parties,
+        max_round_timeout_s=limits.max_round_timeout_s,
+        capacity=capacity_of(config),
+        max_attempts=1 + len(jobs.retry_delays_s),
+        computation_timeout_s=jobs.computation_timeout_s,
+    )
 
 
 def log_start(config: AggregatorConfig, federation: Federation, address: str) -> None:
@@ -169,7 +191,13 @@ def log_start(config: AggregatorConfig, federation: Federation, address: str) ->
         budget.epsilon,
         budget.delta,
     )
-    LOG.info("%d workers, state in %s", config.workers.count, config.state_dir)
+    LOG.info(
+        "%d to %d workers, %s at the start; state in %s",
+        config.workers.min_size,
+        config.workers.max_size,
+        config.workers.size,
+        config.state_dir,
+    )
     if federation.custody == "aggregator":
         LOG.warning("custody aggregator: this process holds the key and can read every update")
     if config.server.insecure:

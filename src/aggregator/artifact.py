@@ -1,11 +1,17 @@
-"""The artifact of a job: the model, and a signed manifest that says what was done and what is guaranteed."""
+"""The artifact of a job: the model, and a signed manifest that says what was done and what is guaranteed.
+
+Three kinds of manifests, one schema. A training's says how the model was made. An export's carries that over to the
+same model in another format, and names the manifest that it comes from. An evaluation's says what a model was measured
+on and what came of it.
+"""
 
 from __future__ import annotations
 
 import json
 import math
 import platform
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Final
@@ -13,13 +19,15 @@ from typing import Any, Final
 from jsonschema import Draft202012Validator
 
 from .. import __version__
+from ..errors import NotFoundError, StorageError
+from ..jobs.computations import ExportSpec
 from ..jobs.spec import FederatedTrainingSpec
 from ..jobs.states import JobRow
 from ..privacy.accounting import MEANINGLESS_EPSILON, epsilon
 from ..protocol.canonical import real
 from ..protocol.derive import example_event
 from ..protocol.plan import MANIFEST_KIND, TRANSCRIPT_KIND, RoundPlan, signed_digest
-from ..protocol.signing import Signed
+from ..protocol.signing import Signed, open_signed
 from ..storage.blobs import Blobs
 from .federation import Federation
 from .planning import plan_of
@@ -29,6 +37,7 @@ MANIFEST_VERSION: Final = 1
 MODEL_FILE: Final = "model.safetensors"
 MANIFEST_FILE: Final = "manifest.json"
 SCHEMA: Final = json.loads((Path(__file__).parent / "manifest.schema.json").read_text())
+UNKNOWN_PRIVACY: Final = "unknown: the model came with the job"
 PACKAGES: Final = ("cryptography", "dp-accounting", "gmpy2", "numpy", "opacus", "torch")
 
 
@@ -48,17 +57,11 @@ def write_artifact(
     plan = plan_of(released[-1].plan)
     spent_example = epsilon([example_event(plan).repeated(len(history))], delta=float(plan.local.delta))
     statement = {
-        "version": MANIFEST_VERSION,
-        "job_id": job.job_id,
-        "display_name": job.display_name,
-        "owner": job.owner,
-        "created_at": created_at,
-        "federation": plan.federation,
+        **_head(job, federation, created_at=created_at),
         "task": spec.task,
         "data": f"rows that the parties hold; options shared by all: {spec.task_options_text}",
-        "spec_digest": spec.digest,
         "model": {"file": MODEL_FILE, "sha256": last["model_sha256"], "bytes": last["model_bytes"]},
-        "evaluation": {name: real(value) for name, value in last["metrics"].items()} or "not evaluated",
+        "evaluation": _metrics(last["metrics"]) or "not evaluated",
         "privacy": _privacy(plan, last, rounds=len(history), spent_example=spent_example),
         "encryption": _encryption(plan, federation),
         "rounds": [_round(row) for row in history],
@@ -66,21 +69,145 @@ def write_artifact(
         "versions": _versions(),
         "statements": statements(plan, federation.keyring.modulus_bits, last),
     }
-    Draft202012Validator(SCHEMA).validate(statement)
-    signed = federation.sign(MANIFEST_KIND, statement)
-    content = json.dumps({"manifest": signed.to_json(), "readable": statement}, indent=1, ensure_ascii=False)
-    manifest = blobs.write(content.encode() + b"\n")
     return {
-        "files": [
-            {"name": MODEL_FILE, "bytes": last["model_bytes"], "sha256": last["model_sha256"]},
-            {"name": MANIFEST_FILE, "bytes": manifest.size, "sha256": manifest.sha256},
-        ],
+        "files": write_files(statement, federation=federation, blobs=blobs),
         "metrics": last["metrics"],
         "epsilon_example": spent_example if math.isfinite(spent_example) else "inf",
         "epsilon_party": last["epsilon_party"],
         "epsilon_party_against_aggregator": last["epsilon_party_against_aggregator"],
         "delta": float(plan.local.delta),
     }
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """A finished training's artifact, as its manifest describes it.
+
+    Attributes:
+        statement: what the aggregator signed.
+        manifest_sha256: of the manifest's file.
+        model_sha256, model_bytes: of the model's file.
+    """
+
+    statement: dict[str, Any]
+    manifest_sha256: str
+    model_sha256: str
+    model_bytes: int
+
+
+def file_of(job: JobRow, name: str) -> dict[str, Any]:
+    """A file of a job's result: {"name", "bytes", "sha256"}; NotFoundError when it has none of this name (any more)."""
+    for file in (job.result or {}).get("files", ()):
+        if file["name"] == name:
+            return dict(file)
+    raise NotFoundError(f"job {job.job_id} has no file {name}", job_id=job.job_id, file=name)
+
+
+def read_source(job: JobRow, *, federation: Federation, blobs: Blobs) -> Source:
+    """The manifest of a training that succeeded. What is signed again is verified first: whoever can write to the
+    database and the blobs, and has no key, gets nothing signed this way.
+
+    Raises:
+        NotFoundError: its files are gone.
+        SignatureError: this aggregator did not sign the manifest.
+        StorageError: a file is damaged, or the manifest is not about this job and this model.
+    """
+    model, manifest = file_of(job, MODEL_FILE), file_of(job, MANIFEST_FILE)
+    content = json.loads(blobs.read(manifest["sha256"]))
+    key = federation.signing_key.verify_key
+    statement = open_signed(Signed.from_json(content["manifest"]), MANIFEST_KIND, verify_key=key)
+    described = {"file": MODEL_FILE, "sha256": model["sha256"], "bytes": model["bytes"]}
+    if statement["job_id"] != job.job_id or statement["model"] != described:
+        raise StorageError(f"the manifest of job {job.job_id} is not about its model", job_id=job.job_id)
+    return Source(statement, manifest["sha256"], model["sha256"], model["bytes"])
+
+
+def export_statement(
+    job: JobRow, spec: ExportSpec, source: Source, *, federation: Federation, file: Mapping[str, Any], created_at: str
+) -> dict[str, Any]:
+    """What holds for an exported model: all that held for the one it was made of, and which that was."""
+    return {
+        **source.statement,
+        **_head(job, federation, created_at=created_at),
+        "model": dict(file),
+        "exported_from": {
+            "job_id": spec.job_id,
+            "spec_digest": source.statement["spec_digest"],
+            "created_at": source.statement["created_at"],
+            "model_sha256": source.model_sha256,
+            "manifest_sha256": source.manifest_sha256,
+            "format": spec.format,
+        },
+    }
+
+
+def evaluation_statement(
+    job: JobRow,
+    source: Source | None,
+    *,
+    federation: Federation,
+    task: str,
+    rows: str,
+    model: Mapping[str, Any],
+    metrics: Mapping[str, float],
+    created_at: str,
+) -> dict[str, Any]:
+    """What was measured, on what, of which model; of a training's model also what is guaranteed for it.
+
+    Args:
+        source: of the training whose model it is; None for a model that came with the job: of that one nothing is
+            known but its bytes.
+        rows: the public rows, in words.
+        model: {"file", "sha256", "bytes"}.
+    """
+    lines = ["the metrics are exact, without noise: they are of public rows, and cost no privacy"]
+    if source is None:
+        lines.append("nothing is known of how this model was made: it came with the job")
+    else:
+        lines += source.statement["statements"]
+    return {
+        **_head(job, federation, created_at=created_at),
+        "task": task,
+        "data": f"public rows that the aggregator holds: {rows}",
+        "model": dict(model),
+        "evaluation": _metrics(metrics),
+        "evaluated": {
+            "job_id": source.statement["job_id"] if source else "",
+            "manifest_sha256": source.manifest_sha256 if source else "",
+        },
+        "privacy": source.statement["privacy"] if source else UNKNOWN_PRIVACY,
+        "versions": _versions(),
+        "statements": lines,
+    }
+
+
+def write_files(statement: Mapping[str, Any], *, federation: Federation, blobs: Blobs) -> list[dict[str, Any]]:
+    """Sign and store a manifest; returns the files of the result (`jobs.states.JobRow.result`), the model's first."""
+    Draft202012Validator(SCHEMA).validate(statement)
+    signed = federation.sign(MANIFEST_KIND, dict(statement))
+    content = json.dumps({"manifest": signed.to_json(), "readable": statement}, indent=1, ensure_ascii=False)
+    manifest = blobs.write(content.encode() + b"\n")
+    model = statement["model"]
+    return [
+        {"name": model["file"], "bytes": model["bytes"], "sha256": model["sha256"]},
+        {"name": MANIFEST_FILE, "bytes": manifest.size, "sha256": manifest.sha256},
+    ]
+
+
+def _head(job: JobRow, federation: Federation, *, created_at: str) -> dict[str, Any]:
+    return {
+        "version": MANIFEST_VERSION,
+        "job_id": job.job_id,
+        "display_name": job.display_name,
+        "owner": job.owner,
+        "created_at": created_at,
+        "federation": federation.roster.federation,
+        "spec_digest": job.spec_digest,
+    }
+
+
+def _metrics(metrics: Mapping[str, float]) -> dict[str, str]:
+    return {name: real(value) for name, value in metrics.items()}
 
 
 def _privacy(plan: RoundPlan, last: dict[str, Any], *, rounds: int, spent_example: float) -> dict[str, Any]:

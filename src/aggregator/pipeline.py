@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
+import logging
 from collections.abc import Mapping
 from typing import Any
 
 from ..config import AggregatorConfig
 from ..encryption.scheme import Scheme
-from ..errors import InvalidInput, PolicyError
-from ..jobs.executors.pool import PoolStats, WorkerPool
+from ..errors import InvalidInput, PolicyError, SottoError
+from ..jobs.executors.pool import WorkerPool
+from ..jobs.executors.stats import PoolStats
 from ..jobs.spec import FederatedTrainingSpec
 from ..jobs.spec import ServerOptimizer as OptimizerSpec
 from ..learning.task import known_tasks
@@ -17,21 +20,25 @@ from ..protocol.batches import StoredBatch
 from ..protocol.canonical import parse_canonical
 from ..protocol.plan import RootStatement, RoundPlan
 from ..protocol.signing import Signed
+from ..storage.blobs import Blobs
 from .federation import Federation
 from .planning import Model, check_noise_by
 from .round_row import RoundRow
-from .work import has_torch
+from .work import has_torch, model_shape
+
+LOG = logging.getLogger("sotto.aggregator")
 
 
 class AggregatorPipeline:
     """Noise, check, product, opening, evaluation: each runs in a worker, none blocks the event loop."""
 
-    def __init__(self, pool: WorkerPool, federation: Federation, config: AggregatorConfig) -> None:
+    def __init__(self, pool: WorkerPool, federation: Federation, config: AggregatorConfig, blobs: Blobs) -> None:
         self._pool = pool
+        self._blobs = blobs
         self._federation = federation
         self._config = config
         self._public = json.dumps(federation.keyring.to_json())
-        self._initial: dict[tuple[str, int], Model] = {}
+        self._dimensions: dict[str, int] = {}
 
     def stats(self) -> PoolStats:
         """How busy the workers are."""
@@ -54,20 +61,38 @@ class AggregatorPipeline:
         if not has_torch():
             raise PolicyError("this aggregator has no torch to build a model with: submit the job with initial_model")
 
+    async def dimension(self, spec: FederatedTrainingSpec) -> int:
+        """Parameters of the model that a job trains. A task's model is measured once; its seed changes nothing here."""
+        if spec.initial_model_sha256:
+            return await asyncio.to_thread(self._measure, spec.initial_model_sha256)
+        if spec.task not in self._dimensions:
+            found = await self._pool.run("task_shape", {"task": spec.task}, urgent=True)
+            self._dimensions[spec.task] = int(found["dimension"])
+        return self._dimensions[spec.task]
+
+    async def warm(self) -> None:
+        """Measure the models of the known tasks, before somebody waits for it; a task that cannot be built is passed
+        over here and refused when a job asks for it."""
+        for task in known_tasks() if has_torch() else ():
+            try:
+                found = await self._pool.run("task_shape", {"task": task})
+            except SottoError as error:
+                LOG.warning("task %s cannot be built: %s %s", task, error.message, error.private)
+            else:
+                self._dimensions[task] = int(found["dimension"])
+
     async def initial_model(self, spec: FederatedTrainingSpec) -> Model:
         """The model a job starts from: the one that came with it, or the task's own, by its seed."""
-        if spec.initial_model_sha256:
-            return await self.inspect(spec.initial_model_sha256)
-        key = (spec.task, spec.seed)
-        if key not in self._initial:
+        sha256 = spec.initial_model_sha256
+        if not sha256:
             built = await self._pool.run("initial_model", {"task": spec.task, "seed": spec.seed})
-            self._initial[key] = await self.inspect(built["sha256"])
-        return self._initial[key]
+            return Model(built["sha256"], built["size"], built["dimension"])
+        size = await asyncio.to_thread(self._blobs.size, sha256)
+        return Model(sha256, size, await asyncio.to_thread(self._measure, sha256))
 
-    async def inspect(self, sha256: str) -> Model:
-        """Size and dimension of a stored model; InvalidInput when it is none."""
-        found = await self._pool.run("inspect_model", {"sha256": sha256})
-        return Model(sha256, found["size"], found["dimension"])
+    def _measure(self, sha256: str) -> int:
+        """Raises InvalidInput when it is no model."""
+        return model_shape(self._blobs.read(sha256))
 
     async def make_noise(self, row: RoundRow) -> StoredBatch:
         """The aggregator's noise, protected like any update."""
@@ -128,7 +153,7 @@ class AggregatorPipeline:
             "plan": Signed.from_json(row.plan).statement.decode(),
             "plan_digest": row.plan_digest,
             "public": self._public,
-            "processes": self._config.workers.cores_each,
+            "processes": self._pool.cores_for_a_unit(),
         }
 
 

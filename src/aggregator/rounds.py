@@ -13,7 +13,17 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Final
 
-from ..errors import ConflictError, StateError
+from ..errors import (
+    CATALOGUE,
+    BudgetError,
+    ConflictError,
+    PlanError,
+    PolicyError,
+    Refused,
+    RoundFailed,
+    StateError,
+    VersionError,
+)
 from ..protocol.roster import AGGREGATOR
 from .round_row import (
     AT_REST,
@@ -45,6 +55,12 @@ UPLOAD_SHARE: Final = 0.8
 """Of the round's time: when uploads close with at least the quorum."""
 ASK_MORE_SHARE: Final = 0.9
 """Of the round's time: when every holder is asked for a share, not only as many as are needed."""
+
+LASTING_REFUSALS: Final = frozenset(
+    CATALOGUE[cls].reason for cls in (BudgetError, PolicyError, PlanError, VersionError, Refused)
+)
+"""Reasons for which a party refuses every round of a job, not only this one."""
+_ROUND_FAILED: Final = CATALOGUE[RoundFailed].reason
 
 
 # --- rules ------------------------------------------------------------------------------------------------------------
@@ -304,6 +320,40 @@ _ACTIVE: Final = frozenset({Work.CONTRIBUTE, Work.REVEAL, Work.OPEN})
 
 def _only_holders(row: RoundRow) -> tuple[str, ...]:
     return tuple(name for name in row.holders if name not in row.cohort)
+
+
+def hopeless(row: RoundRow) -> str:
+    """The reason (of the error catalogue) for which no further round would end otherwise; empty if one might.
+
+    A party that refuses for its budget or policy refuses the next round as well. When those that do leave fewer than
+    the quorum, trying again only costs time.
+    """
+    refusals = [failure.reason for name, failure in row.failures.items() if name in row.cohort]
+    lasting = [reason for reason in refusals if reason in LASTING_REFUSALS]
+    if row.state is not RoundState.FAILED or len(row.cohort) - len(lasting) >= row.quorum:
+        return ""
+    return lasting[0] if len(set(lasting)) == 1 else _ROUND_FAILED
+
+
+def party_states(row: RoundRow, connected: frozenset[str]) -> tuple[tuple[str, str], ...]:
+    """What each party of the cohort is doing, in the words of the wire's `JobProgress.parties`."""
+    return tuple((name, _party_state(row, name, connected)) for name in row.cohort)
+
+
+def _party_state(row: RoundRow, name: str, connected: frozenset[str]) -> str:
+    if name in row.failures:
+        return "FAILED"
+    if wanted(row, name) in _ACTIVE and name not in connected:
+        return "AWAY"
+    if row.state is RoundState.PLANNED:
+        return "READY"
+    if row.state is RoundState.TRAINING:
+        return "WAITING" if name in row.roots else "TRAINING"
+    if row.state is RoundState.OPENING and name in row.asked:
+        return "OPENED" if name in row.shares else "OPENING"
+    if name in row.batches:
+        return "DELIVERED"
+    return "UPLOADING" if row.state is RoundState.COLLECTING and name in row.roots else "READY"
 
 
 def next_step(row: RoundRow, now: float) -> Step | None:

@@ -12,7 +12,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from ..errors import SottoError, meaning
 from ..jobs.spec import FederatedTrainingSpec
 from ..privacy.accounting import epsilon
 from ..privacy.events import Event as Mechanism
@@ -177,8 +176,3 @@ def lacking(row: RoundRow) -> tuple[str, ...]:
         delivered = row.batches if row.frozen_list else row.roots
         silent = set(row.asked) - set(row.shares) if row.spent else set(row.cohort) - set(delivered)
     return tuple(sorted(silent | set(row.failures)))
-
-
-def public_reason(error: BaseException) -> str:
-    """What an error may say to anybody: its public message, or that it was unexpected."""
-    return error.message if isinstance(error, SottoError) else f"internal error ({meaning(error).reason})"

@@ -1,22 +1,24 @@
 """What the aggregator's workers compute. Each unit is data: JSON parameters and blobs in, JSON and blobs out.
 
 Any unit may carry `processes`, the cores that it may use (1 without it). A worker holds no channel and no database.
-Torch is imported only by the two units that need it, so that an aggregator without torch can do everything else.
+Torch is imported only by the units that need it, so that an aggregator without torch can do everything else.
 """
 
 from __future__ import annotations
 
+import zipfile
+from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, BinaryIO, Final
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ..encryption.scheme import Layout, Scheme
-from ..errors import PolicyError, ShareError
+from ..errors import InvalidInput, PolicyError, ShareError
 from ..jobs.executors.units import Handler, WorkContext
-from ..learning.flatten import flatten, from_safetensors, to_safetensors, unflatten
+from ..learning.flatten import Tensors, flatten, from_safetensors, to_safetensors, unflatten
 from ..learning.server_optimizer import ServerOptimizer
 from ..privacy.entropy import SystemEntropy
 from ..privacy.noise import discrete_gaussian
@@ -26,8 +28,16 @@ from ..protocol.keyring import load_private_key
 from ..protocol.plan import RoundPlan, share_binding
 from ..protocol.roster import AGGREGATOR
 from ..protocol.units import Params, unit_plan, unit_processes, unit_scheme
+from ..storage.blobs import CHUNK_BYTES
 
 Result = dict[str, Any]
+
+
+_NPZ_SUFFIX: Final = ".npy"
+_NPZ_DATE: Final = (1980, 1, 1, 0, 0, 0)
+"""The earliest that a ZIP can say: the same model always gives the same bytes."""
+_NPZ_MAX_NAME_BYTES: Final = 4096
+"""Far beyond any parameter's name, and well below the 65535 bytes that a ZIP can hold."""
 
 
 def has_torch() -> bool:
@@ -35,22 +45,34 @@ def has_torch() -> bool:
     return find_spec("torch") is not None
 
 
+def model_shape(data: bytes) -> int:
+    """How many parameters a model has. Needs no torch and no worker: some milliseconds for what fits into a message.
+
+    Raises:
+        InvalidInput: it is no safetensors file of float32 tensors.
+    """
+    return flatten(from_safetensors(data))[1].size
+
+
 def initial_model(params: Params, context: WorkContext) -> Result:
-    """{task, seed} → {sha256}: the task's model as its seed initialises it."""
+    """{task, seed} → {sha256, size, dimension}: the task's model as its seed initialises it."""
+    tensors = _built(params["task"], params["seed"])
+    blob = context.blobs.write(to_safetensors(tensors))
+    return {"sha256": blob.sha256, "size": blob.size, "dimension": flatten(tensors)[1].size}
+
+
+def task_shape(params: Params, context: WorkContext) -> Result:
+    """{task} → {dimension}: how many parameters the task's model has, whatever its seed."""
+    return {"dimension": flatten(_built(params["task"], 0))[1].size}
+
+
+def _built(task: str, seed: int) -> Tensors:
     if not has_torch():
         raise PolicyError("this aggregator has no torch to build a model with: submit the job with an initial model")
     from ..learning.flatten import model_to_tensors
     from ..learning.task import find_task
 
-    tensors = model_to_tensors(find_task(params["task"]).build_model(params["seed"]))
-    return {"sha256": context.blobs.write(to_safetensors(tensors)).sha256}
-
-
-def inspect_model(params: Params, context: WorkContext) -> Result:
-    """{sha256} → {dimension, size}: how many parameters a model has, and its bytes."""
-    data = context.blobs.read(params["sha256"])
-    vector, _ = flatten(from_safetensors(data))
-    return {"dimension": int(vector.size), "size": len(data)}
+    return model_to_tensors(find_task(task).build_model(seed))
 
 
 def make_noise(params: Params, context: WorkContext) -> Result:
@@ -161,25 +183,65 @@ def _apply(plan: RoundPlan, mean: NDArray[np.float64], params: Params, context: 
 
 
 def evaluate_model(params: Params, context: WorkContext) -> Result:
-    """{task, options, sha256} → {metrics}: on the task's public rows; empty where it has none."""
+    """{task, options, sha256} → {metrics, rows}: on the task's public rows, and what these are in words; both empty
+    where it has none."""
     if not has_torch():
-        return {"metrics": {}}
+        return {"metrics": {}, "rows": ""}
     from ..learning.evaluation import evaluate
     from ..learning.task import find_task, holdout_of
 
     task = find_task(params["task"])
     rows = holdout_of(task, params["options"])
     if rows is None:
-        return {"metrics": {}}
-    return {"metrics": evaluate(task, from_safetensors(context.blobs.read(params["sha256"])), rows)}
+        return {"metrics": {}, "rows": ""}
+    tensors = from_safetensors(context.blobs.read(params["sha256"]))
+    try:
+        metrics = evaluate(task, tensors, rows)
+    except ValueError as error:  # so libraries refuse a NaN, which no further attempt would change
+        raise InvalidInput("the model's outputs cannot be measured: is it finite?", private=str(error)) from error
+    return {"metrics": metrics, "rows": rows.description}
 
+
+def export_model(params: Params, context: WorkContext) -> Result:
+    """{sha256, format} → {sha256, size}: a model in a format of `EXPORTS`; the same model gives the same bytes."""
+    tensors = from_safetensors(context.blobs.read(params["sha256"]))
+    _, write = EXPORTS[params["format"]]
+    path = context.workspace / "export"
+    with path.open("w+b") as file:
+        write(tensors, file)
+        file.seek(0)
+        blob = context.blobs.write(iter(lambda: file.read(CHUNK_BYTES), b""))
+    return {"sha256": blob.sha256, "size": blob.size}
+
+
+def write_npz(tensors: Tensors, file: BinaryIO) -> None:
+    """NumPy's archive of arrays by name: `np.load(file)[name]`, shapes and dtypes as they are, nothing pickled.
+
+    `np.savez` takes the names as arguments of its own, of which some are taken; this writes the same format (NEP 1).
+
+    Raises:
+        InvalidInput: an array's name cannot be told apart in such an archive.
+    """
+    with zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as archive:
+        for name in sorted(tensors):
+            member = zipfile.ZipInfo(name + _NPZ_SUFFIX, _NPZ_DATE)
+            kept = member.filename == name + _NPZ_SUFFIX  # not with a NUL in it
+            if not kept or name.endswith(_NPZ_SUFFIX) or len(name.encode()) > _NPZ_MAX_NAME_BYTES:
+                raise InvalidInput(f"a tensor's name cannot stand in an npz file: {name[:100]!r}")
+            with archive.open(member, "w", force_zip64=True) as entry:
+                np.lib.format.write_array(entry, tensors[name], allow_pickle=False)
+
+
+EXPORTS: Final[dict[str, tuple[str, Callable[[Tensors, BinaryIO], None]]]] = {"npz": ("model.npz", write_npz)}
+"""Format of an export → (name of the file, how it is written)."""
 
 HANDLERS: Final[dict[str, Handler]] = {
     "initial_model": initial_model,
-    "inspect_model": inspect_model,
     "make_noise": make_noise,
     "check_body": check_body,
     "fold": fold,
     "open_aggregate": open_aggregate,
     "evaluate_model": evaluate_model,
+    "export_model": export_model,
+    "task_shape": task_shape,
 }

@@ -19,6 +19,7 @@ from typer.core import TyperGroup
 
 from .. import __version__
 from ..errors import UNEXPECTED, ConfigError, InvalidInput, SottoError, meaning
+from .quick import quicken
 
 USAGE_REASON: Final = "USAGE"
 """The reason of a command line that cannot be understood; its exit code is 2, as everywhere."""
@@ -38,6 +39,7 @@ COMMANDS: Final = {
     "aggregator": _Lazy(".roles", "aggregator_app", "Run the aggregator of a federation."),
     "party": _Lazy(".roles", "party_app", "Run a party: a data owner's node."),
     "jobs": _Lazy(".jobs", "app", "Submit, watch and cancel jobs; fetch their results."),
+    "status": _Lazy(".status", "app", "How the aggregator is: its parties, its workers, its queue."),
     "budget": _Lazy(".budget", "app", "What was spent of a privacy budget, and what is left."),
 }
 
@@ -56,7 +58,7 @@ class LazyGroup(TyperGroup):
         module, attribute, _ = COMMANDS[cmd_name]
         command = typer.main.get_command(getattr(import_module(module, __package__), attribute))
         command.name = cmd_name
-        return command
+        return quicken(command)
 
     def format_commands(self, ctx: Any, formatter: Any) -> None:
         """The table, without importing what it lists."""
@@ -113,7 +115,7 @@ def run(arguments: Sequence[str]) -> int:
     arguments = list(arguments)
     as_json = "--json" in arguments
     try:
-        result = typer.main.get_command(app).main(args=arguments, prog_name="sotto", standalone_mode=False)
+        result = quicken(typer.main.get_command(app)).main(args=arguments, prog_name="sotto", standalone_mode=False)
     except SottoError as error:
         _report(error, as_json=as_json)
         return meaning(error).exit_code

@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 if TYPE_CHECKING:
-    from ..config import AggregatorConfig, Budget, PartyConfig
+    from ..config import AggregatorConfig, PartyConfig
+    from ..config_sections import Budget
     from ..privacy.events import Unit
     from ..privacy.ledger import Entry
 
@@ -72,13 +73,18 @@ def read(path: Path, *, name: str | None = None) -> tuple[str, str, int, list[Ro
     """
     from sqlalchemy import MetaData
 
-    from ..config_reader import read_document
+    from ..config import AggregatorConfig
+    from ..config_yaml import read_document
     from ..storage.database import read_only
     from ..storage.ledger import LedgerStore
+    from ..storage.location import database_location
+    from ..storage.migrations import History, Migrations
 
     config = _load(path, party=name is not None or "name" in read_document(path), name=name)
     store = LedgerStore(MetaData())
-    with read_only(config.database_path) as connection:
+    location = database_location(config.database_path, config.database.url, config.database.password_file)
+    history: History = "aggregator" if isinstance(config, AggregatorConfig) else "party"
+    with read_only(location, schema=Migrations(history)) as connection:
         head = store.verify(connection)
         entries = store.entries(connection)
     role, limits = _limits(config)

@@ -1,92 +1,114 @@
-"""How `sotto jobs` shows things: lines, tables, and plain JSON."""
+"""How `sotto jobs` shows a job: lines for a log, and a view that follows it on a terminal."""
 
 from __future__ import annotations
 
-import math
-import sys
-from collections.abc import Mapping, MutableSequence, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Final
 
-from google.protobuf import json_format
-from google.protobuf.descriptor import FieldDescriptor
-from google.protobuf.struct_pb2 import Struct
-from google.protobuf.timestamp_pb2 import Timestamp
-
 from ..communication.generated.jobs_pb2 import Job, JobEvent, JobResult, JobState, RoundSummary
+from .plain import STYLES, about, away, clock, columns, priority_name, real, safe, size, state_name
 
 if TYPE_CHECKING:
     from rich.console import Group
-    from rich.table import Table
 
-_STYLES: Final = {"SUCCEEDED": "green", "FAILED": "red", "CANCELLED": "yellow", "CANCELLING": "yellow"}
+SHOWN_ROUNDS: Final = 8
+SHOWN_EVENTS: Final = 5
+"""The last ones, in a view that has to fit on a terminal."""
 
-_WIDE: Final = 400
-"""Columns for a pipe or a file: more than any table here has, so that nothing is cut."""
-
-
-def print_rich(renderable: Any) -> None:
-    """To stdout, as wide as the terminal, or as it needs where there is none. Nothing in it is taken for markup."""
-    from rich.console import Console
-
-    width = None if sys.stdout.isatty() else _WIDE
-    Console(markup=False, highlight=False, width=width).print(renderable, soft_wrap=isinstance(renderable, str))
+_RIGHT: Final = ("round", "updates", "ε party", "ε vs aggr.", "ε rows left", "up", "s")
 
 
-def jobs_table(jobs: Sequence[Job]) -> Table:
+def jobs_table(jobs: Sequence[Job]) -> str:
     """One line a job."""
-    table = _table("job", "state", "task", "rounds", "created", "owner", "name")
-    for job in jobs:
-        table.add_row(
+    rows = [
+        (
             job.job_id,
-            _state(job.state),
-            job.federated_training.task,
-            f"{job.progress.rounds_released}/{job.progress.rounds_planned}",
-            _time(job.create_time),
+            state_name(job),
+            priority_name(job.priority),
+            job.kind or job.WhichOneof("spec") or "",
+            about(job),
+            _rounds_of(job),
+            clock(job.create_time),
             job.owner,
             job.display_name,
         )
-    return table
+        for job in jobs
+    ]
+    return columns(("job", "state", "priority", "kind", "of", "rounds", "created", "owner", "name"), rows)
+
+
+def _rounds_of(job: Job) -> str:
+    progress = job.progress
+    return f"{progress.rounds_released}/{progress.rounds_planned}" if progress.rounds_planned else "-"
 
 
 def job_lines(job: Job) -> list[str]:
     """What there is to say of a job, but its rounds."""
-    progress = job.progress
-    failed = f", {progress.rounds_failed} failed" if progress.rounds_failed else ""
     lines = [
-        f"job      {job.job_id} {job.display_name}".rstrip(),
+        f"job      {job.job_id} {safe(job.display_name)}".rstrip(),
         f"owner    {job.owner}",
-        f"state    {JobState.Name(job.state)}",
-        f"task     {job.federated_training.task}",
-        f"rounds   {progress.rounds_released} of {progress.rounds_planned} released{failed}",
-        f"created  {_time(job.create_time)}",
+        f"kind     {job.kind or job.WhichOneof('spec')}: {safe(about(job))}",
+        f"state    {state_name(job)}",
+        f"priority {priority_name(job.priority)}",
     ]
-    if job.HasField("start_time"):
-        lines.append(f"started  {_time(job.start_time)}")
-    if job.HasField("end_time"):
-        lines.append(f"ended    {_time(job.end_time)}")
-    elif progress.queue_position:
-        lines.append(f"queue    number {progress.queue_position}")
-    else:
-        waiting = f", waiting for {', '.join(progress.waiting_for)}" if progress.waiting_for else ""
-        lines.append(f"doing    {progress.stage}{waiting}")
+    lines += _progress_lines(job)
+    lines.append(f"created  {clock(job.create_time)}")
+    for word, name in (("started", "start_time"), ("ended", "end_time"), ("deleted", "delete_time")):
+        if job.HasField(name):  # type: ignore[arg-type]  # one of three names
+            lines.append(f"{word:<8} {clock(getattr(job, name))}")
+    if job.HasField("deadline") and not job.HasField("end_time"):
+        lines.append(f"deadline {clock(job.deadline)}, {away(job.deadline)}")
     if job.HasField("error"):
-        error = job.error
-        parties = f" (parties: {', '.join(error.parties)})" if error.parties else ""
-        stage = f" in {error.stage}" if error.stage else ""
-        lines.append(f"error    {error.reason}{stage}: {error.message}{parties}")
+        lines.append(f"error    {_error_words(job)}")
     if job.HasField("result"):
         lines += result_lines(job.result)
     return lines
 
 
+def _progress_lines(job: Job) -> list[str]:
+    progress = job.progress
+    lines = []
+    if progress.rounds_planned:
+        failed = f", {progress.rounds_failed} failed" if progress.rounds_failed else ""
+        lines.append(f"rounds   {progress.rounds_released} of {progress.rounds_planned} released{failed}")
+    if job.attempt > 1 or job.HasField("retry_time"):
+        after = f"; the next one {away(job.retry_time)}" if job.HasField("retry_time") else ""
+        lines.append(f"attempt  {job.attempt} of {job.max_attempts}{after}")
+    if progress.bytes_received:
+        lines.append(f"received {size(progress.bytes_received)} from the parties")
+    if job.HasField("end_time"):
+        return lines
+    if progress.queue_position:
+        lines.append(f"queue    number {progress.queue_position}")
+    waiting = f", waiting for {', '.join(progress.waiting_for)}" if progress.waiting_for else ""
+    if progress.stage or waiting:
+        lines.append(f"doing    {safe(progress.stage)}{waiting}")
+    if progress.parties:
+        lines.append(f"parties  {', '.join(f'{each.party} {each.state.lower()}' for each in progress.parties)}")
+    if progress.HasField("estimated_end_time"):
+        lines.append(f"ends     about {clock(progress.estimated_end_time)}, {away(progress.estimated_end_time)}")
+    return lines
+
+
+def _error_words(job: Job) -> str:
+    error = job.error
+    parties = f" (parties: {', '.join(error.parties)})" if error.parties else ""
+    stage = f" in {error.stage}" if error.stage else ""
+    log = f"; the aggregator's log has more under {error.log_reference}" if error.log_reference else ""
+    return safe(f"{error.reason}{stage}: {error.message}{parties}{log}")
+
+
 def result_lines(result: JobResult) -> list[str]:
     """Metrics, guarantees and files."""
     lines = [f"{name:<8} {value:.4f}" for name, value in sorted(result.metrics.items())] or ["not evaluated"]
-    lines.append(f"ε        {_real(result.epsilon_example)} for one example of a party's data, δ = {result.delta:g}")
-    lines.append(
-        f"ε        {_real(result.epsilon_party)} for a whole party; "
-        f"{_real(result.epsilon_party_against_aggregator)} against the aggregator"
-    )
+    if not result.HasField("epsilon_example"):
+        lines.append("ε        unknown: the model came with the job")
+    else:
+        lines.append(f"ε        {real(result.epsilon_example)} for one example of a party's data, δ = {result.delta:g}")
+        lines.append(
+            f"ε        {real(result.epsilon_party)} for a whole party; "
+            f"{real(result.epsilon_party_against_aggregator)} against the aggregator"
+        )
     lines += [f"file     {file.name} ({file.bytes} bytes, SHA-256 {file.sha256.hex()})" for file in result.files]
     return lines
 
@@ -94,87 +116,38 @@ def result_lines(result: JobResult) -> list[str]:
 def event_line(event: JobEvent) -> str:
     """One event for a log."""
     extra = f" ({_round_words(event.round)})" if event.HasField("round") else ""
-    return f"{event.sequence:>4} {_time(event.time)} {JobState.Name(event.state):<10} {event.message}{extra}"
+    cause = f" [{event.cause}]" if event.cause else ""
+    text = f"{event.message}{extra}{cause}"
+    return f"{event.sequence:>4} {clock(event.time)} {JobState.Name(event.state):<10} {safe(text)}"
 
 
-def rounds_table(job: Job) -> Table:
+def rounds_table(rounds: Iterable[RoundSummary]) -> str:
     """One line a round that ended."""
-    table = _table("round", "state", "updates", "metrics", "ε party", "ε vs aggr.", "ε rows left", "MB up", "s")
-    for each in job.progress.rounds:
-        left = [party.example_epsilon_left for party in each.parties if party.HasField("example_epsilon_left")]
-        table.add_row(
-            str(each.round),
-            _state(each.state),
-            str(each.contributions),
-            _metrics(each.metrics),
-            _real(each.epsilon_party),
-            _real(each.epsilon_party_against_aggregator),
-            _real(min(left)) if left else "-",
-            f"{sum(party.bytes_up for party in each.parties) / 1e6:.2f}",
-            f"{each.seconds:.1f}",
-        )
-    return table
+    return columns(_ROUND_HEADER, [_round_cells(each) for each in rounds], right=_RIGHT)
 
 
-def live_view(job: Job, message: str) -> Group:
-    """A job that is being watched."""
-    from rich.console import Group
-    from rich.text import Text
-
-    return Group(rounds_table(job), Text("\n".join(job_lines(job))), Text(message, style="dim"))
+_ROUND_HEADER: Final = ("round", "state", "updates", "metrics", "ε party", "ε vs aggr.", "ε rows left", "up", "s")
 
 
-def plain(message: Any) -> dict[str, Any]:
-    """A message as plain JSON under the wire's names: 64-bit numbers are numbers, bytes hex, an infinity "inf"."""
-    content: dict[str, Any] = {}
-    for field in message.DESCRIPTOR.fields:
-        if field.has_presence and not message.HasField(field.name):
-            continue
-        value = getattr(message, field.name)
-        if isinstance(value, Mapping):
-            content[field.name] = {str(key): _plain_value(field, item) for key, item in sorted(value.items())}
-        elif isinstance(value, MutableSequence):
-            content[field.name] = [_plain_value(field, item) for item in value]
-        else:
-            content[field.name] = _plain_value(field, value)
-    return content
-
-
-def _plain_value(field: FieldDescriptor, value: Any) -> Any:
-    if isinstance(value, Timestamp):
-        return value.ToJsonString()
-    if isinstance(value, Struct):
-        return json_format.MessageToDict(value)
-    if hasattr(value, "DESCRIPTOR"):
-        return plain(value)
-    if isinstance(value, bytes):
-        return value.hex()
-    if isinstance(value, float) and not math.isfinite(value):
-        return str(value)
-    return field.enum_type.values_by_number[value].name if field.enum_type else value
-
-
-def _table(*columns: str) -> Table:
-    from rich import box
-    from rich.table import Table
-
-    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1), pad_edge=False)
-    for index, column in enumerate(columns):
-        table.add_column(column, no_wrap=index < 2)  # who is meant, and how it is, never break
-    return table
-
-
-def _state(state: Any) -> Any:
-    from rich.text import Text
-
-    name = state if isinstance(state, str) else JobState.Name(state)
-    return Text(name, style=_STYLES.get(name, ""))
+def _round_cells(each: RoundSummary) -> list[str]:
+    left = [party.example_epsilon_left for party in each.parties if party.HasField("example_epsilon_left")]
+    return [
+        str(each.round),
+        each.state,
+        str(each.contributions),
+        _metrics(each.metrics),
+        real(each.epsilon_party),
+        real(each.epsilon_party_against_aggregator),
+        real(min(left)) if left else "-",
+        size(sum(party.bytes_up for party in each.parties)),
+        f"{each.seconds:.1f}",
+    ]
 
 
 def _round_words(each: RoundSummary) -> str:
     words = [f"{each.contributions} updates"] if each.contributions else []
     words += [_metrics(each.metrics)] if each.metrics else []
-    words += [f"party-level ε {_real(each.epsilon_party)}"] if each.state == "RELEASED" else []
+    words += [f"party-level ε {real(each.epsilon_party)}"] if each.state == "RELEASED" else []
     words += [each.reason] if each.reason else []
     return ", ".join(words) or each.state.lower()
 
@@ -183,9 +156,75 @@ def _metrics(metrics: Mapping[str, float]) -> str:
     return " ".join(f"{name} {value:.4f}" for name, value in sorted(metrics.items())) or "not evaluated"
 
 
-def _real(value: float) -> str:
-    return "∞" if math.isinf(value) else f"{value:.4g}"
+# --- on a terminal ----------------------------------------------------------------------------------------------------
 
 
-def _time(timestamp: Timestamp) -> str:
-    return f"{timestamp.ToDatetime():%Y-%m-%d %H:%M:%S} UTC"
+def live_view(job: Job, events: Sequence[JobEvent], *, trouble: str = "") -> Group:
+    """A job that is being watched.
+
+    Args:
+        job: as it was seen last.
+        events: all that were seen.
+        trouble: why nothing newer is seen now.
+    """
+    from rich.console import Group
+    from rich.table import Table
+    from rich.text import Text
+
+    state = JobState.Name(job.state)
+    title = Text.assemble((state_name(job), f"bold {STYLES.get(state, '')}".strip()), f"  {job.job_id}  ")
+    title.append(safe(" ".join((about(job), job.display_name))))
+    parts: list[Any] = [title]
+    if job.progress.rounds_planned:
+        parts.append(_bar(job))
+    facts = Table.grid(padding=(0, 2))
+    for word, text in _facts(job):
+        facts.add_row(Text(word, style="dim"), Text(text))
+    parts.append(facts)
+    if job.progress.rounds:
+        shown = job.progress.rounds[-SHOWN_ROUNDS:]
+        parts.append(_rounds(shown))
+    parts += [Text(event_line(event), style="dim", no_wrap=True) for event in events[-SHOWN_EVENTS:]]
+    if trouble:
+        parts.append(Text(safe(trouble), style="yellow"))
+    return Group(*parts)
+
+
+def _bar(job: Job) -> Any:
+    from rich.progress_bar import ProgressBar
+    from rich.table import Table
+    from rich.text import Text
+
+    progress = job.progress
+    row = Table.grid(padding=(0, 2))
+    bar = ProgressBar(total=progress.rounds_planned, completed=progress.rounds_released, width=40)
+    row.add_row(bar, Text(f"{progress.rounds_released} of {progress.rounds_planned} rounds"))
+    return row
+
+
+def _facts(job: Job) -> list[tuple[str, str]]:
+    """The lines of `job_lines` about what is going on, and how it ended, in two columns."""
+    lines = _progress_lines(job)
+    lines = [line for line in lines if not line.startswith("rounds ") or "failed" in line]
+    if job.priority:
+        lines.insert(0, f"priority {priority_name(job.priority)}")
+    if job.HasField("deadline") and not job.HasField("end_time"):
+        lines.append(f"deadline {clock(job.deadline)}, {away(job.deadline)}")
+    if job.HasField("error"):
+        lines.append(f"error    {_error_words(job)}")
+    return [(word, text.lstrip()) for word, _, text in (line.partition(" ") for line in lines)]
+
+
+def _rounds(rounds: Iterable[RoundSummary]) -> Any:
+    from rich import box
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1), pad_edge=False)
+    for name in _ROUND_HEADER:
+        table.add_column(name, justify="right" if name in _RIGHT else "left", no_wrap=True)
+    for each in rounds:
+        cells = [Text(safe(cell)) for cell in _round_cells(each)]
+        cells[1].style = STYLES.get(each.state, "")
+        table.add_row(*cells)
+    return table

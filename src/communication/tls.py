@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import ipaddress
+import ssl
 from dataclasses import dataclass
 from pathlib import Path
 
 import grpc
-from cryptography import x509
-from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat, load_pem_private_key
 
 from ..errors import ConfigError
 
@@ -36,27 +35,30 @@ class TlsFiles:
         certificate = _read("certificate", self.certificate)
         key = _read("key", self.key)
         ca = _read("ca", self.ca)
-        problems = []
-        for name, pem in (("certificate", certificate), ("ca", ca)):
-            try:
-                x509.load_pem_x509_certificates(pem)
-            except ValueError:
-                problems.append(f"tls.{name}: holds no PEM certificate")
+        problems = [
+            f"tls.{name}: holds no PEM certificate"
+            for name, pem in (("certificate", certificate), ("ca", ca))
+            if not _holds_certificates(pem)
+        ]
         try:
-            own = (
-                load_pem_private_key(key, None)
-                .public_key()
-                .public_bytes(Encoding.DER, PublicFormat.SubjectPublicKeyInfo)
-            )
-        except (ValueError, TypeError):
-            problems.append("tls.key: holds no unencrypted PEM private key")
-        if not problems:
-            named = x509.load_pem_x509_certificates(certificate)[0].public_key()
-            if named.public_bytes(Encoding.DER, PublicFormat.SubjectPublicKeyInfo) != own:
+            # An empty password opens no encrypted key; without one OpenSSL would ask for it on the terminal.
+            ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT).load_cert_chain(self.certificate, self.key, password="")
+        except ssl.SSLError as error:
+            if error.reason == "KEY_VALUES_MISMATCH":
                 problems.append("tls.key: is not the key of tls.certificate")
+            elif not problems or problems[0].startswith("tls.ca"):
+                problems.append("tls.key: holds no unencrypted PEM private key")
         if problems:
             raise ConfigError("the TLS files cannot be used: " + "; ".join(problems), problems=tuple(problems))
         return certificate, key, ca
+
+
+def _holds_certificates(pem: bytes) -> bool:
+    try:
+        ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT).load_verify_locations(cadata=pem.decode("ascii"))
+    except (ssl.SSLError, ValueError):
+        return False
+    return True
 
 
 def _read(name: str, path: Path) -> bytes:

@@ -9,15 +9,17 @@ import os
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
-from ..communication.generated import jobs_pb2
 from ..errors import DigestError, InvalidInput, SignatureError, SottoError, StorageError
-from ..protocol.plan import MANIFEST_KIND
-from ..protocol.roster import AGGREGATOR, Roster
-from ..protocol.signing import Signed, open_signed
+
+if TYPE_CHECKING:
+    from ..communication.generated.jobs_pb2 import ArtifactFile
+    from ..protocol.roster import Roster
 
 MANIFEST_FILE: Final = "manifest.json"
+EVALUATED: Final = "evaluated"
+"""What only the manifest of an evaluation has: its job is about a model, and need not hand it out."""
 PART_SUFFIX: Final = ".part"
 _NAME: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 _READ_BYTES: Final = 1 << 20
@@ -33,7 +35,7 @@ class Partial:
         resumed: whether some of them are from an earlier attempt.
     """
 
-    def __init__(self, folder: Path, file: jobs_pb2.ArtifactFile) -> None:
+    def __init__(self, folder: Path, file: ArtifactFile) -> None:
         """Looks at what is on disk already.
 
         Raises:
@@ -104,7 +106,7 @@ class Partial:
 
 
 def keep(partials: Sequence[Partial], *, roster: Roster | None, job_id: str) -> None:
-    """Give complete files their names; with a roster only once the manifest is verified against job and model.
+    """Give complete files their names; with a roster only once the manifest vouches for the job and for each of them.
 
     Raises:
         InvalidInput, SignatureError, DigestError: as `verify_manifest`; the parts are removed then.
@@ -126,20 +128,46 @@ def keep(partials: Sequence[Partial], *, roster: Roster | None, job_id: str) -> 
 def verify_manifest(
     path: Path, roster: Roster, *, files: dict[str, Path] | None = None, job_id: str = ""
 ) -> dict[str, Any]:
-    """What the aggregator of a federation signed about a job.
+    """What the aggregator of a federation signed about a job: a training, an export or an evaluation.
 
     Args:
         path: manifest.json: {"manifest": the signed statement, "readable": the same for the eye}.
         roster: pinned; its key of the aggregator is the one that counts.
-        files: where files lie, by name; by default the model is looked for beside the manifest.
+        files: where the job's files lie, by name: the manifest has to vouch for all of them; by default the model that
+            it names is looked for beside it.
         job_id: the job it has to be about, where that is known.
 
     Raises:
         InvalidInput: the file is not a manifest.
         SignatureError: it was not signed by this aggregator, is about another job, or its readable half says something
             else than the signed one.
-        DigestError: the model is not there, or is another one.
+        DigestError: the model is not there (that of an evaluation need not be), or a file is not the one that the
+            manifest is about.
     """
+    statement = _open_manifest(path, roster)
+    if job_id and statement.get("job_id") != job_id:
+        raise SignatureError(f"the manifest is of job {statement.get('job_id')}, not of {job_id}")
+    model = statement.get("model")
+    model = model if isinstance(model, dict) else {}
+    name, sha256 = str(model.get("file")), model.get("sha256")
+    beside = path.parent / Path(name).name
+    given = ({name: beside} if beside.is_file() else {}) if files is None else files
+    for other in sorted(set(given) - {name, MANIFEST_FILE}):
+        raise DigestError(f"the manifest does not vouch for {other}", file=other)
+    if name in given:
+        if _hash(given[name]).hexdigest() != sha256:
+            raise DigestError(f"{name} is not the model that the manifest is about", file=name)
+    elif EVALUATED not in statement:
+        raise DigestError(f"the manifest is about {name}, which is not there")
+    return statement
+
+
+def _open_manifest(path: Path, roster: Roster) -> dict[str, Any]:
+    """The statement in the file, once it is known to be the aggregator's."""
+    from ..protocol.plan import MANIFEST_KIND
+    from ..protocol.roster import AGGREGATOR
+    from ..protocol.signing import Signed, open_signed
+
     try:
         content = json.loads(path.read_bytes())
         signed = Signed.from_json(content["manifest"])
@@ -151,15 +179,6 @@ def verify_manifest(
     statement = open_signed(signed, MANIFEST_KIND, verify_key=roster.aggregator_verify_key)
     if extra or content.get("readable", statement) != statement:
         raise SignatureError("the manifest's readable half is not what the aggregator signed")
-    if job_id and statement.get("job_id") != job_id:
-        raise SignatureError(f"the manifest is of job {statement.get('job_id')}, not of {job_id}")
-    model = statement.get("model", {})
-    name, sha256 = str(model.get("file")), model.get("sha256")
-    lies_at = path.parent / Path(name).name if files is None else files.get(name)
-    if lies_at is None or not lies_at.is_file():
-        raise DigestError(f"the manifest is about {name}, which is not there")
-    if _hash(lies_at).hexdigest() != sha256:
-        raise DigestError(f"{name} is not the model that the manifest is about", file=name)
     return statement
 
 

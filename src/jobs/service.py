@@ -1,7 +1,7 @@
 """What may be asked about jobs, by whom. Knows neither gRPC nor how a job is executed: that is the `Coordinator`.
 
-Everything durable is in the store; the `Notifier` only says "look again". So a watcher that reads slowly misses
-nothing: it asks the database for what came after the last event it passed on.
+Rules of the API by their source: long-running operations https://google.aip.dev/151, request identification 155,
+pagination 158, filtering 160, soft deletion 164.
 """
 
 from __future__ import annotations
@@ -10,85 +10,61 @@ import asyncio
 import contextlib
 import secrets
 import time
-from collections.abc import AsyncGenerator, Callable, Iterator
-from dataclasses import dataclass, replace
+from collections.abc import AsyncGenerator, Callable, Coroutine, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any, Final, Protocol, TypeVar
 
 from sqlalchemy import Connection
 
 from ..communication.identity import Identity
-from ..errors import InvalidInput, LimitError, NotFoundError, StateError, UnavailableError
+from ..errors import InvalidInput, NotFoundError, StateError, UnavailableError
 from ..storage.blobs import Blobs
 from ..storage.database import Database
-from .spec import FederatedTrainingSpec
-from .states import Event, EventKind, JobRow, JobState, utc
-from .store import JobStore, StoredEvent, same_request
+from .admission import JobSettings, check_request, check_room, check_same, check_size, deadline_of
+from .scheduler import Lane, lane_of
+from .specs import JobSpec
+from .states import Event, EventKind, JobRow, JobState, Priority, utc
+from .store import JobQuery, JobStore, StoredEvent
+from .views import Activity, Artifact, JobView, PartyStatus, Status
+from .watching import Notifier
+
+__all__ = [
+    "EVENTS_A_READ",
+    "MAX_EVENTS_A_PAGE",
+    "OPERATOR",
+    "Activity",
+    "Artifact",
+    "Coordinator",
+    "JobService",
+    "JobSettings",
+    "JobView",
+    "Notifier",
+    "PartyStatus",
+    "Status",
+]
 
 T = TypeVar("T")
 
-MAX_REQUEST_ID_CHARACTERS: Final = 100
 OPERATOR: Final = "operator"
 """The role that sees every job; anybody else sees their own. A job's owner is the caller as "role/name", which keeps
 namesakes of different roles apart."""
 EVENTS_A_READ: Final = 200
 """So that the history of a long job never blocks the database's one thread for long."""
-
-
-class Limits(Protocol):
-    """What one job and all jobs together may ask for (`config.AggregatorLimits`)."""
-
-    @property
-    def max_jobs_pending(self) -> int: ...
-    @property
-    def max_rounds(self) -> int: ...
-    @property
-    def max_parties(self) -> int: ...
-    @property
-    def max_round_timeout_s(self) -> float: ...
-
-
-@dataclass(frozen=True, slots=True)
-class Activity:
-    """What a job is doing now, in words, and for which parties it waits."""
-
-    stage: str = ""
-    waiting_for: tuple[str, ...] = ()
-
-
-@dataclass(frozen=True, slots=True)
-class PartyStatus:
-    """Whether a party is reachable, and what is expected of it (empty: nothing)."""
-
-    party: str
-    connected: bool
-    waiting_for: str = ""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Status:
-    """How the aggregator is."""
-
-    federation: str
-    software_version: str
-    key_id: str
-    custody: str
-    parties: tuple[PartyStatus, ...]
-    workers_busy: int
-    workers_idle: int
-    jobs_pending: int
-    jobs_running: int
+MAX_EVENTS_A_PAGE: Final = 1000
+_UNDER_WAY: Final = (JobState.RUNNING, JobState.RETRYING, JobState.CANCELLING)
+_STOPPING: Final = "the aggregator is being stopped"
 
 
 class Coordinator(Protocol):
     """Executes jobs. It writes what happens through `JobStore` and then calls `JobService.notify`."""
 
-    async def price(self, spec: FederatedTrainingSpec) -> None:
-        """Raises BudgetError, PlanError, PolicyError or InvalidInput when the job cannot be accepted."""
+    async def price(self, spec: JobSpec, *, owner: str) -> None:
+        """Raises BudgetError, PlanError, PolicyError, InvalidInput or StateError when the job cannot be accepted."""
         ...
 
     def wake(self) -> None:
-        """A job became PENDING, CANCELLING or CANCELLED."""
+        """A job became PENDING, CANCELLING or CANCELLED, or was deleted."""
         ...
 
     def progress(self, job_id: str) -> Activity | None:
@@ -96,70 +72,19 @@ class Coordinator(Protocol):
         ...
 
     def status(self) -> Status:
-        """`jobs_pending` and `jobs_running` are filled in by the service."""
+        """`jobs_pending`, `jobs_running` and `stopping` are filled in by the service."""
         ...
 
 
-@dataclass(frozen=True, slots=True)
-class JobView:
-    """A job as it is shown. `rounds` are the round summaries, left out of listings."""
-
-    row: JobRow
-    activity: Activity
-    queue_position: int
-    rounds: tuple[dict[str, Any], ...] = ()
-
-
-@dataclass(frozen=True, slots=True)
-class Artifact:
-    """A file of a finished job. `sha256` is hex."""
-
-    name: str
-    size: int
-    sha256: str
-
-
-class Notifier:
-    """Rings everybody who follows a job. To be used from the event loop's thread only."""
-
-    def __init__(self) -> None:
-        self._bells: dict[str, set[asyncio.Event]] = {}
-        self.closed = False
-
-    def notify(self, job_id: str) -> None:
-        """Something happened to a job and is committed."""
-        for bell in self._bells.get(job_id, ()):
-            bell.set()
-
-    def close(self) -> None:
-        """Shutdown: everybody who waits is told to come back later."""
-        self.closed = True
-        for bells in self._bells.values():
-            for bell in bells:
-                bell.set()
-
-    @contextlib.contextmanager
-    def subscribe(self, job_id: str) -> Iterator[asyncio.Event]:
-        """A bell that is set by every later `notify`. Clear it *before* reading the store: then nothing is missed."""
-        bell = asyncio.Event()
-        self._bells.setdefault(job_id, set()).add(bell)
-        try:
-            yield bell
-        finally:
-            self._bells[job_id].discard(bell)
-            if not self._bells[job_id]:
-                del self._bells[job_id]
-
-
 class JobService:
-    """Create, look at, follow and cancel jobs; fetch what they made.
+    """Create, look at, follow, cancel and delete jobs; fetch what they made.
 
     Args:
         database: where `store`'s tables are.
         store: of the jobs.
-        blobs: holds initial models and artifacts.
+        blobs: holds models that come with jobs, and artifacts.
         coordinator: executes jobs.
-        limits: checked when a job is created.
+        settings: checked when a job is created.
         notifier: shared with whoever else follows jobs; a new one by default.
         clock: seconds since the epoch.
     """
@@ -171,7 +96,7 @@ class JobService:
         *,
         blobs: Blobs,
         coordinator: Coordinator,
-        limits: Limits,
+        settings: JobSettings,
         notifier: Notifier | None = None,
         clock: Callable[[], float] = time.time,
     ) -> None:
@@ -179,155 +104,191 @@ class JobService:
         self._store = store
         self._blobs = blobs
         self._coordinator = coordinator
-        self._limits = limits
+        self._settings = settings
         self._notifier = notifier or Notifier()
         self._clock = clock
-        # One at a time: two jobs priced beside each other would both count on the same budget.
+        # One at a time: two trainings priced beside each other would both count on the same budget. A computation
+        # spends nothing, and waits for no training's price.
         self._admission = asyncio.Lock()
+        self._finishing: set[asyncio.Task[Any]] = set()
 
     def notify(self, job_id: str) -> None:
         """The coordinator committed an event of this job."""
         self._notifier.notify(job_id)
 
     def close(self) -> None:
-        """End every watch with UnavailableError, so that clients come back to the next process."""
+        """Take no more jobs, and end every watch with UnavailableError: clients come back to the next process."""
         self._notifier.close()
 
+    # --- creating -----------------------------------------------------------------------------------------------------
+
     async def create(
-        self, caller: Identity, request_id: str, *, spec: FederatedTrainingSpec, display_name: str, initial_model: bytes
+        self,
+        caller: Identity,
+        request_id: str,
+        *,
+        spec: JobSpec,
+        display_name: str = "",
+        model: bytes = b"",
+        priority: Priority | None = None,
+        timeout_s: float | None = None,
+        inline_wait_s: float = 0.0,
     ) -> JobView:
         """Check, price and store a job. The same request_id of the same caller gives the same job.
 
-        Raises:
-            InvalidInput: no request_id, or one that is too long.
-            ConflictError: the request_id was used for another specification.
-            LimitError: more rounds, parties or time than a job may ask for, or too many jobs waiting already.
-            BudgetError, PlanError, PolicyError, InvalidInput: what `Coordinator.price` refuses.
-        """
-        if not 0 < len(request_id) <= MAX_REQUEST_ID_CHARACTERS:
-            violation = f"1 to {MAX_REQUEST_ID_CHARACTERS} characters (got {len(request_id)})"
-            raise InvalidInput(f"request_id: {violation}", violations={"request_id": violation})
-        async with self._admission:
-            known = await self._run(lambda c: self._store.find_request(c, str(caller), request_id))
-            if known is not None:  # a repeated request is answered even when the budget is gone by now
-                return await self._view(same_request(known, spec.digest))
-            self._check_limits(spec)
-            if initial_model:  # pricing looks at it; of a refused job it is an orphan, collected at the next start
-                await asyncio.to_thread(self._blobs.write, initial_model)
-            await self._coordinator.price(spec)
-            stored = await self._store_new(caller, request_id, spec=spec, display_name=display_name)
-        self._coordinator.wake()
-        return await self._view(stored)
+        Args:
+            caller: owns the job.
+            request_id: 1 to 100 characters.
+            spec: what it is to do. display_name: a label.
+            model: the bytes of the model that comes with it, of which `spec` has the digest.
+            priority: None: NORMAL.
+            timeout_s: from now to its deadline; None: as usual for its kind.
+            inline_wait_s: how long to wait for it to be at rest, 0 to `JobSettings.max_inline_wait_s`. A caller that
+                goes away meanwhile changes nothing.
 
-    async def _store_new(
-        self, caller: Identity, request_id: str, *, spec: FederatedTrainingSpec, display_name: str
-    ) -> JobRow:
-        row = JobRow(
+        Raises:
+            InvalidInput: an argument out of its range.
+            ConflictError: the request_id was used for something else (`admission.check_same`).
+            LimitError: more than a job may ask for, or too many jobs waiting already.
+            NotFoundError: the job it is about is none of the caller's.
+            UnavailableError: this process is being stopped; nothing was stored.
+            BudgetError, PlanError, PolicyError, InvalidInput, StateError: what `Coordinator.price` refuses.
+        """
+        check_request(request_id, timeout_s=timeout_s, inline_wait_s=inline_wait_s, settings=self._settings)
+        same = partial(check_same, spec=spec, priority=priority, timeout_s=timeout_s)
+        async with self._admission if lane_of(spec.kind) is Lane.TRAINING else contextlib.nullcontext():
+            if self._notifier.closed:
+                raise UnavailableError(_STOPPING)
+            known = await self._run(lambda c: self._look(c, caller, request_id, spec=spec))
+            if known is not None:  # a repeated request is answered even when the budget is gone by now
+                row = same(known)
+            else:
+                check_size(spec, self._settings)
+                if model:  # pricing looks at it; of a refused job it is an orphan, collected at the next start
+                    await asyncio.to_thread(self._blobs.write, model)
+                await self._coordinator.price(spec, owner=str(caller))
+                row = self._new_row(caller, request_id, spec=spec, timeout_s=timeout_s)
+                row = replace(row, display_name=display_name, priority=priority or Priority.NORMAL)
+                row = same(await self._to_its_end(self._store_new(caller, row, spec=spec)))
+        if inline_wait_s > 0:
+            with contextlib.suppress(UnavailableError):  # it is stored: stopping is no reason to say it is not
+                return await self.wait(caller, row.job_id, timeout_s=inline_wait_s)
+        return await self.get(caller, row.job_id, rounds=False)
+
+    def _look(self, connection: Connection, caller: Identity, request_id: str, *, spec: JobSpec) -> JobRow | None:
+        """The job of this request, if it is there; otherwise whether there is room for it, and it is about a job of the
+        caller's."""
+        known = self._store.find_request(connection, str(caller), request_id)
+        if known is None:
+            pending = self._store.count(connection, JobState.PENDING)
+            check_room(pending, self._store.pending_of(connection, str(caller)), self._settings)
+            if spec.source_job_id:
+                self._visible(connection, caller, spec.source_job_id)
+        return known
+
+    def _new_row(self, caller: Identity, request_id: str, *, spec: JobSpec, timeout_s: float | None) -> JobRow:
+        created_at = utc(self._clock())
+        return JobRow(
             job_id=secrets.token_hex(8),
             request_id=request_id,
             owner=str(caller),
-            display_name=display_name,
+            display_name="",
+            kind=spec.kind,
             spec=spec.to_json(),
             spec_digest=spec.digest,
-            created_at=utc(self._clock()),
+            max_attempts=self._settings.max_attempts,
+            created_at=created_at,
+            deadline_at=deadline_of(spec.kind, created_at, timeout_s=timeout_s, settings=self._settings),
         )
-        return await self._run(lambda connection: self._insert(connection, row))
 
-    async def get(self, caller: Identity, job_id: str) -> JobView:
-        """Raises NotFoundError when there is no such job for this caller."""
-        return await self._view(await self._run(lambda connection: self._visible(connection, caller, job_id)))
+    async def _store_new(self, caller: Identity, row: JobRow, *, spec: JobSpec) -> JobRow:
+        def store(connection: Connection) -> JobRow:  # looks again: pricing takes time, and computations come at once
+            known = self._look(connection, caller, row.request_id, spec=spec)
+            return self._store.create(connection, row) if known is None else known
+
+        stored = await self._run(store)
+        self._coordinator.wake()
+        return stored
+
+    # --- looking ------------------------------------------------------------------------------------------------------
+
+    async def get(self, caller: Identity, job_id: str, *, rounds: bool = True) -> JobView:
+        """A job, with its round summaries if asked for. Raises NotFoundError when there is none for this caller."""
+
+        def read(connection: Connection) -> tuple[JobRow, int, list[dict[str, Any]]]:
+            row = self._visible(connection, caller, job_id)
+            summaries = self._store.round_summaries(connection, job_id) if rounds else []
+            return row, self._positions(connection, [row]).get(job_id, 0), summaries
+
+        row, position, summaries = await self._run(read)
+        return JobView(row, self._activity(row), position, tuple(summaries))
 
     async def list_jobs(
-        self, caller: Identity, *, page_size: int = 0, page_token: str = "", state: JobState | None = None
+        self,
+        caller: Identity,
+        *,
+        filter: str = "",
+        order_by: str = "",
+        page_size: int = 0,
+        page_token: str = "",
+        show_deleted: bool = False,
     ) -> tuple[list[JobView], str]:
-        """A page of the caller's jobs, newest first, without round summaries; and the token of the next page.
+        """A page of the caller's jobs, without round summaries; and the token of the next page.
+
+        Args:
+            caller: an operator sees everybody's.
+            filter, order_by, page_size, page_token, show_deleted: as proto/sotto/v1/jobs.proto has them.
 
         Raises:
             InvalidInput: as `JobStore.list_jobs`.
         """
-        owner = None if caller.role == OPERATOR else str(caller)
+        query = JobQuery(
+            filter=filter,
+            order_by=order_by,
+            page_size=page_size,
+            page_token=page_token,
+            owner=None if caller.role == OPERATOR else str(caller),
+            show_deleted=show_deleted,
+        )
 
-        def read(connection: Connection) -> tuple[list[tuple[JobRow, int]], str]:
-            page = self._store.list_jobs(
-                connection, page_size=page_size, page_token=page_token, state=state, owner=owner
-            )
-            return [(row, self._store.queue_position(connection, row)) for row in page.rows], page.next_page_token
+        def read(connection: Connection) -> tuple[tuple[JobRow, ...], str, dict[str, int]]:
+            page = self._store.list_jobs(connection, query=query)
+            return page.rows, page.next_page_token, self._positions(connection, page.rows)
 
-        rows, token = await self._run(read)
-        return [JobView(row, self._activity(row), position) for row, position in rows], token
+        rows, token, positions = await self._run(read)
+        return [JobView(row, self._activity(row), positions.get(row.job_id, 0)) for row in rows], token
 
-    async def cancel(self, caller: Identity, job_id: str) -> JobView:
-        """Ask a job to stop. One that waits is CANCELLED at once; one at rest, or being cancelled, stays as it is.
+    async def events(
+        self, caller: Identity, job_id: str, *, after: int = 0, limit: int = 0
+    ) -> tuple[list[StoredEvent], int]:
+        """A page of a job's history.
 
-        Raises:
-            NotFoundError: no such job for this caller.
-        """
+        Args:
+            after: sequence number of the last event that is known.
+            limit: at most so many; 0, or more than `MAX_EVENTS_A_PAGE`: that many.
 
-        def stop(connection: Connection) -> JobRow:
-            row = self._visible(connection, caller, job_id)
-            if row.at_rest or row.state is JobState.CANCELLING:
-                return row
-            kind = EventKind.CANCELLED if row.state is JobState.PENDING else EventKind.CANCELLING
-            event = Event(kind=kind, message=f"cancelled by {caller}")
-            return self._store.apply(connection, job_id, event, now=self._clock())
-
-        row = await self._run(stop)
-        self._coordinator.wake()
-        self.notify(job_id)
-        return await self._view(row)
-
-    async def watch(self, caller: Identity, job_id: str, *, after_sequence: int = 0) -> AsyncGenerator[StoredEvent]:
-        """The job's events after a sequence number, then each as it happens, until the job is at rest.
+        Returns:
+            The events, in order, and the `after` of the next page, 0 when there is none (yet).
 
         Raises:
             NotFoundError: no such job for this caller.
-            InvalidInput: a negative sequence number.
-            UnavailableError: this process is being stopped; go on with the last sequence number elsewhere.
+            InvalidInput: a negative number.
         """
-        if after_sequence < 0:
-            violation = {"after_sequence": f"at least 0 (got {after_sequence})"}
-            raise InvalidInput("after_sequence is negative", violations=violation)
-        last = after_sequence
-        with self._notifier.subscribe(job_id) as bell:
-            while True:
-                bell.clear()
-                row, events = await self._run(partial(self._history, caller=caller, job_id=job_id, after=last))
-                for event in events:
-                    last = event.sequence
-                    yield event
-                if len(events) == EVENTS_A_READ:
-                    continue
-                if row.at_rest:
-                    return
-                if self._notifier.closed:
-                    raise UnavailableError("the aggregator is being stopped")
-                await bell.wait()
+        _check_not_negative(after_sequence=after, page_size=limit)
+        size = min(limit or MAX_EVENTS_A_PAGE, MAX_EVENTS_A_PAGE)
 
-    async def wait(self, caller: Identity, job_id: str, *, timeout_s: float | None) -> JobView:
-        """The job once it is at rest, or as it is when the time is over (https://google.aip.dev/151, WaitOperation).
+        def read(connection: Connection) -> list[StoredEvent]:
+            self._visible(connection, caller, job_id)
+            return self._store.events(connection, job_id, after=after, limit=size + 1)
 
-        Raises:
-            NotFoundError: no such job for this caller.
-            UnavailableError: this process is being stopped.
-        """
-        with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(timeout_s):
-                with self._notifier.subscribe(job_id) as bell:
-                    while True:
-                        bell.clear()
-                        row = await self._run(lambda connection: self._visible(connection, caller, job_id))
-                        if row.at_rest:
-                            break
-                        if self._notifier.closed:
-                            raise UnavailableError("the aggregator is being stopped")
-                        await bell.wait()
-        return await self.get(caller, job_id)
+        found = await self._run(read)
+        return found[:size], found[size - 1].sequence if len(found) > size else 0
 
     async def artifact(self, caller: Identity, job_id: str, *, file: str) -> Artifact:
         """A file of a job that succeeded.
 
         Raises:
-            NotFoundError: no such job for this caller, or no such file in it.
+            NotFoundError: no such job for this caller, no such file in it, or its files were deleted.
             StateError: the job has no result (yet).
         """
         row = await self._run(lambda connection: self._visible(connection, caller, job_id))
@@ -335,6 +296,8 @@ class JobService:
             raise StateError(
                 f"job {job_id} is {row.state.value}: only a SUCCEEDED job has an artifact", state=row.state.value
             )
+        if row.deleted_at:
+            raise NotFoundError(f"the files of job {job_id} were deleted", job_id=job_id)
         files = {entry["name"]: entry for entry in (row.result or {}).get("files", ())}
         if file not in files:
             raise NotFoundError(f"job {job_id} has no file {file!r}; it has: {', '.join(sorted(files))}", file=file)
@@ -344,60 +307,159 @@ class JobService:
         """How the aggregator is, with the counts of jobs."""
 
         def count(connection: Connection) -> tuple[int, int]:
-            running = self._store.count(connection, JobState.RUNNING)
-            cancelling = self._store.count(connection, JobState.CANCELLING)
-            return self._store.count(connection, JobState.PENDING), running + cancelling
+            under_way = sum(self._store.count(connection, state) for state in _UNDER_WAY)
+            return self._store.count(connection, JobState.PENDING), under_way
 
         pending, running = await self._run(count)
-        return replace(self._coordinator.status(), jobs_pending=pending, jobs_running=running)
+        status = self._coordinator.status()
+        stopping = status.stopping or self._notifier.closed
+        return replace(status, jobs_pending=pending, jobs_running=running, stopping=stopping)
+
+    # --- stopping and deleting ----------------------------------------------------------------------------------------
+
+    async def cancel(self, caller: Identity, job_id: str) -> JobView:
+        """Ask a job to stop. One that waits is CANCELLED at once; one at rest, or being cancelled, stays as it is.
+
+        Raises:
+            NotFoundError: no such job for this caller.
+        """
+
+        def stop(connection: Connection) -> None:
+            row = self._visible(connection, caller, job_id)
+            if row.at_rest or row.state is JobState.CANCELLING:
+                return
+            kind = EventKind.CANCELLED if row.state is JobState.PENDING else EventKind.CANCELLING
+            event = Event(kind=kind, message=f"cancelled by {caller}", cause=str(caller))
+            self._store.apply(connection, job_id, event, now=self._clock())
+
+        await self._to_its_end(self._change(job_id, stop))
+        return await self.get(caller, job_id)
+
+    async def delete(self, caller: Identity, job_id: str) -> JobView:
+        """Drop the files of a job at rest; the job stays, with its history and what it spent. Once is as good as twice.
+
+        Raises:
+            NotFoundError: no such job for this caller.
+            StateError: it is not at rest.
+        """
+
+        def drop(connection: Connection) -> None:
+            row = self._visible(connection, caller, job_id)
+            if row.deleted_at:
+                return
+            if not row.at_rest:
+                state = row.state.value
+                raise StateError(
+                    f"job {job_id} is {state}: only a job at rest is deleted; cancel it first", state=state
+                )
+            event = Event(kind=EventKind.DELETED, message=f"files deleted by {caller}", cause=str(caller))
+            self._store.apply(connection, job_id, event, now=self._clock())
+
+        await self._to_its_end(self._change(job_id, drop))
+        return await self.get(caller, job_id)
+
+    async def _change(self, job_id: str, change: Callable[[Connection], None]) -> None:
+        await self._run(change)
+        self._coordinator.wake()
+        self.notify(job_id)
+
+    # --- following ----------------------------------------------------------------------------------------------------
+
+    async def watch(self, caller: Identity, job_id: str, *, after_sequence: int = 0) -> AsyncGenerator[StoredEvent]:
+        """The job's events after a sequence number, then each as it happens, until the job is at rest.
+
+        Raises:
+            NotFoundError: no such job for this caller.
+            InvalidInput: a negative sequence number.
+            UnavailableError: this process is being stopped; go on with the last sequence number elsewhere.
+        """
+        _check_not_negative(after_sequence=after_sequence)
+        last = after_sequence
+        first = partial(self._first_look, caller=caller, job_id=job_id, after=last)
+        with self._notifier.subscribe(job_id) as bell:
+            at_rest, events = await self._run(first)  # its own: whether the job is to be seen depends on who asks
+            while True:
+                for event in events:
+                    last = event.sequence
+                    yield event
+                if len(events) < EVENTS_A_READ:
+                    if at_rest:
+                        return
+                    if self._notifier.closed:
+                        raise UnavailableError(_STOPPING)
+                    await bell.wait()
+                bell.clear()
+                read = partial(self._run, partial(self._history, job_id=job_id, after=last))
+                at_rest, events = await self._notifier.shared(job_id, last, read)
+
+    async def wait(self, caller: Identity, job_id: str, *, timeout_s: float | None) -> JobView:
+        """The job once it is at rest, or as it is when the time is over; without round summaries.
+
+        Raises:
+            NotFoundError: no such job for this caller.
+            UnavailableError: this process is being stopped.
+        """
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(timeout_s):
+                await self._rest(caller, job_id)
+        return await self.get(caller, job_id, rounds=False)
+
+    async def _rest(self, caller: Identity, job_id: str) -> None:
+        read = partial(self._run, lambda connection: self._store.get(connection, job_id).at_rest)
+        with self._notifier.subscribe(job_id) as bell:
+            at_rest = (await self._run(lambda connection: self._visible(connection, caller, job_id))).at_rest
+            while not at_rest:
+                if self._notifier.closed:
+                    raise UnavailableError(_STOPPING)
+                await bell.wait()
+                bell.clear()
+                at_rest = await self._notifier.shared(job_id, "at rest", read)
 
     # --- inside -------------------------------------------------------------------------------------------------------
 
     async def _run(self, work: Callable[[Connection], T]) -> T:
         return await self._database.run(work)
 
-    def _check_limits(self, spec: FederatedTrainingSpec) -> None:
-        limits = self._limits
-        checks = {
-            "rounds": (spec.priced_rounds, limits.max_rounds, "rounds and spare rounds"),
-            "parties": (len(spec.parties), limits.max_parties, "parties"),
-            "round_timeout_s": (spec.round_timeout_s, limits.max_round_timeout_s, "seconds for a round"),
-        }
-        problems = [f"{given:g} {what}; at most {most:g}" for given, most, what in checks.values() if given > most]
-        if problems:
-            raise LimitError(f"the job asks for more than this aggregator allows: {'; '.join(problems)}")
-
-    def _insert(self, connection: Connection, row: JobRow) -> JobRow:
-        stored = self._store.create(connection, row)
-        waiting = self._store.count(connection, JobState.PENDING)
-        if stored.job_id == row.job_id and waiting > self._limits.max_jobs_pending:
-            raise LimitError(f"{waiting - 1} jobs are waiting already; at most {self._limits.max_jobs_pending} may")
-        return stored
+    async def _to_its_end(self, work: Coroutine[Any, Any, T]) -> T:
+        """A caller that goes away in the middle does not keep a change from being told to those who wait for it."""
+        task = asyncio.ensure_future(work)
+        self._finishing.add(task)
+        task.add_done_callback(self._finishing.discard)
+        task.add_done_callback(lambda done: done.cancelled() or done.exception())
+        return await asyncio.shield(task)
 
     def _visible(self, connection: Connection, caller: Identity, job_id: str) -> JobRow:
+        if "\0" in job_id:  # PostgreSQL has none, not even in a question
+            raise NotFoundError(f"no job {job_id!r}", job_id=job_id)
         row = self._store.get(connection, job_id)
-        if not _may_see(caller, row):
+        if caller.role != OPERATOR and row.owner != str(caller):
             raise NotFoundError(f"no job {job_id!r}", job_id=job_id)
         return row
 
-    def _history(
+    def _first_look(
         self, connection: Connection, caller: Identity, *, job_id: str, after: int
-    ) -> tuple[JobRow, list[StoredEvent]]:
-        row = self._visible(connection, caller, job_id)
-        return row, self._store.events(connection, job_id, after=after, limit=EVENTS_A_READ)
+    ) -> tuple[bool, list[StoredEvent]]:
+        self._visible(connection, caller, job_id)
+        return self._history(connection, job_id, after=after)
+
+    def _history(self, connection: Connection, job_id: str, *, after: int) -> tuple[bool, list[StoredEvent]]:
+        """Whether nothing more will happen, and what did."""
+        at_rest = self._store.get(connection, job_id).at_rest
+        return at_rest, self._store.events(connection, job_id, after=after, limit=EVENTS_A_READ)
+
+    def _positions(self, connection: Connection, rows: Sequence[JobRow]) -> dict[str, int]:
+        """Of the jobs that wait: computed once for all of them, and not at all where none does."""
+        if not any(row.state is JobState.PENDING for row in rows):
+            return {}
+        return self._store.positions(connection, self._settings.capacity)
 
     def _activity(self, row: JobRow) -> Activity:
         if row.at_rest:
             return Activity(row.state.value.lower())
         return self._coordinator.progress(row.job_id) or Activity(row.state.value.lower())
 
-    async def _view(self, row: JobRow) -> JobView:
-        def read(connection: Connection) -> tuple[int, list[dict[str, Any]]]:
-            return self._store.queue_position(connection, row), self._store.round_summaries(connection, row.job_id)
 
-        position, rounds = await self._run(read)
-        return JobView(row, self._activity(row), position, tuple(rounds))
-
-
-def _may_see(caller: Identity, row: JobRow) -> bool:
-    return caller.role == OPERATOR or row.owner == str(caller)
+def _check_not_negative(**numbers: int) -> None:
+    violations = {name: f"at least 0 (got {number})" for name, number in numbers.items() if number < 0}
+    if violations:
+        raise InvalidInput(f"{' and '.join(violations)} must not be negative", violations=violations)

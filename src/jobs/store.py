@@ -1,46 +1,47 @@
-"""Jobs and their events in a relational database.
+"""Jobs, their events, leases and queues in a relational database.
 
 Every method works inside the caller's transaction, so that a job, its event and whatever else belongs to the same step
-(a round, a ledger entry) are written together or not at all. The rules are those of `states`: the store refuses a row
-that the table of transitions does not lead to.
+(a round, a ledger entry) are written together or not at all. The rules are those of `states`: a row changes by
+`advance` alone. Which job is started next is for `scheduler` to say.
+
+Whoever drives a job holds a lease on it. Each new lease carries a larger fencing token, and a driver shows its own with
+every write: one that was slow, or that a restart overtook, is refused however late it wakes (Kleppmann, Designing
+Data-Intensive Applications, 2017, "The truth is defined by the majority", fencing tokens).
 """
 
 from __future__ import annotations
 
-import base64
-import json
-from collections.abc import Mapping
+import re
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any, Final
 
-from sqlalchemy import (
-    Column,
-    Connection,
-    ForeignKey,
-    Index,
-    Integer,
-    MetaData,
-    Row,
-    String,
-    Table,
-    Text,
-    UniqueConstraint,
-    and_,
-    func,
-    insert,
-    or_,
-    select,
-)
-from sqlalchemy import update as sql_update
+from sqlalchemy import Connection, MetaData, Row, func, insert, select, update
 
-from ..errors import ConflictError, InvalidInput, NotFoundError, StateError
-from .states import AT_REST, TRANSITIONS, Event, EventKind, JobError, JobRow, JobState, advance, utc
+from ..errors import ConflictError, InvalidInput, LeaseError, NotFoundError, StateError
+from . import query as queries
+from .scheduler import Capacity, RunningJob, Waiting, next_job, positions
+from .states import Event, EventKind, JobRow, JobState, Priority, advance, utc
+from .tables import (
+    MAX_CAUSE_CHARACTERS,
+    ROW_COLUMNS,
+    dump,
+    events_table,
+    from_record,
+    jobs_table,
+    load,
+    queues_table,
+    to_columns,
+)
 
 DEFAULT_PAGE_SIZE: Final = 50
 MAX_PAGE_SIZE: Final = 1000
 """Larger requests are answered with a page of this size (https://google.aip.dev/158)."""
 
-_MOVABLE: Final = tuple(state.value for state in JobState if state not in AT_REST)
+_ACTIVE: Final = (JobState.RUNNING.value, JobState.RETRYING.value, JobState.CANCELLING.value)
+_MOVABLE: Final = (JobState.PENDING.value, *_ACTIVE)
+_NUL_IN_JSON: Final = re.compile(r"(?<!\\)(?:\\\\)*\\u0000")
+_NO_LEASE: Final = {"lease_holder": "", "lease_expires_at": ""}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -53,53 +54,61 @@ class StoredEvent:
     kind: EventKind
     state: JobState
     message: str
+    cause: str
     detail: dict[str, Any] | None
 
 
 @dataclass(frozen=True, slots=True)
+class Lease:
+    """The right to drive a job: to write about it and to open rounds for it.
+
+    Attributes:
+        job_id: of the job.
+        holder: names a process, never two of them; at most 64 characters.
+        token: larger with each new lease on the job.
+    """
+
+    job_id: str
+    holder: str
+    token: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class JobQuery:
+    """Which jobs to list.
+
+    Attributes:
+        filter, order_by: as `query.parse_filter` and `query.parse_order` read them.
+        page_size: 0 for the default; more than `MAX_PAGE_SIZE` is that many.
+        page_token: of the page before, asked for with the same of everything but `page_size`.
+        owner: only theirs; None for everybody's.
+        show_deleted: deleted jobs too.
+    """
+
+    filter: str = ""
+    order_by: str = ""
+    page_size: int = 0
+    page_token: str = ""
+    owner: str | None = None
+    show_deleted: bool = False
+
+
+@dataclass(frozen=True, slots=True)
 class Page:
-    """Jobs, newest first, and the token of the page after them (empty: there is none)."""
+    """Jobs in order, and the token of the page after them (empty: there is none)."""
 
     rows: tuple[JobRow, ...]
     next_page_token: str
 
 
 class JobStore:
-    """Two tables in `metadata`: `jobs` and `job_events`."""
+    """Three tables in `metadata`: `jobs`, `job_events` and `job_queues`."""
 
     def __init__(self, metadata: MetaData) -> None:
-        self.jobs = Table(
-            "jobs",
-            metadata,
-            Column("job_id", String(64), primary_key=True),
-            Column("request_id", String(100), nullable=False),
-            Column("owner", String(300), nullable=False),
-            Column("display_name", Text, nullable=False),
-            Column("spec", Text, nullable=False),
-            Column("spec_digest", String(64), nullable=False),
-            Column("state", String(16), nullable=False),
-            Column("created_at", String(32), nullable=False),
-            Column("started_at", String(32), nullable=False),
-            Column("ended_at", String(32), nullable=False),
-            Column("rounds_released", Integer, nullable=False),
-            Column("rounds_failed", Integer, nullable=False),
-            Column("error", Text),
-            Column("result", Text),
-            UniqueConstraint("owner", "request_id", name="jobs_request"),
-            Index("jobs_newest", "created_at", "job_id"),
-            Index("jobs_state", "state", "created_at"),
-        )
-        self.events_table = Table(
-            "job_events",
-            metadata,
-            Column("job_id", String(64), ForeignKey("jobs.job_id"), primary_key=True),
-            Column("sequence", Integer, primary_key=True, autoincrement=False),
-            Column("time", String(32), nullable=False),
-            Column("kind", String(16), nullable=False),
-            Column("state", String(16), nullable=False),
-            Column("message", Text, nullable=False),
-            Column("detail", Text),
-        )
+        self.jobs = jobs_table(metadata)
+        self.events_table = events_table(metadata)
+        self.queues_table = queues_table(metadata)
+        self._row_columns = tuple(self.jobs.c[name] for name in ROW_COLUMNS)
 
     # --- writing ------------------------------------------------------------------------------------------------------
 
@@ -108,57 +117,42 @@ class JobStore:
 
         Raises:
             ConflictError: the owner used this request_id for another specification.
+            InvalidInput: a text holds the character NUL, which no database keeps faithfully.
         """
+        values = to_columns(row)
+        for name, value in values.items():
+            if isinstance(value, str) and ("\0" in value or (name == "spec" and _NUL_IN_JSON.search(value))):
+                raise InvalidInput(f"{name} holds a NUL character", violations={name: "no NUL characters"})
         known = self.find_request(connection, row.owner, row.request_id)
         if known is not None:
             return same_request(known, row.spec_digest)
-        connection.execute(insert(self.jobs).values(**_to_columns(row)))
-        self._append(connection, row, Event(kind=EventKind.SUBMITTED, message="submitted"), row.created_at)
+        connection.execute(insert(self.jobs).values(**values, fencing_token=0, **_NO_LEASE))
+        submitted = Event(kind=EventKind.SUBMITTED, message="submitted", cause=row.owner)
+        self._append(connection, row, submitted, time=row.created_at)
         return row
 
-    def apply(self, connection: Connection, job_id: str, event: Event, *, now: float) -> JobRow:
-        """Read the job, `advance` it by an event, write both.
+    def apply(
+        self, connection: Connection, job_id: str, event: Event, *, now: float, lease: Lease | None = None
+    ) -> JobRow:
+        """Read the job, `advance` it by an event, write both; a job that comes to rest loses its lease.
 
         Args:
             now: seconds since the epoch.
+            lease: of the caller, if it drives the job.
 
         Raises:
+            LeaseError: as `check` does; before anything else that is wrong.
             NotFoundError, StateError: as `get` and `advance` do.
         """
-        row = advance(self.get(connection, job_id), event, now)
-        self._write(connection, row, event, utc(now))
+        if lease is not None:
+            self.check(connection, _of(lease, job_id))
+        row = advance(self._locked(connection, job_id), event, now)
+        values = to_columns(row) | (_NO_LEASE if row.at_rest else {})
+        connection.execute(update(self.jobs).where(self.jobs.c.job_id == job_id).values(**values))
+        self._append(connection, row, event, time=utc(now))
         return row
 
-    def update(
-        self,
-        connection: Connection,
-        row: JobRow,
-        kind: EventKind,
-        *,
-        now: float,
-        message: str = "",
-        detail: dict[str, Any] | None = None,
-    ) -> JobRow:
-        """Write a row that `advance` made, and its event.
-
-        Raises:
-            NotFoundError: no such job.
-            StateError: the stored state does not lead to the row's by this event.
-        """
-        stored = self.get(connection, row.job_id)
-        if TRANSITIONS.get((stored.state, kind)) is not row.state:
-            raise StateError(
-                f"job {row.job_id} does not go from {stored.state.value} to {row.state.value} by {kind.value!r}",
-                state=stored.state.value,
-            )
-        self._write(connection, row, Event(kind=kind, message=message, detail=detail), utc(now))
-        return row
-
-    def _write(self, connection: Connection, row: JobRow, event: Event, time: str) -> None:
-        connection.execute(sql_update(self.jobs).where(self.jobs.c.job_id == row.job_id).values(**_to_columns(row)))
-        self._append(connection, row, event, time)
-
-    def _append(self, connection: Connection, row: JobRow, event: Event, time: str) -> None:
+    def _append(self, connection: Connection, row: JobRow, event: Event, *, time: str) -> None:
         table = self.events_table
         last = connection.execute(select(func.max(table.c.sequence)).where(table.c.job_id == row.job_id)).scalar()
         connection.execute(
@@ -168,62 +162,212 @@ class JobStore:
                 time=time,
                 kind=event.kind.value,
                 state=row.state.value,
-                message=event.message,
-                detail=_dump(event.detail),
+                message=_without_nul(event.message),
+                cause=_without_nul(event.cause)[:MAX_CAUSE_CHARACTERS],
+                detail=dump(event.detail),
             )
         )
+
+    # --- leases -------------------------------------------------------------------------------------------------------
+
+    def acquire(
+        self, connection: Connection, job_id: str, *, holder: str, now: float, lease_s: float, seize: bool = False
+    ) -> Lease:
+        """Take the lease on a job that is under way; whoever held it before can write no more.
+
+        Args:
+            now: seconds since the epoch; the lease expires `lease_s` (seconds) later.
+            seize: take it even if it has not expired. Only for a caller that knows that nobody else is there.
+
+        Raises:
+            LeaseError: another holder's lease has not expired.
+            NotFoundError: no such job.
+            StateError: it is not under way.
+        """
+        jobs = self.jobs.c
+        query = select(jobs.state, jobs.fencing_token, jobs.lease_holder, jobs.lease_expires_at)
+        found = connection.execute(query.where(jobs.job_id == job_id).with_for_update()).one_or_none()
+        if found is None:
+            raise _missing(job_id)
+        if found.state not in _ACTIVE:
+            raise StateError(f"job {job_id} is {found.state}: there is nothing to drive", state=found.state)
+        if not seize and found.lease_holder not in ("", holder) and found.lease_expires_at > utc(now):
+            raise LeaseError(f"another process holds job {job_id} until {found.lease_expires_at}", job_id=job_id)
+        lease = Lease(job_id, holder, found.fencing_token + 1)
+        values = {"fencing_token": lease.token, "lease_holder": holder, "lease_expires_at": utc(now + lease_s)}
+        connection.execute(update(self.jobs).where(jobs.job_id == job_id).values(**values))
+        return lease
+
+    def renew(self, connection: Connection, lease: Lease, *, now: float, lease_s: float) -> None:
+        """Let the lease expire `lease_s` (seconds) from `now` (seconds since the epoch).
+
+        Raises:
+            LeaseError: as `check` does.
+        """
+        changed = update(self.jobs).where(*self._present(lease)).values(lease_expires_at=utc(now + lease_s))
+        if connection.execute(changed).rowcount != 1:
+            raise _lost(lease)
+
+    def check(self, connection: Connection, lease: Lease) -> None:
+        """Nothing changes this until the transaction ends. An expired lease is good until another one is taken.
+
+        Raises:
+            LeaseError: the job has another lease by now, or none: it is at rest, or not there.
+        """
+        query = select(self.jobs.c.job_id).where(*self._present(lease)).with_for_update()
+        if connection.execute(query).one_or_none() is None:
+            raise _lost(lease)
+
+    def _present(self, lease: Lease) -> tuple[Any, ...]:
+        jobs = self.jobs.c
+        return jobs.job_id == lease.job_id, jobs.lease_holder == lease.holder, jobs.fencing_token == lease.token
+
+    # --- the queue ----------------------------------------------------------------------------------------------------
+
+    def take_next(
+        self,
+        connection: Connection,
+        *,
+        capacity: Capacity,
+        holder: str,
+        now: float,
+        lease_s: float,
+        ready: Callable[[JobRow], bool] | None = None,
+    ) -> tuple[JobRow, Lease] | None:
+        """Start the job whose turn it is, and take the lease on it; None when nothing can be started.
+
+        Args:
+            holder, now, lease_s: as for `acquire`.
+            ready: a job of which it is false is passed over.
+        """
+        running, passes = self.running(connection), self.passes(connection)
+        chosen = next_job(
+            self.waiting(connection),
+            running,
+            passes=passes,
+            capacity=capacity,
+            ready=lambda job: ready is None or ready(self.get(connection, job.job_id)),
+        )
+        if chosen is None:
+            return None
+        job, after = chosen
+        self._save_passes(connection, {queue: value for queue, value in after.items() if passes.get(queue) != value})
+        started = Event(kind=EventKind.STARTED, message="started", cause="aggregator")
+        row = self.apply(connection, job.job_id, started, now=now)
+        return row, self.acquire(connection, job.job_id, holder=holder, now=now, lease_s=lease_s)
+
+    def waiting(self, connection: Connection) -> list[Waiting]:
+        """The PENDING jobs, who came first first."""
+        jobs = self.jobs.c
+        query = (
+            select(jobs.job_id, jobs.owner, jobs.kind, jobs.priority, jobs.created_at)
+            .where(jobs.state == JobState.PENDING.value)
+            .order_by(jobs.created_at, jobs.job_id)
+        )
+        return [
+            Waiting(job_id=job_id, owner=owner, kind=kind, priority=Priority(priority), created_at=created_at)
+            for job_id, owner, kind, priority, created_at in connection.execute(query)
+        ]
+
+    def running(self, connection: Connection) -> list[RunningJob]:
+        """What takes a place, oldest first."""
+        jobs = self.jobs.c
+        query = select(jobs.owner, jobs.kind).where(jobs.state.in_(_ACTIVE)).order_by(jobs.started_at, jobs.job_id)
+        return [RunningJob(owner, kind) for owner, kind in connection.execute(query)]
+
+    def passes(self, connection: Connection) -> dict[str, int]:
+        """The pass of every class that was ever served."""
+        return {queue: int(value) for queue, value in connection.execute(select(self.queues_table))}
+
+    def positions(self, connection: Connection, capacity: Capacity) -> dict[str, int]:
+        """The places of all PENDING jobs in the queues of their lanes, by job_id: 1 for the one that is started next.
+
+        To be asked for once a listing, and only if it shows a PENDING job.
+        """
+        running, passes = self.running(connection), self.passes(connection)
+        return positions(self.waiting(connection), running, passes=passes, capacity=capacity)
+
+    def _save_passes(self, connection: Connection, passes: dict[str, int]) -> None:
+        table = self.queues_table
+        for queue, value in passes.items():
+            changed = update(table).where(table.c.queue == queue).values(pass_value=value)
+            if connection.execute(changed).rowcount == 0:
+                connection.execute(insert(table).values(queue=queue, pass_value=value))
 
     # --- reading ------------------------------------------------------------------------------------------------------
 
     def get(self, connection: Connection, job_id: str) -> JobRow:
         """Raises NotFoundError when there is no such job."""
-        record = connection.execute(select(self.jobs).where(self.jobs.c.job_id == job_id)).one_or_none()
-        if record is None:
-            raise NotFoundError(f"no job {job_id!r}", job_id=job_id)
-        return _from_record(record)
+        found = self._select(connection, self.jobs.c.job_id == job_id)
+        if not found:
+            raise _missing(job_id)
+        return found[0]
 
     def find_request(self, connection: Connection, owner: str, request_id: str) -> JobRow | None:
         """The job that an owner submitted under a request_id."""
-        query = select(self.jobs).where(self.jobs.c.owner == owner, self.jobs.c.request_id == request_id)
-        record = connection.execute(query).one_or_none()
-        return None if record is None else _from_record(record)
+        found = self._select(connection, self.jobs.c.owner == owner, self.jobs.c.request_id == request_id)
+        return found[0] if found else None
 
-    def list_jobs(
-        self,
-        connection: Connection,
-        *,
-        page_size: int = 0,
-        page_token: str = "",
-        state: JobState | None = None,
-        owner: str | None = None,
-    ) -> Page:
-        """Jobs, newest first. A job that is created while somebody turns pages is neither skipped nor shown twice.
+    def active(self, connection: Connection) -> list[JobRow]:
+        """The jobs that are RUNNING, RETRYING or CANCELLING, oldest first: what a restarted aggregator goes on with."""
+        return self._select(connection, self.jobs.c.state.in_(_ACTIVE))
 
-        Args:
-            page_size: 0 for the default; more than `MAX_PAGE_SIZE` is that many.
-            page_token: of the page before, asked for with the same state and owner.
-            state: only jobs in it. owner: only theirs.
+    def unfinished(self, connection: Connection, *, kind: str) -> list[JobRow]:
+        """The jobs of a kind that are not at rest, oldest first."""
+        return self._select(connection, self.jobs.c.state.in_(_MOVABLE), self.jobs.c.kind == kind)
+
+    def overdue(self, connection: Connection, now: float) -> list[JobRow]:
+        """The jobs whose deadline has passed, and that are not at rest or on their way there; oldest first."""
+        jobs = self.jobs.c
+        states = [state for state in _MOVABLE if state != JobState.CANCELLING.value]
+        return self._select(connection, jobs.state.in_(states), jobs.deadline_at != "", jobs.deadline_at <= utc(now))
+
+    def lapsed(self, connection: Connection, now: float) -> list[JobRow]:
+        """The jobs under way that nobody drives: their lease has expired, or there is none; oldest first."""
+        jobs = self.jobs.c
+        return self._select(connection, jobs.state.in_(_ACTIVE), jobs.lease_expires_at <= utc(now))
+
+    def count(self, connection: Connection, state: JobState) -> int:
+        """How many jobs are in a state."""
+        query = select(func.count()).where(self.jobs.c.state == state.value)
+        return int(connection.execute(query).scalar_one())
+
+    def pending_of(self, connection: Connection, owner: str) -> int:
+        """How many jobs of an owner are PENDING."""
+        jobs = self.jobs.c
+        query = select(func.count()).where(jobs.state == JobState.PENDING.value, jobs.owner == owner)
+        return int(connection.execute(query).scalar_one())
+
+    def list_jobs(self, connection: Connection, *, query: JobQuery) -> Page:
+        """A page of jobs. A job that is created while somebody turns pages, newest first, is neither skipped nor shown
+        twice; nor is one that changes, unless it is sorted or filtered by what changes.
 
         Raises:
-            InvalidInput: a negative size, or a token that is not of this listing.
+            InvalidInput: a filter, order or size that is none, or a token that is not of this listing.
         """
-        if page_size < 0:
-            raise InvalidInput("page_size is negative", violations={"page_size": f"at least 0 (got {page_size})"})
-        size = min(page_size or DEFAULT_PAGE_SIZE, MAX_PAGE_SIZE)
-        jobs = self.jobs.c
-        query = select(self.jobs).order_by(jobs.created_at.desc(), jobs.job_id.desc()).limit(size + 1)
-        if state is not None:
-            query = query.where(jobs.state == state.value)
-        if owner is not None:
-            query = query.where(jobs.owner == owner)
-        if page_token:
-            created_at, job_id = _open_token(page_token, state)
-            before = and_(jobs.created_at == created_at, jobs.job_id < job_id)
-            query = query.where(or_(jobs.created_at < created_at, before))
-        rows = [_from_record(record) for record in connection.execute(query)]
-        more = len(rows) > size
-        rows = rows[:size]
-        return Page(tuple(rows), _make_token(rows[-1], state) if more else "")
+        if (size := query.page_size) < 0:
+            raise InvalidInput("page_size is negative", violations={"page_size": f"at least 0 (got {size})"})
+        size = min(size or DEFAULT_PAGE_SIZE, MAX_PAGE_SIZE)
+        jobs, order = self.jobs, queries.parse_order(query.order_by)
+        sorting = queries.ordering(order, jobs)
+        conditions = [queries.condition(queries.parse_filter(query.filter), jobs)]
+        if query.owner is not None:
+            conditions.append(jobs.c.owner == query.owner)
+        if not query.show_deleted:
+            conditions.append(jobs.c.deleted_at == "")
+        listing = (query.filter, query.order_by, query.owner, query.show_deleted)
+        if query.page_token:
+            conditions.append(queries.after(query.page_token, listing, order=order, jobs=jobs))
+        wanted = select(*self._row_columns).order_by(*sorting)
+        if query.filter or query.order_by:  # no index has this order: the keys are sorted, not the rows
+            keys = select(jobs.c.job_id).where(*conditions).order_by(*sorting).limit(size + 1)
+            wanted = wanted.where(jobs.c.job_id.in_(keys))
+        else:
+            wanted = wanted.where(*conditions).limit(size + 1)
+        records = connection.execute(wanted).all()
+        rows = tuple(from_record(record) for record in records[:size])
+        more = len(records) > size
+        return Page(rows, queries.page_token(rows[-1], listing, order=order) if more else "")
 
     def events(self, connection: Connection, job_id: str, *, after: int = 0, limit: int = 1000) -> list[StoredEvent]:
         """A job's events after a sequence number, in order, at most `limit`; empty for a job that is not there."""
@@ -234,61 +378,50 @@ class JobStore:
             .order_by(table.c.sequence)
             .limit(limit)
         )
-        return [_event_from_record(record) for record in connection.execute(query)]
+        return [_event(record) for record in connection.execute(query)]
 
     def round_summaries(self, connection: Connection, job_id: str) -> list[dict[str, Any]]:
         """The details of a job's events of kind "round", in order."""
+        return self._details(connection, EventKind.ROUND, (job_id,))
+
+    def blobs(self, connection: Connection) -> set[str]:
+        """SHA-256 (hex) of the blobs that jobs refer to.
+
+        These are the files of every job that was not deleted, and of those not at rest the models that they begin with:
+        their own, and the files of the job that they are about, even if that one has been deleted meanwhile.
+        """
+        jobs = self.jobs.c
+        results = connection.scalars(select(jobs.result).where(jobs.result.is_not(None), jobs.deleted_at == ""))
+        named = [load(result) for result in results]
+        specs = [load(spec) for spec in connection.scalars(select(jobs.spec).where(jobs.state.in_(_MOVABLE)))]
+        sources = {spec["job_id"] for spec in specs if spec.get("job_id")}
+        named += self._details(connection, EventKind.SUCCEEDED, sources)
+        blobs = {spec.get(name, "") for spec in specs for name in ("initial_model_sha256", "model_sha256")}
+        return (blobs | {file["sha256"] for result in named for file in result.get("files", ())}) - {""}
+
+    def _select(self, connection: Connection, *conditions: Any) -> list[JobRow]:
+        """Jobs, who came first first."""
+        jobs = self.jobs.c
+        query = select(*self._row_columns).where(*conditions).order_by(jobs.created_at, jobs.job_id)
+        return [from_record(record) for record in connection.execute(query)]
+
+    def _locked(self, connection: Connection, job_id: str) -> JobRow:
+        """The job, which nobody else changes until the transaction ends (SQLite has one writer anyway)."""
+        query = select(*self._row_columns).where(self.jobs.c.job_id == job_id).with_for_update()
+        record = connection.execute(query).one_or_none()
+        if record is None:
+            raise _missing(job_id)
+        return from_record(record)
+
+    def _details(self, connection: Connection, kind: EventKind, job_ids: Iterable[str]) -> list[dict[str, Any]]:
+        """The details of the events of a kind, job by job, in order."""
         table = self.events_table
         query = (
             select(table.c.detail)
-            .where(table.c.job_id == job_id, table.c.kind == EventKind.ROUND.value)
-            .order_by(table.c.sequence)
+            .where(table.c.job_id.in_(sorted(job_ids)), table.c.kind == kind.value)
+            .order_by(table.c.job_id, table.c.sequence)
         )
-        return [json.loads(detail) for detail in connection.scalars(query) if detail]
-
-    def next_pending(self, connection: Connection) -> JobRow | None:
-        """The job that has waited longest."""
-        jobs = self.jobs.c
-        query = (
-            select(self.jobs)
-            .where(jobs.state == JobState.PENDING.value)
-            .order_by(jobs.created_at, jobs.job_id)
-            .limit(1)
-        )
-        record = connection.execute(query).one_or_none()
-        return None if record is None else _from_record(record)
-
-    def active(self, connection: Connection) -> list[JobRow]:
-        """The jobs that are RUNNING or CANCELLING, oldest first: what a restarted aggregator goes on with."""
-        jobs = self.jobs.c
-        moving = (JobState.RUNNING.value, JobState.CANCELLING.value)
-        query = select(self.jobs).where(jobs.state.in_(moving)).order_by(jobs.created_at, jobs.job_id)
-        return [_from_record(record) for record in connection.execute(query)]
-
-    def count(self, connection: Connection, state: JobState) -> int:
-        """How many jobs are in a state."""
-        query = select(func.count()).select_from(self.jobs).where(self.jobs.c.state == state.value)
-        return int(connection.execute(query).scalar_one())
-
-    def queue_position(self, connection: Connection, row: JobRow) -> int:
-        """1 for the pending job that is started next; 0 for one that does not wait."""
-        if row.state is not JobState.PENDING:
-            return 0
-        jobs = self.jobs.c
-        tied = and_(jobs.created_at == row.created_at, jobs.job_id < row.job_id)
-        earlier = or_(jobs.created_at < row.created_at, tied)
-        query = select(func.count()).select_from(self.jobs).where(jobs.state == JobState.PENDING.value).where(earlier)
-        return int(connection.execute(query).scalar_one()) + 1
-
-    def blobs(self, connection: Connection) -> set[str]:
-        """SHA-256 (hex) of the blobs that jobs refer to: artifacts of any job, initial models of those not at rest."""
-        jobs = self.jobs.c
-        names: set[str] = set()
-        for result in connection.scalars(select(jobs.result).where(jobs.result.is_not(None))):
-            names.update(file["sha256"] for file in json.loads(result).get("files", ()))
-        for spec in connection.scalars(select(jobs.spec).where(jobs.state.in_(_MOVABLE))):
-            names.add(json.loads(spec).get("initial_model_sha256", ""))
-        return names - {""}
+        return [load(detail) for detail in connection.scalars(query) if detail]
 
 
 def same_request(known: JobRow, spec_digest: str) -> JobRow:
@@ -301,57 +434,28 @@ def same_request(known: JobRow, spec_digest: str) -> JobRow:
     return known
 
 
-def _dump(value: Mapping[str, Any] | None) -> str | None:
-    return None if value is None else json.dumps(value, sort_keys=True, ensure_ascii=False, allow_nan=False)
-
-
-def _to_columns(row: JobRow) -> dict[str, Any]:
-    return {
-        "job_id": row.job_id,
-        "request_id": row.request_id,
-        "owner": row.owner,
-        "display_name": row.display_name,
-        "spec": _dump(row.spec),
-        "spec_digest": row.spec_digest,
-        "state": row.state.value,
-        "created_at": row.created_at,
-        "started_at": row.started_at,
-        "ended_at": row.ended_at,
-        "rounds_released": row.rounds_released,
-        "rounds_failed": row.rounds_failed,
-        "error": _dump(row.error.to_json() if row.error else None),
-        "result": _dump(row.result),
-    }
-
-
-def _from_record(record: Row[Any]) -> JobRow:
-    values = dict(record._mapping)
-    values["spec"] = json.loads(values["spec"])
-    values["state"] = JobState(values["state"])
-    values["error"] = JobError.from_json(json.loads(values["error"])) if values["error"] else None
-    values["result"] = json.loads(values["result"]) if values["result"] else None
-    return JobRow(**values)
-
-
-def _event_from_record(record: Row[Any]) -> StoredEvent:
+def _event(record: Row[Any]) -> StoredEvent:
     values = dict(record._mapping)
     values["kind"] = EventKind(values["kind"])
     values["state"] = JobState(values["state"])
-    values["detail"] = json.loads(values["detail"]) if values["detail"] else None
+    values["detail"] = load(values["detail"])
     return StoredEvent(**values)
 
 
-def _make_token(row: JobRow, state: JobState | None) -> str:
-    content = json.dumps([row.created_at, row.job_id, state.value if state else ""])
-    return base64.urlsafe_b64encode(content.encode()).decode().rstrip("=")
+def _of(lease: Lease, job_id: str) -> Lease:
+    if lease.job_id != job_id:
+        raise LeaseError(f"a lease on job {lease.job_id} is none on job {job_id}", job_id=job_id)
+    return lease
 
 
-def _open_token(token: str, state: JobState | None) -> tuple[str, str]:
-    try:
-        content = json.loads(base64.urlsafe_b64decode(token + "=" * (-len(token) % 4)))
-        created_at, job_id, of_state = map(str, content)
-    except (ValueError, TypeError) as error:
-        raise InvalidInput("page_token is not one", violations={"page_token": "not of this service"}) from error
-    if of_state != (state.value if state else ""):
-        raise InvalidInput("page_token is of another listing", violations={"page_token": "made for another filter"})
-    return created_at, job_id
+def _missing(job_id: str) -> NotFoundError:
+    return NotFoundError(f"no job {job_id!r}", job_id=job_id)
+
+
+def _lost(lease: Lease) -> LeaseError:
+    return LeaseError(f"this process does not hold job {lease.job_id} any more", job_id=lease.job_id)
+
+
+def _without_nul(text: str) -> str:
+    """PostgreSQL keeps no NUL; what some library said about a failure must not be what stops it from being recorded."""
+    return text.replace("\0", "\N{REPLACEMENT CHARACTER}")

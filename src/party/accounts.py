@@ -6,8 +6,8 @@ import math
 
 from sqlalchemy import Connection
 
-from ..config import Budget as BudgetSection
 from ..config import PartyConfig
+from ..config_sections import Budget as BudgetSection
 from ..jobs.states import utc
 from ..privacy.budget import Budget, balance, check_affordable
 from ..privacy.events import Event, Unit

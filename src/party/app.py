@@ -6,7 +6,6 @@ import asyncio
 import contextlib
 import logging
 import signal
-from typing import Final
 
 import grpc
 from sqlalchemy import MetaData
@@ -17,9 +16,12 @@ from ..communication.identity import Identity
 from ..communication.tls import TlsFiles
 from ..config import PartyConfig
 from ..jobs.executors.pool import WorkerPool
+from ..jobs.executors.settings import PoolSettings
 from ..storage.blobs import Blobs
 from ..storage.database import Database
 from ..storage.ledger import LedgerStore
+from ..storage.location import database_location
+from ..storage.migrations import Migrations
 from .accounts import PartyAccounts
 from .home import Home
 from .node import Node
@@ -27,9 +29,6 @@ from .rounds import RoundWorker
 from .store import RoundMemory
 
 LOG = logging.getLogger("sotto.party")
-
-SCHEMA_VERSION: Final = 1
-DATABASE_FILE: Final = "party.sqlite"
 
 
 class App:
@@ -42,15 +41,15 @@ class App:
         home = Home(config)
         metadata = MetaData()
         self._memory, ledger = RoundMemory(metadata), LedgerStore(metadata)
-        self._database = Database(state / DATABASE_FILE, metadata, schema_version=SCHEMA_VERSION)
+        location = database_location(config.database_path, config.database.url, config.database.password_file)
+        self._database = Database(location, Migrations("party"))
         self._blobs = Blobs(state / "blobs")
         self._accounts = PartyAccounts(ledger, config)
         self._pool = WorkerPool(
+            PoolSettings(**config.workers.model_dump()),
             handlers="party.work",
             blobs_root=state / "blobs",
             workspace=state / "work",
-            size=config.workers.count,
-            nice=config.workers.nice,
             preload=("learning.dpsgd", "learning.warm"),
         )
         worker = RoundWorker(

@@ -355,7 +355,7 @@ class RoundWorker:
             "plan": signed.statement.decode(),
             "plan_digest": checked.digest,
             "public": json.dumps(self._home.keyring.to_json()),
-            "processes": self._home.config.workers.cores_each,
+            "processes": self._pool.cores_for_a_unit(),
         }
 
 

@@ -16,15 +16,13 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Final
 
-from ..config import (
+from ..config import AggregatorConfig, ClientConfig, PartyConfig
+from ..config_sections import (
     DEFAULT_ADDRESS,
     DEFAULT_MODULUS_BITS,
     NAME_PATTERN,
     NAME_RULE,
     RESERVED_NAMES,
-    AggregatorConfig,
-    ClientConfig,
-    PartyConfig,
     split_address,
 )
 from ..encryption.dealer import check_threshold, deal, default_threshold

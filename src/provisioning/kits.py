@@ -12,15 +12,9 @@ from typing import Any, Final
 from pydantic import BaseModel
 from pydantic_core import PydanticUndefined
 
-from ..config import (
-    AggregatorConfig,
-    AggregatorLimits,
-    ClientConfig,
-    PartyConfig,
-    is_loopback,
-    split_address,
-)
-from ..config_reader import parse_yaml
+from ..config import AggregatorConfig, ClientConfig, PartyConfig
+from ..config_sections import AggregatorLimits, is_loopback, split_address
+from ..config_yaml import parse_yaml
 from .certificates import Certificate
 
 SECRET_MODE: Final = 0o600

@@ -7,25 +7,44 @@ priced, reserved or released on top of a broken ledger.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any, Final
 
-from sqlalchemy import DDL, Column, Connection, Integer, MetaData, Table, Text, event, insert, select
+from sqlalchemy import DDL, Column, Connection, Integer, MetaData, Table, event, insert, select
 
 from ..errors import LedgerError
 from ..privacy import ledger
 from ..privacy.ledger import GENESIS, Entry
+from .columns import text
 
-_TRIGGERS: Final = (
-    "CREATE TRIGGER ledger_no_update BEFORE UPDATE ON ledger "
-    "BEGIN SELECT RAISE(ABORT, 'the ledger is append-only'); END",
-    "CREATE TRIGGER ledger_no_delete BEFORE DELETE ON ledger "
-    "BEGIN SELECT RAISE(ABORT, 'the ledger is append-only'); END",
-    # A gap or a second first entry would be seen by the chain too, but only later.
-    "CREATE TRIGGER ledger_in_order BEFORE INSERT ON ledger "
-    "WHEN NEW.sequence IS NOT (SELECT COALESCE(MAX(sequence), 0) + 1 FROM ledger) "
-    "BEGIN SELECT RAISE(ABORT, 'the ledger is append-only'); END",
-)
+TRIGGERS: Final[Mapping[str, tuple[str, ...]]] = {
+    "sqlite": (
+        "CREATE TRIGGER ledger_no_update BEFORE UPDATE ON ledger "
+        "BEGIN SELECT RAISE(ABORT, 'the ledger is append-only'); END",
+        "CREATE TRIGGER ledger_no_delete BEFORE DELETE ON ledger "
+        "BEGIN SELECT RAISE(ABORT, 'the ledger is append-only'); END",
+        # A gap or a second first entry would be seen by the chain too, but only later.
+        "CREATE TRIGGER ledger_in_order BEFORE INSERT ON ledger "
+        "WHEN NEW.sequence IS NOT (SELECT COALESCE(MAX(sequence), 0) + 1 FROM ledger) "
+        "BEGIN SELECT RAISE(ABORT, 'the ledger is append-only'); END",
+    ),
+    "postgresql": (
+        "CREATE OR REPLACE FUNCTION ledger_refuse() RETURNS trigger LANGUAGE plpgsql AS $$ "
+        "BEGIN RAISE EXCEPTION 'the ledger is append-only' "
+        "USING ERRCODE = 'integrity_constraint_violation'; END $$",
+        "CREATE OR REPLACE FUNCTION ledger_check_order() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN "
+        "IF NEW.sequence IS DISTINCT FROM (SELECT COALESCE(MAX(sequence), 0) + 1 FROM ledger) THEN "
+        "RAISE EXCEPTION 'the ledger is append-only' "
+        "USING ERRCODE = 'integrity_constraint_violation'; END IF; RETURN NEW; END $$",
+        *(
+            f"CREATE TRIGGER ledger_no_{what.lower()} BEFORE {what} ON ledger "
+            "FOR EACH STATEMENT EXECUTE FUNCTION ledger_refuse()"
+            for what in ("UPDATE", "DELETE", "TRUNCATE")
+        ),
+        "CREATE TRIGGER ledger_in_order BEFORE INSERT ON ledger FOR EACH ROW EXECUTE FUNCTION ledger_check_order()",
+    ),
+}
+"""What makes the table append-only, by SQLAlchemy's name of the dialect; run once the table is made."""
 
 
 class LedgerStore:
@@ -35,12 +54,14 @@ class LedgerStore:
         self._table = Table(
             "ledger",
             metadata,
-            Column("sequence", Integer, primary_key=True),
-            Column("digest", Text, nullable=False, unique=True),
-            Column("line", Text, nullable=False),
+            Column("sequence", Integer, primary_key=True, autoincrement=False),
+            Column("digest", text(), nullable=False, unique=True),
+            Column("line", text(), nullable=False),
         )
-        for trigger in _TRIGGERS:
-            event.listen(self._table, "after_create", DDL(trigger))  # type: ignore[no-untyped-call]
+        for dialect, statements in TRIGGERS.items():
+            for statement in statements:
+                ddl = DDL(statement).execute_if(dialect=dialect)  # type: ignore[no-untyped-call]
+                event.listen(self._table, "after_create", ddl)
 
     def append(self, connection: Connection, **fields: Any) -> Entry:
         """Appends the entry with these fields (those of `privacy.ledger.append`), chained to the last one.

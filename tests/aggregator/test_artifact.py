@@ -12,7 +12,14 @@ import pytest
 from jsonschema import Draft202012Validator
 from jsonschema.exceptions import ValidationError
 
-from src.aggregator.artifact import MANIFEST_FILE, MODEL_FILE, SCHEMA, statements, write_artifact
+from src.aggregator.artifact import (
+    MANIFEST_FILE,
+    MODEL_FILE,
+    SCHEMA,
+    UNKNOWN_PRIVACY,
+    statements,
+    write_artifact,
+)
 from src.aggregator.federation import Federation
 from src.aggregator.planning import Model, plan_round
 from src.aggregator.round_row import RoundRow, RoundState
@@ -90,6 +97,7 @@ def manifest(federation: Federation, blobs: Blobs) -> MakeManifest:
             request_id="r",
             owner="scientist/s",
             display_name="a job",
+            kind="federated_training",
             spec=spec.to_json(),
             spec_digest=spec.digest,
             created_at="2026-01-01T00:00:00.000000Z",
@@ -144,9 +152,10 @@ def test_what_a_scientist_downloads_verifies_and_nothing_else_does(
 def test_a_manifest_without_a_field_or_with_one_more_is_not_valid(manifest: MakeManifest) -> None:
     _, statement = manifest(make_spec())
     validator = Draft202012Validator(SCHEMA)
-    assert set(SCHEMA["required"]) == set(statement)
+    assert {*SCHEMA["required"], *SCHEMA["else"]["required"]} == set(statement)
     wrong = [{name: value for name, value in statement.items() if name != field} for field in statement]
-    wrong += [{**statement, "surplus": 1}, {**statement, "version": 2}]
+    wrong += [{**statement, "surplus": 1}, {**statement, "version": 2}, {**statement, "privacy": UNKNOWN_PRIVACY}]
+    wrong += [{**statement, "evaluated": {"job_id": "", "manifest_sha256": ""}}]  # an evaluation has no rounds
     for part in ("model", "privacy", "encryption"):
         wrong.append({**statement, part: {**statement[part], "surplus": "1"}})
         wrong += [

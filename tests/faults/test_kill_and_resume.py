@@ -15,9 +15,7 @@ import pytest
 
 from src.errors import BudgetError
 from src.party.store import Stage
-from src.protocol.canonical import parse_canonical
 from src.protocol.roster import AGGREGATOR
-from src.protocol.signing import Signed
 
 
 @contextlib.contextmanager
@@ -48,27 +46,11 @@ def _stage(federation: Any, party: str, job_id: str) -> Stage | None:
     return row.stage if row else None
 
 
-def _settled(federation: Any, name: str, job_id: str) -> list[str]:
-    """How each charge of the job was settled; exactly one charge a subject."""
-    charges = federation.charges(name, job_id)
-    assert len({charge.entry.subject for charge in charges}) == len(charges)
-    return [charge.settled.kind if charge.settled else "open" for charge in charges]
-
-
-def _check_end(federation: Any, job_id: str) -> Any:
+def _check_end(pair: Any, job_id: str) -> Any:
     """The job succeeded with one round that everybody was charged for once; the round."""
-    assert federation.succeed(job_id).progress.rounds_failed == 0
-    (row,) = federation.rounds(job_id)
-    assert row.contributors == ("a", AGGREGATOR, "b")
-    assert _settled(federation, AGGREGATOR, job_id) == ["final"]
-    for party in ("a", "b"):
-        assert _settled(federation, party, job_id) == ["final", "final"]
-        assert parse_canonical(Signed.from_json(row.roots[party]).statement)["root"] == _root(federation, party, job_id)
+    pair.federation.succeed(job_id)
+    (row,) = pair.check_trained(job_id)
     return row
-
-
-def _root(federation: Any, party: str, job_id: str) -> str:
-    return str((federation.memory(party, job_id).batch or {})["root"])
 
 
 @pytest.mark.parametrize("state", ["TRAINING", "COLLECTING", "OPENING"])
@@ -80,10 +62,10 @@ def test_a_killed_aggregator_goes_on_with_the_round_and_charges_it_once(
         federation.processes.kill(AGGREGATOR)
         (before,) = federation.rounds(job_id)
         # Whoever has been asked for a share may have opened: by then the charge is final.
-        assert _settled(federation, AGGREGATOR, job_id) == (["final"] if before.asked else ["open"])
+        assert pair.settled(AGGREGATOR, job_id) == (["final"] if before.asked else ["open"])
         assert bool(before.asked) == (state == "OPENING")
         federation.start_aggregator()
-    row = _check_end(federation, job_id)
+    row = _check_end(pair, job_id)
     assert row.plan == before.plan
     assert row.batches[AGGREGATOR] == before.batches[AGGREGATOR]  # noise is never drawn twice
     assert {name: row.roots[name] for name in before.roots} == before.roots
@@ -121,7 +103,7 @@ def killed(_pair: Any, wait_until: Callable[..., Any]) -> Killed:
     memory = {name: federation.memory(name, job_id) for name in ("a", "b")}
     ledgers = {name: federation.ledger(name) for name in ("a", "b")}
     federation.start("a", "b")
-    return Killed(federation, job_id, _check_end(federation, job_id), committed, memory, ledgers)
+    return Killed(federation, job_id, _check_end(_pair, job_id), committed, memory, ledgers)
 
 
 def test_a_party_killed_while_it_trains_trains_again_and_is_charged_once(killed: Killed) -> None:

@@ -11,11 +11,12 @@ from typing import Any
 import numpy as np
 import pytest
 
-from src.client import Job, JobEvent, verify_manifest
+from src.client import Evaluation, Export, Job, JobEvent, result_of, verify_manifest
 from src.communication.generated import jobs_pb2
 from src.encryption.packing import pack
 from src.encryption.scheme import Layout, LayoutRequest, SystemEntropy
 from src.errors import BudgetError, ConflictError, TooFewSharesError
+from src.learning.flatten import from_safetensors
 from src.privacy.accounting import epsilon
 from src.privacy.ledger import Entry
 from src.protocol.batches import expected_header
@@ -137,17 +138,38 @@ def test_nobody_keeps_an_update_once_its_round_is_over(first: First, running: An
 def test_the_status_says_who_is_there_and_what_holds(running: Any) -> None:
     status = running.client.status()
     assert [(each.party, each.connected) for each in status.parties] == [(name, True) for name in PARTIES]
-    assert (status.federation, status.custody, status.workers_busy + status.workers_idle) == ("demo", "threshold", 2)
+    assert (status.federation, status.custody, status.workers.size) == ("demo", "threshold", 2)
+    assert status.workers.tasks_done > 0
+    assert status.workers.failure_rate == 0
     keyring = Keyring.load(running.kits / "aggregator" / "public_key.json", insecure_small=True)
     assert status.key_id == keyring.key_id
 
 
-def test_further_jobs_run_one_after_another_without_a_restart(running: Any) -> None:
+def test_two_trainings_run_at_a_time_and_a_third_waits_for_one_of_them(running: Any) -> None:
     before = {name: process.pid for name, process in running.processes.running.items()}
-    second, third = running.submit(), running.submit(seed=1)
-    assert [running.succeed(job_id).progress.rounds_released for job_id in (second, third)] == [1, 1]
-    assert running.rounds(third)[0].started_at >= running.rounds(second)[0].ended_at
+    jobs = [running.submit(seed=seed) for seed in (1, 2, 3)]
+    assert [running.succeed(job_id).progress.rounds_released for job_id in jobs] == [1, 1, 1]
+    first, second, third = (running.rounds(job_id)[0] for job_id in jobs)
+    assert second.started_at < first.ended_at
+    assert third.started_at >= min(first.ended_at, second.ended_at)
     assert {name: process.pid for name, process in running.processes.running.items()} == before
+
+
+def test_a_trained_model_is_evaluated_and_exported_as_jobs_of_their_own(
+    running: Any, first: First, tmp_path: Path
+) -> None:
+    client, trained = running.client, first.job
+    evaluated = client.wait(client.submit(Evaluation(job_id=trained.job_id)).job_id, 200)
+    assert result_of(evaluated).metrics["auc"] == pytest.approx(trained.result.metrics["auc"])
+    exported = client.wait(client.submit(Export(job_id=trained.job_id)).job_id, 200)
+    assert result_of(exported).epsilon_example == trained.result.epsilon_example
+    files = client.fetch_artifact(exported.job_id, tmp_path / "exported")
+    original = client.fetch_artifact(trained.job_id, tmp_path / "trained")
+    with np.load(files["model.npz"], allow_pickle=False) as arrays:
+        tensors = from_safetensors(original["model.safetensors"].read_bytes())
+        assert set(arrays) == set(tensors)
+        assert all(np.array_equal(arrays[name], tensors[name]) for name in tensors)
+    assert [event.kind for event in client.events(exported.job_id)] == ["submitted", "started", "succeeded"]
 
 
 def test_the_same_request_is_the_same_job(running: Any) -> None:
@@ -255,7 +277,7 @@ def test_a_job_that_would_overspend_the_round_budget_is_refused_at_submission(ru
         running.submit(rounds=500)
     assert caught.value.metadata["limit"] == "200"
     assert running.ledger(AGGREGATOR) == before
-    assert not [job for job in running.client.list_jobs() if job.federated_training.rounds == 500]
+    assert not [job for job in running.client.list() if job.federated_training.rounds == 500]
 
 
 def test_a_job_beyond_one_partys_budget_fails_and_names_that_party(running: Any) -> None:

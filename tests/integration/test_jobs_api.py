@@ -10,14 +10,15 @@ from typing import Any
 import pytest
 from google.longrunning import operations_pb2
 from google.protobuf.duration_pb2 import Duration
-from google.rpc import code_pb2, error_details_pb2
+from google.protobuf.struct_pb2 import Struct
 
+from src.aggregator.servicers import jobs as jobs_servicer
+from src.aggregator.servicers import operations as operations_servicer
 from src.client import SottoClient, result_of
 from src.communication.generated import jobs_pb2, jobs_pb2_grpc
 from src.communication.grpc_client import connect
 from src.communication.identity import Identity
 from src.errors import (
-    DOMAIN,
     AbandonedError,
     AccessError,
     BudgetError,
@@ -29,7 +30,7 @@ from src.errors import (
     NotFoundError,
     SottoError,
     StateError,
-    VersionError,
+    UnavailableError,
 )
 
 ANN, BOB, OPERATOR = Identity("scientist", "ann"), Identity("scientist", "bob"), Identity("operator", "olga")
@@ -45,7 +46,8 @@ async def test_submit_walk_away_and_come_back_to_a_verified_model(job_house: Any
     client = job_house.client()
     job = await client.submit(jobs_pb2.Job(display_name="mine", federated_training=training()))
     assert job.state in (jobs_pb2.PENDING, jobs_pb2.RUNNING)
-    assert (job.owner, job.display_name) == ("scientist/ann", "mine")
+    job = await client.get(job.job_id)
+    assert (job.owner, job.display_name, job.kind) == ("scientist/ann", "mine", "federated_training")
     assert job.federated_training.local_training.epsilon == 4.0
     job_house.permit(3)
     job = await client.wait(job.job_id, timeout_s=LONG_S)
@@ -81,7 +83,7 @@ async def test_a_refused_job_says_why_to_the_client_as_it_was_raised(job_house: 
     with pytest.raises(BudgetError, match=r"4 of 100\.5") as budget:
         await client.submit(training(local_training={"epsilon": 100.5}))
     assert budget.value.metadata["party"] == "a"
-    assert await client.list_jobs() == []
+    assert await client.list() == []
 
 
 async def test_a_watch_follows_until_rest_and_goes_on_where_it_was_left(job_house: Any) -> None:
@@ -144,22 +146,27 @@ async def test_jobs_are_listed_by_page_and_state_and_only_to_whom_they_belong(jo
     mine = [(await ann.submit(training())).job_id for _ in range(4)]
     await ann.cancel(mine[3])
     await bob.submit(training())
-    assert [job.job_id for job in await ann.list_jobs(page_size=2)] == mine[::-1]
-    assert [job.job_id for job in await ann.list_jobs(page_size=2, limit=3)] == mine[:0:-1]
-    assert [job.job_id for job in await ann.list_jobs(state="CANCELLED")] == mine[3:]
-    assert len(await job_house.client(OPERATOR).list_jobs()) == 5
-    assert len(await bob.list_jobs()) == 1
-    for refused in (bob.get(mine[0]), bob.cancel(mine[0]), bob.wait(mine[0]), bob.result(mine[0])):
+    assert [job.job_id for job in await ann.list(page_size=2)] == mine[::-1]
+    assert [job.job_id for job in await ann.list(page_size=2, limit=3)] == mine[:0:-1]
+    assert [job.job_id for job in await ann.list("state = CANCELLED")] == mine[3:]
+    assert [job.job_id for job in await ann.list("NOT state = CANCELLED", "create_time")] == mine[:3]
+    assert len(await job_house.client(OPERATOR).list()) == 5
+    assert len(await bob.list()) == 1
+    calls = (bob.get, bob.cancel, bob.delete, bob.wait, bob.result, bob.events)
+    for refused in (call(mine[0]) for call in calls):
         with pytest.raises(NotFoundError):
             await refused
     with pytest.raises(InvalidInput) as caught:
-        await ann.list_jobs(state="DONE")
+        await ann.list("state = DONE")
     assert list(caught.value.violations) == ["filter"]
+    with pytest.raises(InvalidInput) as caught:
+        await ann.list(order_by="colour")
+    assert list(caught.value.violations) == ["order_by"]
 
 
 async def test_a_party_may_call_none_of_it(job_house: Any) -> None:
     party = job_house.client(Identity("party", "a"))
-    for refused in (party.submit(training()), party.list_jobs(), party.status(), anext(party.watch("x"))):
+    for refused in (party.submit(training()), party.list(), party.status(), anext(party.watch("x"))):
         with pytest.raises(AccessError):
             await refused
 
@@ -168,8 +175,11 @@ async def test_status_answers(job_house: Any) -> None:
     client = job_house.client()
     await client.submit(training())
     status = await client.status()
-    assert (status.federation, status.workers_busy, status.parties[0].waiting_for) == ("demo", 2, "an update")
+    assert (status.federation, status.workers.busy, status.parties[0].waiting_for) == ("demo", 2, "an update")
+    assert (status.start_time.seconds, status.stopping, status.workers.units[0].name) == (10**9, False, "fold")
     assert status.jobs_pending + status.jobs_running == 1
+    job_house.service.close()
+    assert (await client.status()).stopping
 
 
 async def test_an_artifact_is_served_from_an_offset_and_not_beyond_its_end(job_house: Any, tmp_path: Path) -> None:
@@ -216,7 +226,7 @@ async def test_the_blocking_client_does_the_same(job_house: Any, tmp_path: Path)
             job = client.submit(training(), "blocking")
             kinds = [event.kind for event in client.watch(job.job_id)]
             assert client.wait(job.job_id, timeout_s=LONG_S).state == jobs_pb2.SUCCEEDED
-            assert client.get(job.job_id).job_id == client.list_jobs(limit=1)[0].job_id == job.job_id
+            assert client.get(job.job_id).job_id == client.list(limit=1)[0].job_id == job.job_id
             assert client.cancel(job.job_id).state == jobs_pb2.SUCCEEDED
             assert client.result(job.job_id).metrics["auc"] == 0.625
             assert client.status().federation == "demo"
@@ -231,58 +241,191 @@ async def test_the_blocking_client_does_the_same(job_house: Any, tmp_path: Path)
     assert files["model.safetensors"].read_bytes() == job_house.model
 
 
-# --- google.longrunning -----------------------------------------------------------------------------------------------
+# --- what a job can be ------------------------------------------------------------------------------------------------
 
 
-async def test_stock_operation_stubs_get_wait_list_and_cancel(job_house: Any) -> None:
-    client, stub = job_house.client(), job_house.operations()
-    job = await client.submit(training())
-    name = f"operations/{job.job_id}"
-    operation = await stub.GetOperation(operations_pb2.GetOperationRequest(name=name))
+async def test_priority_and_timeout_are_kept_and_shown(job_house: Any) -> None:
+    client, stub = job_house.client(), job_house.stub()
+    job = jobs_pb2.Job(federated_training=training(), priority=jobs_pb2.HIGH, timeout=Duration(seconds=90))
+    operation = await stub.CreateJob(jobs_pb2.CreateJobRequest(request_id="r", job=job))
     metadata = jobs_pb2.OperationMetadata()
     assert operation.metadata.Unpack(metadata)
-    assert (operation.name, operation.done, metadata.job_id) == (name, False, job.job_id)
-    request = operations_pb2.WaitOperationRequest(name=name, timeout=Duration(nanos=1))
-    assert not (await stub.WaitOperation(request)).done
+    assert (metadata.priority, metadata.kind, metadata.max_attempts) == (jobs_pb2.HIGH, "federated_training", 4)
+    known = await client.get(metadata.job_id)
+    assert (known.priority, known.timeout, known.deadline) == (jobs_pb2.HIGH, Duration(seconds=90), metadata.deadline)
+    assert known.deadline.ToNanoseconds() - known.create_time.ToNanoseconds() == 90 * 10**9
+    assert list(known.progress.parties) == list(metadata.progress.parties) != []
+    assert (metadata.progress.bytes_received, metadata.progress.estimated_end_time.seconds) == (12_345, 10**9 + 60)
+    job.priority = jobs_pb2.LOW
+    with pytest.raises(ConflictError, match="another priority"):
+        await stub.CreateJob(jobs_pb2.CreateJobRequest(request_id="r", job=job))
+    job.priority = 77  # type: ignore[assignment]  # an enumeration is open
+    with pytest.raises(InvalidInput) as caught:
+        await stub.CreateJob(jobs_pb2.CreateJobRequest(request_id="other", job=job))
+    assert list(caught.value.violations) == ["priority"]
+
+
+async def test_a_job_that_is_done_in_time_comes_back_done(job_house: Any) -> None:
+    stub = job_house.stub()
     job_house.permit(3)
-    operation = await stub.WaitOperation(operations_pb2.WaitOperationRequest(name=name), timeout=LONG_S)
+    request = jobs_pb2.CreateJobRequest(
+        request_id="r", job=jobs_pb2.Job(federated_training=training()), inline_wait_s=LONG_S
+    )
+    operation = await stub.CreateJob(request, timeout=LONG_S)
     result = jobs_pb2.JobResult()
     assert operation.done
     assert operation.response.Unpack(result)
-    assert result.epsilon_example == 3.5
+    assert result.metrics["auc"] == 0.625
+    assert await stub.CreateJob(request) == operation
+    request.inline_wait_s = 60.5
+    with pytest.raises(InvalidInput) as caught:
+        await stub.CreateJob(request)
+    assert list(caught.value.violations) == ["inline_wait_s"]
 
-    other = await client.submit(training())
-    await stub.CancelOperation(operations_pb2.CancelOperationRequest(name=f"operations/{other.job_id}"))
+
+async def test_a_client_that_goes_away_while_it_waits_finds_its_job(job_house: Any) -> None:
+    client, stub = job_house.client(), job_house.stub()
+    job = jobs_pb2.Job(federated_training=training())
+    call = stub.CreateJob(jobs_pb2.CreateJobRequest(request_id="r", job=job, inline_wait_s=LONG_S))
+    while not (jobs := await client.list()):
+        pass
+    call.cancel()
+    events = client.watch(jobs[0].job_id)
+    while (await anext(events)).kind != "started":
+        pass
+    await events.aclose()
+    assert (await client.submit(job, "r")).job_id == jobs[0].job_id
+
+
+async def test_an_evaluation_and_an_export_are_jobs_with_files_of_their_own(job_house: Any, tmp_path: Path) -> None:
+    """And wait for no training."""
+    client = job_house.client()
+    job_house.permit(3)
+    source = await client.wait((await client.submit(training())).job_id, timeout_s=LONG_S)
+    running = await client.submit(training())
+    made = {
+        "model.safetensors": (jobs_pb2.Evaluation(job_id=source.job_id), job_house.model),
+        "model.npz": (jobs_pb2.Export(job_id=source.job_id), job_house.exported),
+    }
+    for name, (spec, content) in made.items():
+        job = await client.submit(spec)
+        events = client.watch(job.job_id)
+        while (await anext(events)).kind != "started":
+            pass
+        job_house.permit(2)  # one for the training
+        assert [event.kind async for event in events] == ["succeeded"]
+        job = await client.get(job.job_id)
+        assert (job.WhichOneof("spec"), job.timeout) == (job.kind, Duration(seconds=600))
+        files = await client.fetch_artifact(job.job_id, tmp_path / job.kind)
+        assert {*files} == {name, "manifest.json"}
+        assert files[name].read_bytes() == content
+        with pytest.raises(NotFoundError, match=f"no job '{source.job_id}'"):
+            await job_house.client(BOB).submit(spec)
+    kinds = [job.kind for job in await client.list('kind = "evaluation" OR kind = "export"', "kind desc")]
+    assert kinds == ["export", "evaluation"]
+    assert (await client.get(running.job_id)).state in (jobs_pb2.PENDING, jobs_pb2.RUNNING)
+
+
+async def test_an_attempt_that_is_made_again_is_seen_by_everybody(job_house: Any) -> None:
+    client = job_house.client()
+    job = await client.submit(training(seed=17))
     job_house.permit(1)
-    request = operations_pb2.WaitOperationRequest(name=f"operations/{other.job_id}")
-    operation = await stub.WaitOperation(request, timeout=LONG_S)
-    assert operation.error.code == code_pb2.CANCELLED
+    events = client.watch(job.job_id)
+    while (event := await anext(events)).kind != "retrying":
+        pass
+    assert (event.state, event.attempt) == (jobs_pb2.RETRYING, 1)
+    job = await client.get(job.job_id)
+    assert (job.state, job.attempt, job.error.reason) == (jobs_pb2.RETRYING, 1, "WORKER_FAILED")
+    assert (job.error.log_reference, job.retry_time.seconds) == ("incident 17", 10**9)
+    request = operations_pb2.GetOperationRequest(name=f"operations/{job.job_id}")
+    operation = await job_house.operations().GetOperation(request)
+    assert (operation.done, operation.HasField("error")) == (False, False)
+    assert (await client.status()).jobs_running == 1
+    job_house.permit(4)
+    assert [event.kind async for event in events][:2] == ["resumed", "round"]
+    job = await client.get(job.job_id)
+    assert (job.state, job.HasField("error"), job.HasField("retry_time")) == (jobs_pb2.SUCCEEDED, False, False)
 
-    listed = await stub.ListOperations(operations_pb2.ListOperationsRequest(name="operations", page_size=1))
-    assert [each.name for each in listed.operations] == [f"operations/{other.job_id}"]
-    token = listed.next_page_token
-    listed = await stub.ListOperations(operations_pb2.ListOperationsRequest(page_size=1, page_token=token))
-    assert ([each.name for each in listed.operations], listed.next_page_token) == ([name], "")
 
-
-async def test_a_failed_operation_carries_the_status_that_an_rpc_would_have(job_house: Any) -> None:
-    job = await job_house.client().submit(training(seed=13))
+async def test_a_job_is_cancelled_between_two_attempts(job_house: Any) -> None:
+    client = job_house.client()
+    job = await client.submit(training(seed=17))
     job_house.permit(1)
-    request = operations_pb2.WaitOperationRequest(name=f"operations/{job.job_id}")
-    operation = await job_house.operations().WaitOperation(request, timeout=LONG_S)
-    info = error_details_pb2.ErrorInfo()
-    assert operation.error.code == code_pb2.FAILED_PRECONDITION
-    assert operation.error.message == "party a refuses"
-    assert operation.error.details[0].Unpack(info)
-    assert (info.reason, info.domain, info.metadata["stage"]) == ("BUDGET_EXCEEDED", DOMAIN, "round 1")
+    events = client.watch(job.job_id)
+    while (await anext(events)).kind != "retrying":
+        pass
+    assert (await client.cancel(job.job_id)).state == jobs_pb2.CANCELLING
+    job_house.permit(1)
+    assert [event.kind async for event in events] == ["cancelling", "cancelled"]
 
 
-@pytest.mark.parametrize("name", ["", "operations/", "operations/none", "jobs/x"])
-async def test_other_names_are_no_operations(job_house: Any, name: str) -> None:
-    with pytest.raises(NotFoundError):
-        await job_house.operations().GetOperation(operations_pb2.GetOperationRequest(name=name))
+async def test_a_deleted_job_keeps_its_history_and_no_files(job_house: Any) -> None:
+    client = job_house.client()
+    job = await client.submit(training())
+    with pytest.raises(StateError, match="cancel it first"):
+        await client.delete(job.job_id)
+    job_house.permit(3)
+    await client.wait(job.job_id, timeout_s=LONG_S)
+    job = await client.delete(job.job_id)
+    assert (job.state, job.HasField("delete_time"), list(job.result.files)) == (jobs_pb2.SUCCEEDED, True, [])
+    assert await client.get(job.job_id) == job == await client.delete(job.job_id)
+    assert await client.list() == []
+    assert [each.job_id for each in await client.list(show_deleted=True)] == [job.job_id]
+    kinds = [event.kind for event in await client.events(job.job_id)]
+    assert kinds == ["submitted", "started", "round", "round", "round", "succeeded", "deleted"]
+    download = jobs_pb2.DownloadArtifactRequest(job_id=job.job_id, file="model.safetensors")
+    with pytest.raises(NotFoundError, match="were deleted"):
+        await anext(aiter(job_house.stub().DownloadArtifact(download)))
 
 
-async def test_operations_are_kept(job_house: Any) -> None:
-    with pytest.raises(VersionError, match="jobs are kept"):  # UNIMPLEMENTED
-        await job_house.operations().DeleteOperation(operations_pb2.DeleteOperationRequest(name="operations/x"))
+async def test_a_history_is_read_by_the_page(job_house: Any) -> None:
+    client, stub = job_house.client(), job_house.stub()
+    job = await client.submit(training())
+    job_house.permit(3)
+    await client.wait(job.job_id, timeout_s=LONG_S)
+    seen, after = [], 0
+    while True:
+        request = jobs_pb2.ListJobEventsRequest(job_id=job.job_id, after_sequence=after, page_size=4)
+        page = await stub.ListJobEvents(request)
+        seen += [(event.sequence, event.cause) for event in page.events]
+        after = page.next_after_sequence
+        if not after:
+            break
+    assert [sequence for sequence, _ in seen] == [1, 2, 3, 4, 5, 6]
+    assert seen[0] == (1, "scientist/ann")
+
+
+async def test_a_page_that_no_message_could_hold_comes_in_several(job_house: Any) -> None:
+    options = Struct()
+    options.update({"note": "x" * 60_000})
+    rows = [job_house.row(training(task_options=options), number) for number in range(80)]
+    await job_house.store_all(rows)
+    jobs = await job_house.client().list(page_size=1000)
+    assert [job.job_id for job in jobs] == [row.job_id for row in reversed(rows)]
+    token, names = "", []
+    while True:
+        request = operations_pb2.ListOperationsRequest(page_size=1000, page_token=token, filter="state = PENDING")
+        page = await job_house.operations().ListOperations(request)
+        names += [each.name for each in page.operations]
+        token = page.next_page_token
+        if not token:
+            break
+    assert names == [f"operations/{row.job_id}" for row in reversed(rows)]
+
+
+async def test_a_stopping_aggregator_takes_no_jobs_and_sends_watchers_on(job_house: Any) -> None:
+    stub = job_house.stub()
+    job = await job_house.client().submit(training())
+    events = stub.WatchJob(jobs_pb2.WatchJobRequest(job_id=job.job_id, after_sequence=9))
+    job_house.service.close()
+    with pytest.raises(UnavailableError, match="is being stopped"):
+        await anext(aiter(events))
+    with pytest.raises(UnavailableError, match="is being stopped"):
+        await stub.CreateJob(jobs_pb2.CreateJobRequest(request_id="r", job=jobs_pb2.Job(federated_training=training())))
+
+
+def test_every_method_has_its_row_in_the_table_of_roles() -> None:
+    (service,) = jobs_pb2.DESCRIPTOR.services_by_name.values()
+    assert set(jobs_servicer.ROLES) == {f"/{service.full_name}/{method.name}" for method in service.methods}
+    (service,) = operations_pb2.DESCRIPTOR.services_by_name.values()
+    assert set(operations_servicer.ROLES) == {f"/{service.full_name}/{method.name}" for method in service.methods}

@@ -1,4 +1,4 @@
-"""The worker pool, with real processes."""
+"""The worker pool, with real processes: what a unit is, how it ends, and that nothing is left."""
 
 from __future__ import annotations
 
@@ -31,6 +31,7 @@ from src.errors import (
 )
 from src.jobs.executors import units
 from src.jobs.executors.pool import WorkerPool
+from src.jobs.executors.settings import PoolSettings
 from src.storage.blobs import Blobs
 
 ROOT = Path(__file__).parents[2]
@@ -48,9 +49,12 @@ def blobs(tmp_path: Path) -> Blobs:
 async def make_pool(tmp_path: Path) -> AsyncIterator[MakePool]:
     pools: list[WorkerPool] = []
 
-    async def make(size: int = 1, **settings: Any) -> WorkerPool:
-        arguments = {"handlers": SELFTEST, "blobs_root": tmp_path / "blobs", "workspace": tmp_path / "work"}
-        pool = WorkerPool(**{**arguments, "size": size, **settings})
+    async def make(
+        size: int = 1, handlers: str = SELFTEST, preload: tuple[str, ...] = (), **numbers: Any
+    ) -> WorkerPool:
+        settings = PoolSettings(**{"size": size, "min_size": size, "max_size": size, "nice": 0, **numbers})
+        directories = {"blobs_root": tmp_path / "blobs", "workspace": tmp_path / "work"}
+        pool = WorkerPool(settings, handlers=handlers, preload=preload, **directories)
         pools.append(pool)
         await pool.start()
         return pool
@@ -66,10 +70,12 @@ async def _until(condition: Callable[[], bool]) -> None:
         await asyncio.sleep(0.005)
 
 
-async def _begin_busy(pool: WorkerPool, blobs: Blobs, **settings: Any) -> asyncio.Task[dict[str, Any]]:
+async def _begin_busy(
+    pool: WorkerPool, blobs: Blobs, unit: str = "busy", **settings: Any
+) -> asyncio.Task[dict[str, Any]]:
     """A unit that never ends, once it is really computing."""
     name = os.urandom(8).hex()
-    task = asyncio.create_task(pool.run("busy", {"blob": name}, **settings))
+    task = asyncio.create_task(pool.run(unit, {"blob": name}, **settings))
     await _until(lambda: task.done() or blobs.exists(hashlib.sha256(name.encode()).hexdigest()))
     return task
 
@@ -99,6 +105,7 @@ async def test_a_worker_is_what_the_design_says(make_pool: MakePool) -> None:
     assert found["pid"] == found["group"] != os.getpgid(0)
     assert found["interrupt_ignored"]
     assert found["main"] is None
+    assert found["core_bytes"] == 0
     assert found["workspace"] == []
     kinds = {name.partition(":")[0] for name in found["files"] if not name.startswith("/proc/")}
     assert kinds <= {"socket", "pipe"}
@@ -123,8 +130,9 @@ async def test_an_error_of_the_catalogue_is_raised_again_as_itself(make_pool: Ma
     assert type(caught.value) is BY_REASON[reason]
     assert caught.value.metadata == {"unit": "fail", "index": "3"}
     assert caught.value.private == "for the log"
-    assert pool.stats().tasks_failed == 1
-    assert pool.stats().replaced == 0
+    stats = pool.stats()
+    assert (stats.tasks_failed, stats.tasks_refused) == ((1, 0) if reason == "WORKER_FAILED" else (0, 1))
+    assert stats.replaced == 0
 
 
 @pytest.mark.parametrize("cls", BY_REASON.values())
@@ -187,8 +195,9 @@ async def test_a_worker_that_dies_while_idle_fails_nobody(make_pool: MakePool) -
     pool = await make_pool()
     before = await _pid(pool)
     os.kill(before, signal.SIGKILL)
-    await _until(lambda: not pool._idle[0].alive)
+    await _until(lambda: pool.stats().replaced == 1)
     assert await _pid(pool) != before
+    assert not psutil.pid_exists(before)
     assert pool.stats().tasks_failed == 0
 
 
@@ -204,6 +213,22 @@ async def test_when_the_zygote_dies_the_pool_starts_over(make_pool: MakePool) ->
         assert await pool.run("echo", {"n": 1}) == {"n": 1}
     await pool.close()
     assert not psutil.Process().children(recursive=True)
+
+
+async def test_a_zygote_that_dies_is_replaced_before_anybody_asks_and_takes_its_workers_along(
+    make_pool: MakePool, blobs: Blobs
+) -> None:
+    pool = await make_pool(size=2)
+    task = await _begin_busy(pool, blobs)
+    before = psutil.Process().children(recursive=True)
+    (zygote,) = psutil.Process().children()
+    zygote.kill()
+    with pytest.raises(WorkerError, match="the worker of unit busy died"):
+        await task
+    await _until(lambda: pool.stats().idle == 2)
+    assert not any(process.is_running() and process.status() != psutil.STATUS_ZOMBIE for process in before)
+    assert not psutil.pid_exists(zygote.pid)
+    assert await pool.run("echo", {"n": 1}) == {"n": 1}
 
 
 async def test_a_unit_over_its_time_is_killed_and_its_worker_replaced(make_pool: MakePool, blobs: Blobs) -> None:
@@ -222,6 +247,28 @@ async def test_cancelling_the_caller_kills_the_unit(make_pool: MakePool, blobs: 
     task.cancel()
     with pytest.raises(asyncio.CancelledError):
         await task
+    assert await _pid(pool) != before
+    assert not psutil.pid_exists(before)
+
+
+async def test_what_a_unit_started_is_killed_with_it(make_pool: MakePool, blobs: Blobs) -> None:
+    pool = await make_pool()
+    before = psutil.Process(await _pid(pool))
+    task = await _begin_busy(pool, blobs, unit="spawn")
+    (child,) = before.children()
+    assert os.getpgid(child.pid) == before.pid
+    task.cancel()
+    await asyncio.wait([task])
+    await _until(lambda: not before.is_running())
+    await _until(lambda: not child.is_running() or child.status() == psutil.STATUS_ZOMBIE)  # whose is not the pool's
+
+
+async def test_a_stopped_worker_is_killed_when_its_time_is_over(make_pool: MakePool) -> None:
+    pool = await make_pool()
+    before = await _pid(pool)
+    os.kill(before, signal.SIGSTOP)
+    with pytest.raises(DeadlineError):
+        await pool.run("echo", {}, timeout_s=0.1)
     assert await _pid(pool) != before
     assert not psutil.pid_exists(before)
 
@@ -295,15 +342,55 @@ async def test_a_closed_pool_can_be_started_again(make_pool: MakePool) -> None:
     assert await pool.run("echo", {"n": 1}) == {"n": 1}
 
 
+@pytest.mark.parametrize("steps", [0, 1, 2, 3, 5, 8])
+async def test_a_start_that_is_cancelled_leaves_nothing(make_pool: MakePool, steps: int) -> None:
+    """At its first steps, and in the middle of the zygote's imports."""
+    task: asyncio.Task[WorkerPool] = asyncio.ensure_future(make_pool(size=2))
+    for _ in range(steps):
+        await asyncio.sleep(0)
+    if steps == 8:
+        await _until(lambda: len(psutil.Process().children(recursive=True)) > 0)
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    assert not psutil.Process().children(recursive=True)
+
+
+async def test_a_start_that_is_closed_meanwhile_says_so_and_leaves_nothing(tmp_path: Path) -> None:
+    pool = WorkerPool(PoolSettings(), handlers=SELFTEST, blobs_root=tmp_path, workspace=tmp_path / "work")
+    task = asyncio.create_task(pool.start())
+    await _until(lambda: len(psutil.Process().children(recursive=True)) > 0)
+    await pool.close()
+    with pytest.raises(AbandonedError, match="closed while it started"):
+        await task
+    assert not psutil.Process().children(recursive=True)
+
+
+async def test_a_close_that_is_cancelled_is_finished_all_the_same(make_pool: MakePool, blobs: Blobs) -> None:
+    pool = await make_pool(size=2)
+    unit = await _begin_busy(pool, blobs)
+    task = asyncio.create_task(pool.close())
+    await asyncio.sleep(0)
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    with pytest.raises(AbandonedError):
+        await unit
+    await pool.close()
+    assert not psutil.Process().children(recursive=True)
+
+
 ROLE = """
 import asyncio, hashlib, json, sys
 from pathlib import Path
 from src.jobs.executors.pool import WorkerPool
+from src.jobs.executors.settings import PoolSettings
 from src.storage.blobs import Blobs
 print("main runs", file=sys.stderr)
 async def main():
     root = Path(sys.argv[1])
-    pool = WorkerPool(handlers="jobs.executors.selftest", blobs_root=root / "blobs", workspace=root / "work", size=2)
+    directories = {"blobs_root": root / "blobs", "workspace": root / "work"}
+    pool = WorkerPool(PoolSettings(size=2), handlers="jobs.executors.selftest", **directories)
     await pool.start()
     pid = (await pool.run("describe", {}))["pid"]
     busy = asyncio.create_task(pool.run("busy", {"blob": "begun"}))
@@ -355,8 +442,3 @@ async def test_handlers_that_import_grpc_are_refused(make_pool: MakePool) -> Non
     with pytest.raises(WorkerError) as caught:
         await make_pool(preload=("communication.errors",))
     assert "must not import grpc" in caught.value.private
-
-
-def test_a_pool_has_at_least_one_worker(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="at least one"):
-        WorkerPool(handlers=SELFTEST, blobs_root=tmp_path, workspace=tmp_path, size=0)

@@ -4,13 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
-from collections.abc import AsyncIterator, Callable
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Callable
 from typing import Any
 
 import pytest
-from sqlalchemy import MetaData
 
 from src.communication.identity import Identity
 from src.errors import (
@@ -19,108 +16,18 @@ from src.errors import (
     InvalidInput,
     LimitError,
     NotFoundError,
-    SottoError,
     StateError,
     UnavailableError,
 )
-from src.jobs.service import EVENTS_A_READ, Activity, JobService, Notifier, Status
-from src.jobs.spec import FederatedTrainingSpec
-from src.jobs.states import Event, EventKind, JobState, round_event, succeeded_event
-from src.jobs.store import JobStore, StoredEvent
-from src.storage.blobs import Blobs
-from src.storage.database import Database
+from src.jobs.service import EVENTS_A_READ, Activity
+from src.jobs.states import Event, EventKind, JobState, Priority, round_event, succeeded_event
+from src.jobs.store import StoredEvent
 
+House = Any
 ANN, BOB, OPERATOR = Identity("scientist", "ann"), Identity("scientist", "bob"), Identity("operator", "ann")
 STARTED = Event(kind=EventKind.STARTED, message="started")
 LONG_S = 30.0
 """Far beyond what any wait here takes; only a hang reaches it."""
-
-
-@dataclass(frozen=True)
-class Limits:
-    max_jobs_pending: int = 3
-    max_rounds: int = 100
-    max_parties: int = 3
-    max_round_timeout_s: float = 1000.0
-
-
-class PlayedCoordinator:
-    """Accepts what its `refusal` allows and counts how often it was woken."""
-
-    def __init__(self) -> None:
-        self.refusal: SottoError | None = None
-        self.priced = 0
-        self.woken = 0
-
-    async def price(self, spec: FederatedTrainingSpec) -> None:
-        self.priced += 1
-        if self.refusal:
-            raise self.refusal
-
-    def wake(self) -> None:
-        self.woken += 1
-
-    def progress(self, job_id: str) -> Activity | None:
-        return Activity("training", ("b",))
-
-    def status(self) -> Status:
-        return Status(
-            federation="demo",
-            software_version="1",
-            key_id="k",
-            custody="threshold",
-            parties=(),
-            workers_busy=1,
-            workers_idle=0,
-            jobs_pending=-1,
-            jobs_running=-1,
-        )
-
-
-class House:
-    """A service and what stands around it."""
-
-    def __init__(self, directory: Path) -> None:
-        metadata = MetaData()
-        self.store = JobStore(metadata)
-        self.database = Database(directory / "jobs.db", metadata, schema_version=1)
-        self.blobs = Blobs(directory / "blobs")
-        self.coordinator = PlayedCoordinator()
-        self.now = 1_000.0
-        self.service = JobService(
-            self.database,
-            self.store,
-            blobs=self.blobs,
-            coordinator=self.coordinator,
-            limits=Limits(),
-            notifier=Notifier(),
-            clock=self._clock,
-        )
-
-    def _clock(self) -> float:
-        self.now += 1
-        return self.now
-
-    async def create(
-        self, caller: Identity = ANN, request_id: str = "r", *, model: bytes = b"", **fields: object
-    ) -> str:
-        digest = hashlib.sha256(model).hexdigest() if model else ""
-        spec = FederatedTrainingSpec.from_json({"task": "t", "initial_model_sha256": digest, **fields})
-        view = await self.service.create(caller, request_id, spec=spec, display_name="x", initial_model=model)
-        return view.row.job_id
-
-    async def happen(self, job_id: str, *events: Event) -> None:
-        for event in events:
-            await self.database.run(lambda c, e=event: self.store.apply(c, job_id, e, now=self._clock()))  # type: ignore[misc]
-            self.service.notify(job_id)
-
-
-@pytest.fixture
-async def house(tmp_path: Path) -> AsyncIterator[House]:
-    house = House(tmp_path)
-    await house.database.open()
-    yield house
-    await house.database.close()
 
 
 async def follow(
@@ -142,7 +49,9 @@ async def test_a_job_is_stored_priced_and_put_before_the_coordinator(house: Hous
     view = await house.service.get(ANN, job_id)
     assert (view.row.state, view.row.owner, view.queue_position) == (JobState.PENDING, "scientist/ann", 1)
     assert view.activity == Activity("training", ("b",))
-    assert (house.coordinator.priced, house.coordinator.woken) == (1, 1)
+    assert view.row.priority is Priority.NORMAL
+    assert (view.row.attempt, view.row.max_attempts, view.row.kind) == (0, 3, "federated_training")
+    assert (house.coordinator.priced, house.coordinator.woken) == ([("federated_training", "scientist/ann")], 1)
 
 
 async def test_a_repeated_request_is_answered_with_the_job_even_when_the_budget_is_gone(house: House) -> None:
@@ -269,10 +178,10 @@ async def test_a_history_longer_than_one_read_comes_whole_and_to_a_slow_reader_t
     seen = [(await anext(events)).sequence]  # now the reader rests while everything happens
 
     def much(connection: object) -> None:
-        house.store.apply(connection, job_id, STARTED, now=1.0)  # type: ignore[arg-type]
+        house.store.apply(connection, job_id, STARTED, now=1.0)
         for number in range(2 * EVENTS_A_READ - 3):
-            house.store.apply(connection, job_id, round_event({"round": number, "state": "FAILED"}), now=1.0)  # type: ignore[arg-type]
-        house.store.apply(connection, job_id, succeeded_event({}), now=1.0)  # type: ignore[arg-type]
+            house.store.apply(connection, job_id, round_event({"round": number, "state": "FAILED"}), now=1.0)
+        house.store.apply(connection, job_id, succeeded_event({}), now=1.0)
 
     await house.database.run(much)
     house.service.notify(job_id)

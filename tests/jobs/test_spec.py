@@ -1,11 +1,9 @@
-"""What a job may ask for, and how it is told what it may not."""
+"""What a federated training may ask for, and how it is told what it may not."""
 
 from __future__ import annotations
 
-import base64
 import hashlib
 import json
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,14 +11,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from src.communication.generated import jobs_pb2
-from src.errors import ConfigError, InvalidInput
-from src.jobs.spec import (
-    MAX_INITIAL_MODEL_BYTES,
-    FederatedTrainingSpec,
-    load_job_file,
-    spec_from_proto,
-    spec_to_proto,
-)
+from src.errors import InvalidInput
+from src.jobs.spec import FederatedTrainingSpec, spec_to_proto
+from src.jobs.spec_base import MAX_MODEL_BYTES
+from src.jobs.specs import spec_from_proto
 
 NAN, INF = float("nan"), float("inf")
 
@@ -40,7 +34,7 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"seed": 2**53}, "seed"),
     ({"round_timeout_s": -1.0}, "round_timeout_s"),
     ({"round_timeout_s": NAN}, "round_timeout_s"),
-    ({"initial_model": bytes(MAX_INITIAL_MODEL_BYTES + 1)}, "initial_model"),
+    ({"initial_model": bytes(MAX_MODEL_BYTES + 1)}, "initial_model"),
     ({"task_options": {"x": NAN}}, "task_options"),
     ({"task_options": {"x": {"y": [INF]}}}, "task_options"),
     ({"task_options": {"x": "x" * (64 << 10)}}, "task_options"),
@@ -76,6 +70,13 @@ def make_job(**changes: Any) -> jobs_pb2.Job:
     return jobs_pb2.Job(federated_training=training)
 
 
+def read(**changes: Any) -> FederatedTrainingSpec:
+    """The specification of such a job."""
+    spec = spec_from_proto(make_job(**changes))
+    assert isinstance(spec, FederatedTrainingSpec)
+    return spec
+
+
 @pytest.mark.parametrize(("changes", "path"), REFUSED, ids=[f"{path}-{n}" for n, (_, path) in enumerate(REFUSED)])
 def test_what_is_out_of_range_is_refused_by_its_fields_path(changes: dict[str, Any], path: str) -> None:
     with pytest.raises(InvalidInput) as caught:
@@ -84,7 +85,7 @@ def test_what_is_out_of_range_is_refused_by_its_fields_path(changes: dict[str, A
 
 
 def test_all_violations_are_told_at_once() -> None:
-    job = make_job(task="", rounds=-1, local_training={"steps": -3}, initial_model=bytes(MAX_INITIAL_MODEL_BYTES + 1))
+    job = make_job(task="", rounds=-1, local_training={"steps": -3}, initial_model=bytes(MAX_MODEL_BYTES + 1))
     job.display_name = "x" * 201
     with pytest.raises(InvalidInput) as caught:
         spec_from_proto(job)
@@ -98,12 +99,12 @@ def test_all_violations_are_told_at_once() -> None:
 
 
 def test_a_job_that_asks_for_nothing_is_refused() -> None:
-    with pytest.raises(InvalidInput, match="federated_training: required"):
+    with pytest.raises(InvalidInput, match="spec: required: one of federated_training, evaluation, export"):
         spec_from_proto(jobs_pb2.Job())
 
 
 def test_zero_and_unset_fields_take_the_documented_defaults() -> None:
-    spec = spec_from_proto(make_job())
+    spec = read()
     assert spec.to_json() == {
         "task": "randhie",
         "rounds": 10,
@@ -126,16 +127,14 @@ def test_zero_and_unset_fields_take_the_documented_defaults() -> None:
         "initial_model_sha256": "",
         "task_options": {},
     }
-    assert spec_from_proto(make_job(server_optimizer={"name": "fedavgm"})).server_optimizer.momentum == 0.9
+    assert read(server_optimizer={"name": "fedavgm"}).server_optimizer.momentum == 0.9
 
 
 def test_a_zero_that_means_something_is_kept() -> None:
-    spec = spec_from_proto(
-        make_job(
-            spare_rounds=0,
-            party_privacy={"noise_multiplier": 0.0},
-            server_optimizer={"name": "fedavgm", "momentum": 0.0},
-        )
+    spec = read(
+        spare_rounds=0,
+        party_privacy={"noise_multiplier": 0.0},
+        server_optimizer={"name": "fedavgm", "momentum": 0.0},
     )
     assert (spec.spare_rounds, spec.party_privacy.noise_multiplier, spec.server_optimizer.momentum) == (0, 0.0, 0.0)
 
@@ -176,7 +175,7 @@ def test_wire_and_store_give_back_the_same_specification_and_digest(spec: Federa
 
 def test_the_digest_is_a_fixed_one() -> None:
     """A known answer: a stored job keeps its digest from version to version."""
-    assert spec_from_proto(make_job()).digest == "1eb2222404f33852aab1dfea198d1c5a4cb9386164c06fe1fb0437ba648fddaf"
+    assert read().digest == "1eb2222404f33852aab1dfea198d1c5a4cb9386164c06fe1fb0437ba648fddaf"
 
 
 @pytest.mark.parametrize(
@@ -194,83 +193,12 @@ def test_the_digest_is_a_fixed_one() -> None:
     ],
 )
 def test_another_specification_has_another_digest(changes: dict[str, Any]) -> None:
-    digests = {spec_from_proto(make_job(**row)).digest for row in ({}, changes, {"task_options": {"y": 1}})}
+    digests = {read(**row).digest for row in ({}, changes, {"task_options": {"y": 1}})}
     assert len(digests) == 3
 
 
 def test_only_the_digest_of_the_initial_model_is_kept() -> None:
-    spec = spec_from_proto(make_job(initial_model=b"weights"))
+    spec = read(initial_model=b"weights")
     assert spec.initial_model_sha256 == hashlib.sha256(b"weights").hexdigest()
     assert spec_to_proto(spec).initial_model == b""
     assert spec_to_proto(spec, b"weights").initial_model == b"weights"
-
-
-JOB_FILE = """
-display_name: first try
-federated_training:
-  task: randhie
-  rounds: 3
-  local_training: {delta: 1e-5, epsilon: 2}
-  encryption: {scheme: plaintext}
-  initial_model: start.safetensors
-  task_options: {hidden: 16, dropout: 0.1}
-"""
-
-
-def test_a_job_file_in_yaml_is_read_with_numbers_as_numbers(tmp_path: Path) -> None:
-    (tmp_path / "start.safetensors").write_bytes(b"weights")
-    path = tmp_path / "job.yaml"
-    path.write_text(JOB_FILE)
-    job = load_job_file(path)
-    spec = spec_from_proto(job)
-    assert job.display_name == "first try"
-    assert job.federated_training.initial_model == b"weights"
-    assert (spec.rounds, spec.local_training.delta, spec.local_training.epsilon) == (3, 1e-5, 2.0)
-    assert spec.encryption.scheme == "plaintext"
-    assert spec.task_options == {"hidden": 16, "dropout": 0.1}
-
-
-def test_a_job_file_may_be_json_and_hold_the_model_itself(tmp_path: Path) -> None:
-    path = tmp_path / "job.json"
-    model = "base64:" + base64.b64encode(b"weights").decode()
-    path.write_text(json.dumps({"federated_training": {"task": "randhie", "initial_model": model}}))
-    assert load_job_file(path).federated_training.initial_model == b"weights"
-
-
-FILES_REFUSED: list[tuple[str, list[str]]] = [
-    ("federated_training: {task: t, rouns: 3}", ["federated_training.rouns"]),
-    ("federated_training: {task: t, rounds: '3'}", ["federated_training.rounds"]),
-    ("federated_training: {task: t, rounds: 0}", ["federated_training.rounds"]),
-    ("federated_training: {task: t, local_training: {epsilon: four}}", ["federated_training.local_training.epsilon"]),
-    (
-        f"federated_training: {{task: t, initial_model_sha256: {'0' * 63}a}}",
-        ["federated_training.initial_model_sha256"],
-    ),
-    ("federated_training: {task: t, initial_model: none.bin}", ["federated_training.initial_model"]),
-    ("federated_training: {task: t, initial_model: 'base64:?'}", ["federated_training.initial_model"]),
-    (
-        "federated_training: {rounds: 0, seed: -1}",
-        [f"federated_training.{name}" for name in ("rounds", "seed", "task")],
-    ),
-    ("federated_training: {task: t}\nstate: RUNNING", ["state"]),
-    ("federated_training: {task: t}\ndisplay_name: 3", ["display_name"]),
-    ("display_name: nothing to do", ["federated_training"]),
-]
-
-
-@pytest.mark.parametrize(("text", "paths"), FILES_REFUSED)
-def test_what_is_wrong_with_a_job_file_is_told_by_path(tmp_path: Path, text: str, paths: list[str]) -> None:
-    path = tmp_path / "job.yaml"
-    path.write_text(text)
-    with pytest.raises(InvalidInput) as caught:
-        load_job_file(path)
-    assert sorted(caught.value.violations) == sorted(paths)
-
-
-def test_a_job_file_that_is_not_there_or_not_yaml_is_a_config_error(tmp_path: Path) -> None:
-    path = tmp_path / "job.yaml"
-    with pytest.raises(ConfigError, match="no such"):
-        load_job_file(path)
-    path.write_text("{")
-    with pytest.raises(ConfigError, match="not YAML"):
-        load_job_file(path)

@@ -15,7 +15,8 @@ import typer
 import yaml
 
 from src.cli import app
-from src.jobs.spec import load_job_file, spec_from_proto
+from src.jobs.spec import FederatedTrainingSpec
+from src.jobs.specs import load_job_file, spec_from_proto
 from src.learning.task import known_tasks
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -213,6 +214,7 @@ def test_a_command_that_does_not_exist_is_noticed() -> None:
 
 def test_the_job_is_one_that_the_parties_can_take() -> None:
     spec = spec_from_proto(load_job_file(DOCKER / "job.yaml"))
+    assert isinstance(spec, FederatedTrainingSpec)
     assert spec.task in known_tasks()
     assert spec.local_training.epsilon < 4.0, "the budget that provisioning writes"
     assert spec.priced_rounds <= 200, "likewise"

@@ -56,6 +56,7 @@ from src.protocol.signing import Signed, SigningKey, open_signed
 from src.storage.blobs import Blobs
 from src.storage.database import Database
 from src.storage.ledger import LedgerStore
+from src.storage.migrations import Migrations
 
 DIMENSION: Final = 60  # three ciphertexts of a 512-bit key
 PATIENCE_S: Final = 60.0  # only a hang reaches it
@@ -286,6 +287,10 @@ class Pool:
         self._blobs = blobs
         self.dies_at = ""
 
+    def cores_for_a_unit(self) -> int:
+        """One: batches here are small."""
+        return 1
+
     async def run(self, name: str, params: Mapping[str, Any]) -> dict[str, Any]:
         if name == self.dies_at:
             raise WorkerError(f"unit {name} was killed")
@@ -314,7 +319,7 @@ class PartyA:
         metadata = MetaData()
         memory, ledger = RoundMemory(metadata), LedgerStore(metadata)
         home = Home(self.config)
-        self._database = Database(self.config.state_dir / "party.sqlite", metadata, schema_version=1)
+        self._database = Database(self.config.state_dir / "party.sqlite", Migrations("party"))
         await self._database.open()
         self.pool = Pool(self.blobs)
         worker = RoundWorker(

@@ -31,7 +31,7 @@ def kits(tmp_path_factory: pytest.TempPathFactory) -> Path:
         aggregator_overrides={
             "server": {"listen": "127.0.0.1:0", "reflection": False},
             "limits": {"max_message_bytes": 65_536},
-            "workers": {"count": 1, "nice": 0},
+            "workers": {"size": 1, "nice": 0},
         },
         party_overrides={
             "datasets": {"scripted": {"declared_rows": 100}},

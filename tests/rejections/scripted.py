@@ -364,7 +364,7 @@ class House:
             await self.client.wait(job_id, timeout_s=PATIENCE_S)
 
     async def row(self, name: federation_pb2.RoundName) -> RoundRow:
-        return await self.app._coordinator.row(name.job_id, name.round)
+        return await self.app._coordinator.trainings.row(name.job_id, name.round)
 
     def files(self) -> set[str]:
         """What lies in the blob store, whole or in part."""

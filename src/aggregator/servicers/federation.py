@@ -52,6 +52,7 @@ from ..round_row import (
 )
 from ..rounds import wanted
 from ..sessions import Session, Sessions
+from ..trainings import Trainings
 
 LOG = logging.getLogger("sotto.aggregator")
 
@@ -86,6 +87,7 @@ class FederationServicer(federation_pb2_grpc.FederationServiceServicer):
         *,
         config: AggregatorConfig,
         coordinator: Coordinator,
+        trainings: Trainings,
         federation: Federation,
         pipeline: AggregatorPipeline,
         sessions: Sessions,
@@ -93,6 +95,7 @@ class FederationServicer(federation_pb2_grpc.FederationServiceServicer):
     ) -> None:
         self._config = config
         self._coordinator = coordinator
+        self._trainings = trainings
         self._federation = federation
         self._pipeline = pipeline
         self._sessions = sessions
@@ -146,8 +149,8 @@ class FederationServicer(federation_pb2_grpc.FederationServiceServicer):
         self._federation.roster.member(name)
         session = self._sessions.open(name, request.session_id[:64])
         try:
-            rows = [await self._coordinator.row(each.job_id, each.round) for each in request.in_hand[:64]]
-            self._sessions.offer(name, [*rows, *self._coordinator.rows()])
+            rows = [await self._trainings.row(each.job_id, each.round) for each in request.in_hand[:64]]
+            self._sessions.offer(name, [*rows, *self._trainings.rows()])
         except NotFoundError:
             LOG.warning("party %s has a round in hand that this aggregator does not know", name)
         self._coordinator.wake()
@@ -181,7 +184,7 @@ class FederationServicer(federation_pb2_grpc.FederationServiceServicer):
         signed = signed_from_proto(request.root)
         self._root_statement(row, name, signed)
         budget = (_disclosed(request, "example_epsilon_spent"), _disclosed(request, "example_epsilon_left"))
-        await self._coordinator.happened(row.job_id, row.number, RootCommitted(name, signed.to_json(), budget))
+        await self._trainings.happened(row.job_id, row.number, RootCommitted(name, signed.to_json(), budget))
         return federation_pb2.CommitRootResponse()
 
     def _root_statement(self, row: RoundRow, name: str, signed: Signed) -> RootStatement:
@@ -231,7 +234,7 @@ class FederationServicer(federation_pb2_grpc.FederationServiceServicer):
         ref = await self._receive_body(row, statement, header, counter.bodies(request_iterator))
         await self._pipeline.check_body(row, ref, statement)
         batch = Batch(header.hex(), ref, statement.body_bytes)
-        await self._coordinator.happened(row.job_id, row.number, BatchStored(name, batch, counter.total))
+        await self._trainings.happened(row.job_id, row.number, BatchStored(name, batch, counter.total))
         return federation_pb2.UploadUpdateResponse(accepted=True)
 
     async def _receive_body(
@@ -280,7 +283,7 @@ class FederationServicer(federation_pb2_grpc.FederationServiceServicer):
             ref = await receive_pieces(
                 counter.bodies(request_iterator), writer, size=size, expected_sha256=str(statement.get("sha256"))
             )
-        await self._coordinator.happened(row.job_id, row.number, ShareStored(name, ref.sha256))
+        await self._trainings.happened(row.job_id, row.number, ShareStored(name, ref.sha256))
         return federation_pb2.UploadSharesResponse(accepted=True)
 
     async def ReportFailure(  # noqa: N802
@@ -291,13 +294,13 @@ class FederationServicer(federation_pb2_grpc.FederationServiceServicer):
         failure = Failure(_printable(request.stage, 20), _printable(request.reason, 40), _printable(request.message))
         LOG.warning("party %s in round %d of job %s: %s", name, row.number, row.job_id, failure.message)
         with contextlib.suppress(SottoError):  # a party that has no part in the round changes nothing
-            await self._coordinator.happened(row.job_id, row.number, PartyFailed(name, failure))
+            await self._trainings.happened(row.job_id, row.number, PartyFailed(name, failure))
         return federation_pb2.ReportFailureResponse()
 
     async def _row(self, name: federation_pb2.RoundName, *, cohort: bool) -> RoundRow:
         """The round, if the caller has a part in it; otherwise it does not exist for them."""
         party = caller().name
-        row = await self._coordinator.row(name.job_id, name.round)
+        row = await self._trainings.row(name.job_id, name.round)
         if party not in row.cohort and (cohort or party not in row.holders):
             raise NotFoundError(f"no round {name.round} of job {name.job_id!r} for party {party}")
         return row

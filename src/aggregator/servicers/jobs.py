@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+import asyncio
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import aclosing
-from typing import Any, Final
+from typing import Any, Final, TypeVar
 
 from google.longrunning import operations_pb2
 
@@ -13,16 +14,32 @@ from ...communication.identity import caller
 from ...communication.streams import send_blob
 from ...jobs import wire
 from ...jobs.service import JobService
-from ...jobs.spec import spec_from_proto
+from ...jobs.specs import model_bytes, spec_from_proto
+from ...jobs.views import JobView
 from ...storage.blobs import Blobs
+
+M = TypeVar("M")
 
 SERVICE: Final = "sotto.v1.JobService"
 _MAY: Final = frozenset({"scientist", "operator"})
 ROLES: Final[dict[str, frozenset[str]]] = {
     f"/{SERVICE}/{method}": _MAY
-    for method in ("CreateJob", "GetJob", "ListJobs", "CancelJob", "WatchJob", "DownloadArtifact", "GetStatus")
+    for method in (
+        "CreateJob",
+        "GetJob",
+        "ListJobs",
+        "CancelJob",
+        "DeleteJob",
+        "WatchJob",
+        "ListJobEvents",
+        "DownloadArtifact",
+        "GetStatus",
+    )
 }
 """Who may call which method."""
+
+ENTRIES_AT_ONCE: Final = 100
+"""More than that become messages in a thread: a thousand would keep everybody else waiting for tens of milliseconds."""
 
 
 class JobServicer(jobs_pb2_grpc.JobServiceServicer):
@@ -45,26 +62,40 @@ class JobServicer(jobs_pb2_grpc.JobServiceServicer):
             request.request_id,
             spec=spec_from_proto(request.job),
             display_name=request.job.display_name,
-            initial_model=request.job.federated_training.initial_model,
+            model=model_bytes(request.job),
+            priority=wire.priority_from_proto(request.job),
+            timeout_s=wire.timeout_from_proto(request.job),
+            inline_wait_s=request.inline_wait_s,
         )
         return wire.operation_to_proto(view)
 
     async def GetJob(self, request: jobs_pb2.GetJobRequest, context: Any) -> jobs_pb2.Job:  # noqa: N802
-        return wire.job_to_proto(await self._service.get(caller(), request.job_id))
+        view = await self._service.get(caller(), request.job_id)
+        return await in_thread_if_many(wire.job_to_proto, view, count=len(view.rounds))
 
     async def ListJobs(  # noqa: N802
         self, request: jobs_pb2.ListJobsRequest, context: Any
     ) -> jobs_pb2.ListJobsResponse:
-        views, token = await self._service.list_jobs(
-            caller(),
-            page_size=request.page_size,
-            page_token=request.page_token,
-            state=wire.state_of_filter(request.filter),
-        )
-        return jobs_pb2.ListJobsResponse(jobs=[wire.job_to_proto(view) for view in views], next_page_token=token)
+        page_size = request.page_size
+        while True:
+            views, token = await self._service.list_jobs(
+                caller(),
+                filter=request.filter,
+                order_by=request.order_by,
+                page_size=page_size,
+                page_token=request.page_token,
+                show_deleted=request.show_deleted,
+            )
+            page = await build_page(wire.jobs_page, views, token)
+            if len(page.jobs) == len(views):
+                return page
+            page_size = len(page.jobs)  # as many as fit into a message: once more, for the token that belongs to it
 
     async def CancelJob(self, request: jobs_pb2.CancelJobRequest, context: Any) -> jobs_pb2.Job:  # noqa: N802
         return wire.job_to_proto(await self._service.cancel(caller(), request.job_id))
+
+    async def DeleteJob(self, request: jobs_pb2.DeleteJobRequest, context: Any) -> jobs_pb2.Job:  # noqa: N802
+        return wire.job_to_proto(await self._service.delete(caller(), request.job_id))
 
     async def WatchJob(  # noqa: N802
         self, request: jobs_pb2.WatchJobRequest, context: Any
@@ -73,6 +104,14 @@ class JobServicer(jobs_pb2_grpc.JobServiceServicer):
         async with aclosing(watch) as events:
             async for event in events:
                 yield wire.event_to_proto(event)
+
+    async def ListJobEvents(  # noqa: N802
+        self, request: jobs_pb2.ListJobEventsRequest, context: Any
+    ) -> jobs_pb2.ListJobEventsResponse:
+        events, following = await self._service.events(
+            caller(), request.job_id, after=request.after_sequence, limit=request.page_size
+        )
+        return await in_thread_if_many(lambda found: wire.events_page(found, following), events, count=len(events))
 
     async def DownloadArtifact(  # noqa: N802
         self, request: jobs_pb2.DownloadArtifactRequest, context: Any
@@ -83,3 +122,15 @@ class JobServicer(jobs_pb2_grpc.JobServiceServicer):
 
     async def GetStatus(self, request: jobs_pb2.GetStatusRequest, context: Any) -> jobs_pb2.Status:  # noqa: N802
         return wire.status_to_proto(await self._service.status())
+
+
+async def build_page(build: Callable[[Sequence[JobView], str], M], views: Sequence[JobView], token: str) -> M:
+    """The message of a page."""
+    return await in_thread_if_many(lambda some: build(some, token), views, count=len(views))
+
+
+async def in_thread_if_many(build: Callable[[Any], M], source: Any, *, count: int) -> M:
+    """`build(source)`, in a thread where it makes more than `ENTRIES_AT_ONCE` entries."""
+    if count > ENTRIES_AT_ONCE:
+        return await asyncio.to_thread(build, source)
+    return build(source)

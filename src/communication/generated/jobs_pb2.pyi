@@ -7,6 +7,7 @@ Every job is also a google.longrunning.Operation named "operations/{job id}".
 
 from collections import abc as _abc
 from google.protobuf import descriptor as _descriptor
+from google.protobuf import duration_pb2 as _duration_pb2
 from google.protobuf import message as _message
 from google.protobuf import struct_pb2 as _struct_pb2
 from google.protobuf import timestamp_pb2 as _timestamp_pb2
@@ -36,9 +37,12 @@ class _JobStateEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_JobState.Val
     SUCCEEDED: _JobState.ValueType  # 4
     FAILED: _JobState.ValueType  # 5
     CANCELLED: _JobState.ValueType  # 6
+    RETRYING: _JobState.ValueType  # 7
 
 class JobState(_JobState, metaclass=_JobStateEnumTypeWrapper):
-    """A job is at rest in SUCCEEDED, FAILED and CANCELLED."""
+    """A job is at rest in SUCCEEDED, FAILED and CANCELLED. RETRYING: an attempt failed for a cause that another one may
+    mend; the next begins at `Job.retry_time`, with everything that was committed so far.
+    """
 
 JOB_STATE_UNSPECIFIED: JobState.ValueType  # 0
 PENDING: JobState.ValueType  # 1
@@ -47,7 +51,30 @@ CANCELLING: JobState.ValueType  # 3
 SUCCEEDED: JobState.ValueType  # 4
 FAILED: JobState.ValueType  # 5
 CANCELLED: JobState.ValueType  # 6
+RETRYING: JobState.ValueType  # 7
 Global___JobState: _TypeAlias = JobState  # noqa: Y015
+
+class _JobPriority:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _JobPriorityEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_JobPriority.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    JOB_PRIORITY_UNSPECIFIED: _JobPriority.ValueType  # 0
+    """NORMAL"""
+    LOW: _JobPriority.ValueType  # 1
+    NORMAL: _JobPriority.ValueType  # 2
+    HIGH: _JobPriority.ValueType  # 3
+
+class JobPriority(_JobPriority, metaclass=_JobPriorityEnumTypeWrapper):
+    """Of ten jobs started while all classes wait, six are HIGH, three NORMAL and one LOW: none starves."""
+
+JOB_PRIORITY_UNSPECIFIED: JobPriority.ValueType  # 0
+"""NORMAL"""
+LOW: JobPriority.ValueType  # 1
+NORMAL: JobPriority.ValueType  # 2
+HIGH: JobPriority.ValueType  # 3
+Global___JobPriority: _TypeAlias = JobPriority  # noqa: Y015
 
 @_typing.final
 class Job(_message.Message):
@@ -63,15 +90,31 @@ class Job(_message.Message):
     RESULT_FIELD_NUMBER: _builtins.int
     ERROR_FIELD_NUMBER: _builtins.int
     SPEC_DIGEST_FIELD_NUMBER: _builtins.int
+    ATTEMPT_FIELD_NUMBER: _builtins.int
+    MAX_ATTEMPTS_FIELD_NUMBER: _builtins.int
+    RETRY_TIME_FIELD_NUMBER: _builtins.int
+    DEADLINE_FIELD_NUMBER: _builtins.int
+    DELETE_TIME_FIELD_NUMBER: _builtins.int
+    KIND_FIELD_NUMBER: _builtins.int
     DISPLAY_NAME_FIELD_NUMBER: _builtins.int
+    PRIORITY_FIELD_NUMBER: _builtins.int
+    TIMEOUT_FIELD_NUMBER: _builtins.int
     FEDERATED_TRAINING_FIELD_NUMBER: _builtins.int
+    EVALUATION_FIELD_NUMBER: _builtins.int
+    EXPORT_FIELD_NUMBER: _builtins.int
     job_id: _builtins.str
     """Set by the aggregator."""
     owner: _builtins.str
     state: Global___JobState.ValueType
     spec_digest: _builtins.str
+    attempt: _builtins.int
+    """The attempt that is under way, or was the last: 0 before the first, and 1 again whenever a round is released."""
+    max_attempts: _builtins.int
+    kind: _builtins.str
+    """federated_training, evaluation or export."""
     display_name: _builtins.str
     """Set by the scientist."""
+    priority: Global___JobPriority.ValueType
     @_builtins.property
     def create_time(self) -> _timestamp_pb2.Timestamp: ...
     @_builtins.property
@@ -85,7 +128,29 @@ class Job(_message.Message):
     @_builtins.property
     def error(self) -> Global___JobError: ...
     @_builtins.property
+    def retry_time(self) -> _timestamp_pb2.Timestamp:
+        """When the next attempt begins, in RETRYING."""
+
+    @_builtins.property
+    def deadline(self) -> _timestamp_pb2.Timestamp:
+        """When the job fails with DEADLINE_EXCEEDED unless it is at rest by then; unset: never."""
+
+    @_builtins.property
+    def delete_time(self) -> _timestamp_pb2.Timestamp:
+        """When its files were dropped (DeleteJob)."""
+
+    @_builtins.property
+    def timeout(self) -> _duration_pb2.Duration:
+        """From submission to `deadline`. Unset: none for a federated training, 10 minutes for an evaluation or export. At most
+        366 days.
+        """
+
+    @_builtins.property
     def federated_training(self) -> Global___FederatedTraining: ...
+    @_builtins.property
+    def evaluation(self) -> Global___Evaluation: ...
+    @_builtins.property
+    def export(self) -> Global___Export: ...
     def __init__(
         self,
         *,
@@ -99,18 +164,86 @@ class Job(_message.Message):
         result: Global___JobResult | None = ...,
         error: Global___JobError | None = ...,
         spec_digest: _builtins.str = ...,
+        attempt: _builtins.int = ...,
+        max_attempts: _builtins.int = ...,
+        retry_time: _timestamp_pb2.Timestamp | None = ...,
+        deadline: _timestamp_pb2.Timestamp | None = ...,
+        delete_time: _timestamp_pb2.Timestamp | None = ...,
+        kind: _builtins.str = ...,
         display_name: _builtins.str = ...,
+        priority: Global___JobPriority.ValueType = ...,
+        timeout: _duration_pb2.Duration | None = ...,
         federated_training: Global___FederatedTraining | None = ...,
+        evaluation: Global___Evaluation | None = ...,
+        export: Global___Export | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["create_time", b"create_time", "end_time", b"end_time", "error", b"error", "federated_training", b"federated_training", "progress", b"progress", "result", b"result", "spec", b"spec", "start_time", b"start_time"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["create_time", b"create_time", "deadline", b"deadline", "delete_time", b"delete_time", "end_time", b"end_time", "error", b"error", "evaluation", b"evaluation", "export", b"export", "federated_training", b"federated_training", "progress", b"progress", "result", b"result", "retry_time", b"retry_time", "spec", b"spec", "start_time", b"start_time", "timeout", b"timeout"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["create_time", b"create_time", "display_name", b"display_name", "end_time", b"end_time", "error", b"error", "federated_training", b"federated_training", "job_id", b"job_id", "owner", b"owner", "progress", b"progress", "result", b"result", "spec", b"spec", "spec_digest", b"spec_digest", "start_time", b"start_time", "state", b"state"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt", "create_time", b"create_time", "deadline", b"deadline", "delete_time", b"delete_time", "display_name", b"display_name", "end_time", b"end_time", "error", b"error", "evaluation", b"evaluation", "export", b"export", "federated_training", b"federated_training", "job_id", b"job_id", "kind", b"kind", "max_attempts", b"max_attempts", "owner", b"owner", "priority", b"priority", "progress", b"progress", "result", b"result", "retry_time", b"retry_time", "spec", b"spec", "spec_digest", b"spec_digest", "start_time", b"start_time", "state", b"state", "timeout", b"timeout"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_spec: _TypeAlias = _typing.Literal["federated_training"]  # noqa: Y015
+    _WhichOneofReturnType_spec: _TypeAlias = _typing.Literal["federated_training", "evaluation", "export"]  # noqa: Y015
     _WhichOneofArgType_spec: _TypeAlias = _typing.Literal["spec", b"spec"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_spec) -> _WhichOneofReturnType_spec | None: ...
 
 Global___Job: _TypeAlias = Job  # noqa: Y015
+
+@_typing.final
+class Evaluation(_message.Message):
+    """A model's metrics on the public rows that the aggregator holds for its task; they cost no privacy."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    JOB_ID_FIELD_NUMBER: _builtins.int
+    MODEL_FIELD_NUMBER: _builtins.int
+    TASK_FIELD_NUMBER: _builtins.int
+    job_id: _builtins.str
+    """A federated training of the same scientist that SUCCEEDED, whose model is meant; or empty, and `model` is given."""
+    model: _builtins.bytes
+    """safetensors, at most 3 MiB."""
+    task: _builtins.str
+    """Short name of the task; empty: that of `job_id`."""
+    def __init__(
+        self,
+        *,
+        job_id: _builtins.str = ...,
+        model: _builtins.bytes = ...,
+        task: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["job_id", b"job_id", "model", b"model", "task", b"task"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Evaluation: _TypeAlias = Evaluation  # noqa: Y015
+
+@_typing.final
+class Export(_message.Message):
+    """A trained model in another format, with a manifest that says where it comes from. What is made of a released model
+    costs no privacy.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    JOB_ID_FIELD_NUMBER: _builtins.int
+    FORMAT_FIELD_NUMBER: _builtins.int
+    job_id: _builtins.str
+    """A federated training of the same scientist that SUCCEEDED."""
+    format: _builtins.str
+    """npz (default): NumPy's archive of named arrays."""
+    def __init__(
+        self,
+        *,
+        job_id: _builtins.str = ...,
+        format: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["format", b"format", "job_id", b"job_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Export: _TypeAlias = Export  # noqa: Y015
 
 @_typing.final
 class FederatedTraining(_message.Message):
@@ -365,18 +498,36 @@ class JobProgress(_message.Message):
     WAITING_FOR_FIELD_NUMBER: _builtins.int
     QUEUE_POSITION_FIELD_NUMBER: _builtins.int
     ROUNDS_FIELD_NUMBER: _builtins.int
+    BYTES_RECEIVED_FIELD_NUMBER: _builtins.int
+    PARTIES_FIELD_NUMBER: _builtins.int
+    ESTIMATED_END_TIME_FIELD_NUMBER: _builtins.int
     stage: _builtins.str
     """What the job is doing now, in words."""
     rounds_released: _builtins.int
     rounds_planned: _builtins.int
     rounds_failed: _builtins.int
     queue_position: _builtins.int
+    """1 for the job that is started next in its lane (trainings, computations); 0 for one that does not wait."""
+    bytes_received: _builtins.int
+    """Received from the parties so far: updates and shares."""
     @_builtins.property
     def waiting_for(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """For whom the current round waits."""
 
     @_builtins.property
-    def rounds(self) -> _containers.RepeatedCompositeFieldContainer[Global___RoundSummary]: ...
+    def rounds(self) -> _containers.RepeatedCompositeFieldContainer[Global___RoundSummary]:
+        """Left out of listings and operations; of very many, the latest."""
+
+    @_builtins.property
+    def parties(self) -> _containers.RepeatedCompositeFieldContainer[Global___PartyProgress]:
+        """What each party of the present round is doing: AWAY, READY, TRAINING, WAITING, UPLOADING, DELIVERED, OPENING,
+        OPENED, FAILED.
+        """
+
+    @_builtins.property
+    def estimated_end_time(self) -> _timestamp_pb2.Timestamp:
+        """From the rounds so far; unset before the first."""
+
     def __init__(
         self,
         *,
@@ -387,14 +538,39 @@ class JobProgress(_message.Message):
         waiting_for: _abc.Iterable[_builtins.str] | None = ...,
         queue_position: _builtins.int = ...,
         rounds: _abc.Iterable[Global___RoundSummary] | None = ...,
+        bytes_received: _builtins.int = ...,
+        parties: _abc.Iterable[Global___PartyProgress] | None = ...,
+        estimated_end_time: _timestamp_pb2.Timestamp | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["estimated_end_time", b"estimated_end_time"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["queue_position", b"queue_position", "rounds", b"rounds", "rounds_failed", b"rounds_failed", "rounds_planned", b"rounds_planned", "rounds_released", b"rounds_released", "stage", b"stage", "waiting_for", b"waiting_for"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["bytes_received", b"bytes_received", "estimated_end_time", b"estimated_end_time", "parties", b"parties", "queue_position", b"queue_position", "rounds", b"rounds", "rounds_failed", b"rounds_failed", "rounds_planned", b"rounds_planned", "rounds_released", b"rounds_released", "stage", b"stage", "waiting_for", b"waiting_for"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___JobProgress: _TypeAlias = JobProgress  # noqa: Y015
+
+@_typing.final
+class PartyProgress(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    PARTY_FIELD_NUMBER: _builtins.int
+    STATE_FIELD_NUMBER: _builtins.int
+    party: _builtins.str
+    state: _builtins.str
+    def __init__(
+        self,
+        *,
+        party: _builtins.str = ...,
+        state: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["party", b"party", "state", b"state"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___PartyProgress: _TypeAlias = PartyProgress  # noqa: Y015
 
 @_typing.final
 class RoundSummary(_message.Message):
@@ -530,6 +706,7 @@ class JobResult(_message.Message):
     EPSILON_PARTY_AGAINST_AGGREGATOR_FIELD_NUMBER: _builtins.int
     DELTA_FIELD_NUMBER: _builtins.int
     epsilon_example: _builtins.float
+    """Infinite where nothing protects; unset where nothing is known: of a model that came with the job."""
     epsilon_party: _builtins.float
     epsilon_party_against_aggregator: _builtins.float
     delta: _builtins.float
@@ -542,16 +719,31 @@ class JobResult(_message.Message):
         *,
         files: _abc.Iterable[Global___ArtifactFile] | None = ...,
         metrics: _abc.Mapping[_builtins.str, _builtins.float] | None = ...,
-        epsilon_example: _builtins.float = ...,
-        epsilon_party: _builtins.float = ...,
-        epsilon_party_against_aggregator: _builtins.float = ...,
-        delta: _builtins.float = ...,
+        epsilon_example: _builtins.float | None = ...,
+        epsilon_party: _builtins.float | None = ...,
+        epsilon_party_against_aggregator: _builtins.float | None = ...,
+        delta: _builtins.float | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_delta", b"_delta", "_epsilon_example", b"_epsilon_example", "_epsilon_party", b"_epsilon_party", "_epsilon_party_against_aggregator", b"_epsilon_party_against_aggregator", "delta", b"delta", "epsilon_example", b"epsilon_example", "epsilon_party", b"epsilon_party", "epsilon_party_against_aggregator", b"epsilon_party_against_aggregator"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["delta", b"delta", "epsilon_example", b"epsilon_example", "epsilon_party", b"epsilon_party", "epsilon_party_against_aggregator", b"epsilon_party_against_aggregator", "files", b"files", "metrics", b"metrics"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_delta", b"_delta", "_epsilon_example", b"_epsilon_example", "_epsilon_party", b"_epsilon_party", "_epsilon_party_against_aggregator", b"_epsilon_party_against_aggregator", "delta", b"delta", "epsilon_example", b"epsilon_example", "epsilon_party", b"epsilon_party", "epsilon_party_against_aggregator", b"epsilon_party_against_aggregator", "files", b"files", "metrics", b"metrics"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
+    _WhichOneofReturnType__delta: _TypeAlias = _typing.Literal["delta"]  # noqa: Y015
+    _WhichOneofArgType__delta: _TypeAlias = _typing.Literal["_delta", b"_delta"]  # noqa: Y015
+    _WhichOneofReturnType__epsilon_example: _TypeAlias = _typing.Literal["epsilon_example"]  # noqa: Y015
+    _WhichOneofArgType__epsilon_example: _TypeAlias = _typing.Literal["_epsilon_example", b"_epsilon_example"]  # noqa: Y015
+    _WhichOneofReturnType__epsilon_party: _TypeAlias = _typing.Literal["epsilon_party"]  # noqa: Y015
+    _WhichOneofArgType__epsilon_party: _TypeAlias = _typing.Literal["_epsilon_party", b"_epsilon_party"]  # noqa: Y015
+    _WhichOneofReturnType__epsilon_party_against_aggregator: _TypeAlias = _typing.Literal["epsilon_party_against_aggregator"]  # noqa: Y015
+    _WhichOneofArgType__epsilon_party_against_aggregator: _TypeAlias = _typing.Literal["_epsilon_party_against_aggregator", b"_epsilon_party_against_aggregator"]  # noqa: Y015
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__delta) -> _WhichOneofReturnType__delta | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__epsilon_example) -> _WhichOneofReturnType__epsilon_example | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__epsilon_party) -> _WhichOneofReturnType__epsilon_party | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__epsilon_party_against_aggregator) -> _WhichOneofReturnType__epsilon_party_against_aggregator | None: ...
 
 Global___JobResult: _TypeAlias = JobResult  # noqa: Y015
 
@@ -589,10 +781,13 @@ class JobError(_message.Message):
     MESSAGE_FIELD_NUMBER: _builtins.int
     STAGE_FIELD_NUMBER: _builtins.int
     PARTIES_FIELD_NUMBER: _builtins.int
+    LOG_REFERENCE_FIELD_NUMBER: _builtins.int
     reason: _builtins.str
     """A reason of the error catalogue."""
     message: _builtins.str
     stage: _builtins.str
+    log_reference: _builtins.str
+    """What to look for in the aggregator's log: the line of the failure bears it."""
     @_builtins.property
     def parties(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]: ...
     def __init__(
@@ -602,10 +797,11 @@ class JobError(_message.Message):
         message: _builtins.str = ...,
         stage: _builtins.str = ...,
         parties: _abc.Iterable[_builtins.str] | None = ...,
+        log_reference: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["message", b"message", "parties", b"parties", "reason", b"reason", "stage", b"stage"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["log_reference", b"log_reference", "message", b"message", "parties", b"parties", "reason", b"reason", "stage", b"stage"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -621,12 +817,17 @@ class JobEvent(_message.Message):
     STATE_FIELD_NUMBER: _builtins.int
     MESSAGE_FIELD_NUMBER: _builtins.int
     ROUND_FIELD_NUMBER: _builtins.int
+    CAUSE_FIELD_NUMBER: _builtins.int
+    ATTEMPT_FIELD_NUMBER: _builtins.int
     sequence: _builtins.int
     """1, 2, 3, … without gaps."""
     kind: _builtins.str
-    """submitted, started, waiting, round, succeeded, failed, cancelling, cancelled"""
+    """submitted, started, waiting, round, retrying, resumed, expired, cancelling, cancelled, succeeded, failed, deleted"""
     state: Global___JobState.ValueType
     message: _builtins.str
+    cause: _builtins.str
+    """Who or what brought it about: scientist/ann, aggregator, deadline."""
+    attempt: _builtins.int
     @_builtins.property
     def time(self) -> _timestamp_pb2.Timestamp: ...
     @_builtins.property
@@ -642,10 +843,12 @@ class JobEvent(_message.Message):
         state: Global___JobState.ValueType = ...,
         message: _builtins.str = ...,
         round: Global___RoundSummary | None = ...,
+        cause: _builtins.str = ...,
+        attempt: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["round", b"round", "time", b"time"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["kind", b"kind", "message", b"message", "round", b"round", "sequence", b"sequence", "state", b"state", "time", b"time"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt", "cause", b"cause", "kind", b"kind", "message", b"message", "round", b"round", "sequence", b"sequence", "state", b"state", "time", b"time"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -657,8 +860,11 @@ class CreateJobRequest(_message.Message):
 
     REQUEST_ID_FIELD_NUMBER: _builtins.int
     JOB_FIELD_NUMBER: _builtins.int
+    INLINE_WAIT_S_FIELD_NUMBER: _builtins.int
     request_id: _builtins.str
     """A UUID or any other string of at most 100 characters, made by the client."""
+    inline_wait_s: _builtins.float
+    """How long the answer may wait for the job to be at rest; 0: not at all. At most 60."""
     @_builtins.property
     def job(self) -> Global___Job: ...
     def __init__(
@@ -666,10 +872,11 @@ class CreateJobRequest(_message.Message):
         *,
         request_id: _builtins.str = ...,
         job: Global___Job | None = ...,
+        inline_wait_s: _builtins.float = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["job", b"job"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["job", b"job", "request_id", b"request_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["inline_wait_s", b"inline_wait_s", "job", b"job", "request_id", b"request_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -701,21 +908,35 @@ class ListJobsRequest(_message.Message):
     PAGE_SIZE_FIELD_NUMBER: _builtins.int
     PAGE_TOKEN_FIELD_NUMBER: _builtins.int
     FILTER_FIELD_NUMBER: _builtins.int
+    ORDER_BY_FIELD_NUMBER: _builtins.int
+    SHOW_DELETED_FIELD_NUMBER: _builtins.int
     page_size: _builtins.int
     """At most 1000; default 50."""
     page_token: _builtins.str
     filter: _builtins.str
-    """Empty, or one state by name: state=RUNNING"""
+    """Comparisons (= != < <= > >=, and : for "contains") joined by AND, OR, NOT and parentheses (AIP-160), over state,
+    priority, kind, owner, display_name, task, attempt, create_time, start_time, end_time:
+      state = RUNNING AND priority = HIGH
+      (kind = "export" OR kind = "evaluation") AND create_time >= "2026-01-31T00:00:00Z"
+    """
+    order_by: _builtins.str
+    """Fields joined by commas, each with "desc" where the largest comes first (AIP-132): create_time (default, desc),
+    start_time, end_time, priority, state, kind, owner, display_name.
+    """
+    show_deleted: _builtins.bool
+    """Deleted jobs too."""
     def __init__(
         self,
         *,
         page_size: _builtins.int = ...,
         page_token: _builtins.str = ...,
         filter: _builtins.str = ...,
+        order_by: _builtins.str = ...,
+        show_deleted: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["filter", b"filter", "page_size", b"page_size", "page_token", b"page_token"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["filter", b"filter", "order_by", b"order_by", "page_size", b"page_size", "page_token", b"page_token", "show_deleted", b"show_deleted"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -729,7 +950,9 @@ class ListJobsResponse(_message.Message):
     NEXT_PAGE_TOKEN_FIELD_NUMBER: _builtins.int
     next_page_token: _builtins.str
     @_builtins.property
-    def jobs(self) -> _containers.RepeatedCompositeFieldContainer[Global___Job]: ...
+    def jobs(self) -> _containers.RepeatedCompositeFieldContainer[Global___Job]:
+        """A page may hold fewer than asked for; it is the last when the token is empty."""
+
     def __init__(
         self,
         *,
@@ -762,6 +985,75 @@ class CancelJobRequest(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___CancelJobRequest: _TypeAlias = CancelJobRequest  # noqa: Y015
+
+@_typing.final
+class DeleteJobRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    JOB_ID_FIELD_NUMBER: _builtins.int
+    job_id: _builtins.str
+    def __init__(
+        self,
+        *,
+        job_id: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["job_id", b"job_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___DeleteJobRequest: _TypeAlias = DeleteJobRequest  # noqa: Y015
+
+@_typing.final
+class ListJobEventsRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    JOB_ID_FIELD_NUMBER: _builtins.int
+    AFTER_SEQUENCE_FIELD_NUMBER: _builtins.int
+    PAGE_SIZE_FIELD_NUMBER: _builtins.int
+    job_id: _builtins.str
+    after_sequence: _builtins.int
+    page_size: _builtins.int
+    """At most 1000; default 1000."""
+    def __init__(
+        self,
+        *,
+        job_id: _builtins.str = ...,
+        after_sequence: _builtins.int = ...,
+        page_size: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["after_sequence", b"after_sequence", "job_id", b"job_id", "page_size", b"page_size"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ListJobEventsRequest: _TypeAlias = ListJobEventsRequest  # noqa: Y015
+
+@_typing.final
+class ListJobEventsResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    EVENTS_FIELD_NUMBER: _builtins.int
+    NEXT_AFTER_SEQUENCE_FIELD_NUMBER: _builtins.int
+    next_after_sequence: _builtins.int
+    """The `after_sequence` of the next page; 0 when there is none (yet)."""
+    @_builtins.property
+    def events(self) -> _containers.RepeatedCompositeFieldContainer[Global___JobEvent]: ...
+    def __init__(
+        self,
+        *,
+        events: _abc.Iterable[Global___JobEvent] | None = ...,
+        next_after_sequence: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["events", b"events", "next_after_sequence", b"next_after_sequence"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ListJobEventsResponse: _TypeAlias = ListJobEventsResponse  # noqa: Y015
 
 @_typing.final
 class WatchJobRequest(_message.Message):
@@ -834,20 +1126,28 @@ class Status(_message.Message):
     KEY_ID_FIELD_NUMBER: _builtins.int
     CUSTODY_FIELD_NUMBER: _builtins.int
     PARTIES_FIELD_NUMBER: _builtins.int
-    WORKERS_BUSY_FIELD_NUMBER: _builtins.int
-    WORKERS_IDLE_FIELD_NUMBER: _builtins.int
+    WORKERS_FIELD_NUMBER: _builtins.int
     JOBS_PENDING_FIELD_NUMBER: _builtins.int
     JOBS_RUNNING_FIELD_NUMBER: _builtins.int
+    START_TIME_FIELD_NUMBER: _builtins.int
+    STOPPING_FIELD_NUMBER: _builtins.int
     federation: _builtins.str
     software_version: _builtins.str
     key_id: _builtins.str
     custody: _builtins.str
-    workers_busy: _builtins.int
-    workers_idle: _builtins.int
     jobs_pending: _builtins.int
     jobs_running: _builtins.int
+    """RUNNING, RETRYING or CANCELLING."""
+    stopping: _builtins.bool
+    """A stopping aggregator takes no jobs."""
     @_builtins.property
     def parties(self) -> _containers.RepeatedCompositeFieldContainer[Global___PartyStatus]: ...
+    @_builtins.property
+    def workers(self) -> Global___PoolStatus: ...
+    @_builtins.property
+    def start_time(self) -> _timestamp_pb2.Timestamp:
+        """Since when this process serves."""
+
     def __init__(
         self,
         *,
@@ -856,18 +1156,133 @@ class Status(_message.Message):
         key_id: _builtins.str = ...,
         custody: _builtins.str = ...,
         parties: _abc.Iterable[Global___PartyStatus] | None = ...,
-        workers_busy: _builtins.int = ...,
-        workers_idle: _builtins.int = ...,
+        workers: Global___PoolStatus | None = ...,
         jobs_pending: _builtins.int = ...,
         jobs_running: _builtins.int = ...,
+        start_time: _timestamp_pb2.Timestamp | None = ...,
+        stopping: _builtins.bool = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["start_time", b"start_time", "workers", b"workers"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["custody", b"custody", "federation", b"federation", "jobs_pending", b"jobs_pending", "jobs_running", b"jobs_running", "key_id", b"key_id", "parties", b"parties", "software_version", b"software_version", "workers_busy", b"workers_busy", "workers_idle", b"workers_idle"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["custody", b"custody", "federation", b"federation", "jobs_pending", b"jobs_pending", "jobs_running", b"jobs_running", "key_id", b"key_id", "parties", b"parties", "software_version", b"software_version", "start_time", b"start_time", "stopping", b"stopping", "workers", b"workers"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___Status: _TypeAlias = Status  # noqa: Y015
+
+@_typing.final
+class PoolStatus(_message.Message):
+    """The warm worker processes."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    SIZE_FIELD_NUMBER: _builtins.int
+    MIN_SIZE_FIELD_NUMBER: _builtins.int
+    MAX_SIZE_FIELD_NUMBER: _builtins.int
+    BUSY_FIELD_NUMBER: _builtins.int
+    IDLE_FIELD_NUMBER: _builtins.int
+    WAITING_FIELD_NUMBER: _builtins.int
+    STARTED_FIELD_NUMBER: _builtins.int
+    REPLACED_FIELD_NUMBER: _builtins.int
+    RECYCLED_FIELD_NUMBER: _builtins.int
+    GROWN_FIELD_NUMBER: _builtins.int
+    SHRUNK_FIELD_NUMBER: _builtins.int
+    TASKS_DONE_FIELD_NUMBER: _builtins.int
+    TASKS_FAILED_FIELD_NUMBER: _builtins.int
+    TASKS_REFUSED_FIELD_NUMBER: _builtins.int
+    TASKS_CANCELLED_FIELD_NUMBER: _builtins.int
+    FAILURE_RATE_FIELD_NUMBER: _builtins.int
+    UNITS_FIELD_NUMBER: _builtins.int
+    size: _builtins.int
+    min_size: _builtins.int
+    max_size: _builtins.int
+    busy: _builtins.int
+    idle: _builtins.int
+    waiting: _builtins.int
+    """Units of work that wait for a worker."""
+    started: _builtins.int
+    replaced: _builtins.int
+    """Died, stuck or killed, and made up for."""
+    recycled: _builtins.int
+    """Replaced by a fresh one after their share of units."""
+    grown: _builtins.int
+    shrunk: _builtins.int
+    tasks_done: _builtins.int
+    tasks_failed: _builtins.int
+    tasks_refused: _builtins.int
+    """Units whose input was refused: an answer, no failure."""
+    tasks_cancelled: _builtins.int
+    failure_rate: _builtins.float
+    """Of the last hundred units, 0 to 1."""
+    @_builtins.property
+    def units(self) -> _containers.RepeatedCompositeFieldContainer[Global___UnitStatus]: ...
+    def __init__(
+        self,
+        *,
+        size: _builtins.int = ...,
+        min_size: _builtins.int = ...,
+        max_size: _builtins.int = ...,
+        busy: _builtins.int = ...,
+        idle: _builtins.int = ...,
+        waiting: _builtins.int = ...,
+        started: _builtins.int = ...,
+        replaced: _builtins.int = ...,
+        recycled: _builtins.int = ...,
+        grown: _builtins.int = ...,
+        shrunk: _builtins.int = ...,
+        tasks_done: _builtins.int = ...,
+        tasks_failed: _builtins.int = ...,
+        tasks_refused: _builtins.int = ...,
+        tasks_cancelled: _builtins.int = ...,
+        failure_rate: _builtins.float = ...,
+        units: _abc.Iterable[Global___UnitStatus] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["busy", b"busy", "failure_rate", b"failure_rate", "grown", b"grown", "idle", b"idle", "max_size", b"max_size", "min_size", b"min_size", "recycled", b"recycled", "replaced", b"replaced", "shrunk", b"shrunk", "size", b"size", "started", b"started", "tasks_cancelled", b"tasks_cancelled", "tasks_done", b"tasks_done", "tasks_failed", b"tasks_failed", "tasks_refused", b"tasks_refused", "units", b"units", "waiting", b"waiting"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___PoolStatus: _TypeAlias = PoolStatus  # noqa: Y015
+
+@_typing.final
+class UnitStatus(_message.Message):
+    """How long units of one name took lately."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NAME_FIELD_NUMBER: _builtins.int
+    DONE_FIELD_NUMBER: _builtins.int
+    FAILED_FIELD_NUMBER: _builtins.int
+    MEAN_S_FIELD_NUMBER: _builtins.int
+    P50_S_FIELD_NUMBER: _builtins.int
+    P95_S_FIELD_NUMBER: _builtins.int
+    LONGEST_S_FIELD_NUMBER: _builtins.int
+    name: _builtins.str
+    done: _builtins.int
+    failed: _builtins.int
+    mean_s: _builtins.float
+    p50_s: _builtins.float
+    p95_s: _builtins.float
+    longest_s: _builtins.float
+    def __init__(
+        self,
+        *,
+        name: _builtins.str = ...,
+        done: _builtins.int = ...,
+        failed: _builtins.int = ...,
+        mean_s: _builtins.float = ...,
+        p50_s: _builtins.float = ...,
+        p95_s: _builtins.float = ...,
+        longest_s: _builtins.float = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["done", b"done", "failed", b"failed", "longest_s", b"longest_s", "mean_s", b"mean_s", "name", b"name", "p50_s", b"p50_s", "p95_s", b"p95_s"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___UnitStatus: _TypeAlias = UnitStatus  # noqa: Y015
 
 @_typing.final
 class PartyStatus(_message.Message):
@@ -904,12 +1319,31 @@ class OperationMetadata(_message.Message):
     STATE_FIELD_NUMBER: _builtins.int
     PROGRESS_FIELD_NUMBER: _builtins.int
     CREATE_TIME_FIELD_NUMBER: _builtins.int
+    ATTEMPT_FIELD_NUMBER: _builtins.int
+    MAX_ATTEMPTS_FIELD_NUMBER: _builtins.int
+    PRIORITY_FIELD_NUMBER: _builtins.int
+    START_TIME_FIELD_NUMBER: _builtins.int
+    END_TIME_FIELD_NUMBER: _builtins.int
+    DEADLINE_FIELD_NUMBER: _builtins.int
+    KIND_FIELD_NUMBER: _builtins.int
     job_id: _builtins.str
     state: Global___JobState.ValueType
+    attempt: _builtins.int
+    max_attempts: _builtins.int
+    priority: Global___JobPriority.ValueType
+    kind: _builtins.str
     @_builtins.property
-    def progress(self) -> Global___JobProgress: ...
+    def progress(self) -> Global___JobProgress:
+        """Stage, rounds and bytes, queue position, the parties' states, estimate; without the rounds themselves."""
+
     @_builtins.property
     def create_time(self) -> _timestamp_pb2.Timestamp: ...
+    @_builtins.property
+    def start_time(self) -> _timestamp_pb2.Timestamp: ...
+    @_builtins.property
+    def end_time(self) -> _timestamp_pb2.Timestamp: ...
+    @_builtins.property
+    def deadline(self) -> _timestamp_pb2.Timestamp: ...
     def __init__(
         self,
         *,
@@ -917,10 +1351,17 @@ class OperationMetadata(_message.Message):
         state: Global___JobState.ValueType = ...,
         progress: Global___JobProgress | None = ...,
         create_time: _timestamp_pb2.Timestamp | None = ...,
+        attempt: _builtins.int = ...,
+        max_attempts: _builtins.int = ...,
+        priority: Global___JobPriority.ValueType = ...,
+        start_time: _timestamp_pb2.Timestamp | None = ...,
+        end_time: _timestamp_pb2.Timestamp | None = ...,
+        deadline: _timestamp_pb2.Timestamp | None = ...,
+        kind: _builtins.str = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["create_time", b"create_time", "progress", b"progress"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["create_time", b"create_time", "deadline", b"deadline", "end_time", b"end_time", "progress", b"progress", "start_time", b"start_time"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["create_time", b"create_time", "job_id", b"job_id", "progress", b"progress", "state", b"state"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt", "create_time", b"create_time", "deadline", b"deadline", "end_time", b"end_time", "job_id", b"job_id", "kind", b"kind", "max_attempts", b"max_attempts", "priority", b"priority", "progress", b"progress", "start_time", b"start_time", "state", b"state"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

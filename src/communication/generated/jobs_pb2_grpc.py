@@ -56,10 +56,20 @@ class JobServiceStub:
                 request_serializer=sotto_dot_v1_dot_jobs__pb2.CancelJobRequest.SerializeToString,
                 response_deserializer=sotto_dot_v1_dot_jobs__pb2.Job.FromString,
                 _registered_method=True)
+        self.DeleteJob = channel.unary_unary(
+                '/sotto.v1.JobService/DeleteJob',
+                request_serializer=sotto_dot_v1_dot_jobs__pb2.DeleteJobRequest.SerializeToString,
+                response_deserializer=sotto_dot_v1_dot_jobs__pb2.Job.FromString,
+                _registered_method=True)
         self.WatchJob = channel.unary_stream(
                 '/sotto.v1.JobService/WatchJob',
                 request_serializer=sotto_dot_v1_dot_jobs__pb2.WatchJobRequest.SerializeToString,
                 response_deserializer=sotto_dot_v1_dot_jobs__pb2.JobEvent.FromString,
+                _registered_method=True)
+        self.ListJobEvents = channel.unary_unary(
+                '/sotto.v1.JobService/ListJobEvents',
+                request_serializer=sotto_dot_v1_dot_jobs__pb2.ListJobEventsRequest.SerializeToString,
+                response_deserializer=sotto_dot_v1_dot_jobs__pb2.ListJobEventsResponse.FromString,
                 _registered_method=True)
         self.DownloadArtifact = channel.unary_stream(
                 '/sotto.v1.JobService/DownloadArtifact',
@@ -77,8 +87,11 @@ class JobServiceServicer:
     """Missing associated documentation comment in .proto file."""
 
     def CreateJob(self, request, context):
-        """Validates, prices and stores a job, and answers at once. The same `request_id` from the same scientist gives the
-        same job; with another job under it: ALREADY_EXISTS. A plan that would overspend a budget: BUDGET_EXCEEDED.
+        """Validates, prices and stores a job, and answers at once, or within `inline_wait_s` when the job is done by then.
+        The same `request_id` from the same scientist gives the same job, and waits `inline_wait_s` again; with another
+        specification, or another priority or timeout where it names one: ALREADY_EXISTS. `display_name` is a label: the
+        first one stays. A plan that would overspend a budget: BUDGET_EXCEEDED. What cannot be started is an error of this call; what fails later
+        is `Job.error` and `Operation.error`.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -91,7 +104,7 @@ class JobServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def ListJobs(self, request, context):
-        """Newest first.
+        """Newest first, unless asked otherwise. The caller's own; an operator sees everybody's.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -104,8 +117,24 @@ class JobServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def DeleteJob(self, request, context):
+        """Drops the files of a job at rest and its operation. The job itself stays, with its history and what it spent: it
+        is part of the record of the privacy budget. Once is as good as twice. A job that is not at rest: WRONG_STATE.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def WatchJob(self, request, context):
-        """Replays the job's events after `after_sequence`, then follows it until it is at rest.
+        """Replays the job's events after `after_sequence`, then follows it until it is at rest. Whoever comes back with the
+        last sequence number it saw misses nothing and sees nothing twice.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ListJobEvents(self, request, context):
+        """The job's history so far, a page at a time, without following it.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -148,10 +177,20 @@ def add_JobServiceServicer_to_server(servicer, server):
                     request_deserializer=sotto_dot_v1_dot_jobs__pb2.CancelJobRequest.FromString,
                     response_serializer=sotto_dot_v1_dot_jobs__pb2.Job.SerializeToString,
             ),
+            'DeleteJob': grpc.unary_unary_rpc_method_handler(
+                    servicer.DeleteJob,
+                    request_deserializer=sotto_dot_v1_dot_jobs__pb2.DeleteJobRequest.FromString,
+                    response_serializer=sotto_dot_v1_dot_jobs__pb2.Job.SerializeToString,
+            ),
             'WatchJob': grpc.unary_stream_rpc_method_handler(
                     servicer.WatchJob,
                     request_deserializer=sotto_dot_v1_dot_jobs__pb2.WatchJobRequest.FromString,
                     response_serializer=sotto_dot_v1_dot_jobs__pb2.JobEvent.SerializeToString,
+            ),
+            'ListJobEvents': grpc.unary_unary_rpc_method_handler(
+                    servicer.ListJobEvents,
+                    request_deserializer=sotto_dot_v1_dot_jobs__pb2.ListJobEventsRequest.FromString,
+                    response_serializer=sotto_dot_v1_dot_jobs__pb2.ListJobEventsResponse.SerializeToString,
             ),
             'DownloadArtifact': grpc.unary_stream_rpc_method_handler(
                     servicer.DownloadArtifact,
@@ -283,6 +322,33 @@ class JobService:
             _registered_method=True)
 
     @staticmethod
+    def DeleteJob(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/sotto.v1.JobService/DeleteJob',
+            sotto_dot_v1_dot_jobs__pb2.DeleteJobRequest.SerializeToString,
+            sotto_dot_v1_dot_jobs__pb2.Job.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
     def WatchJob(request,
             target,
             options=(),
@@ -299,6 +365,33 @@ class JobService:
             '/sotto.v1.JobService/WatchJob',
             sotto_dot_v1_dot_jobs__pb2.WatchJobRequest.SerializeToString,
             sotto_dot_v1_dot_jobs__pb2.JobEvent.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ListJobEvents(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/sotto.v1.JobService/ListJobEvents',
+            sotto_dot_v1_dot_jobs__pb2.ListJobEventsRequest.SerializeToString,
+            sotto_dot_v1_dot_jobs__pb2.ListJobEventsResponse.FromString,
             options,
             channel_credentials,
             insecure,

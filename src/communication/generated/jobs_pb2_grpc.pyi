@@ -36,16 +36,27 @@ class JobServiceStub:
     @_typing.overload
     def __new__(cls, channel: _aio.Channel) -> JobServiceAsyncStub: ...
     CreateJob: _grpc.UnaryUnaryMultiCallable[_jobs_pb2.CreateJobRequest, _operations_pb2.Operation]
-    """Validates, prices and stores a job, and answers at once. The same `request_id` from the same scientist gives the
-    same job; with another job under it: ALREADY_EXISTS. A plan that would overspend a budget: BUDGET_EXCEEDED.
+    """Validates, prices and stores a job, and answers at once, or within `inline_wait_s` when the job is done by then.
+    The same `request_id` from the same scientist gives the same job, and waits `inline_wait_s` again; with another
+    specification, or another priority or timeout where it names one: ALREADY_EXISTS. `display_name` is a label: the
+    first one stays. A plan that would overspend a budget: BUDGET_EXCEEDED. What cannot be started is an error of this call; what fails later
+    is `Job.error` and `Operation.error`.
     """
     GetJob: _grpc.UnaryUnaryMultiCallable[_jobs_pb2.GetJobRequest, _jobs_pb2.Job]
     ListJobs: _grpc.UnaryUnaryMultiCallable[_jobs_pb2.ListJobsRequest, _jobs_pb2.ListJobsResponse]
-    """Newest first."""
+    """Newest first, unless asked otherwise. The caller's own; an operator sees everybody's."""
     CancelJob: _grpc.UnaryUnaryMultiCallable[_jobs_pb2.CancelJobRequest, _jobs_pb2.Job]
     """Asks a job to stop; it is CANCELLED when everything it held is let go. A job at rest stays as it is."""
+    DeleteJob: _grpc.UnaryUnaryMultiCallable[_jobs_pb2.DeleteJobRequest, _jobs_pb2.Job]
+    """Drops the files of a job at rest and its operation. The job itself stays, with its history and what it spent: it
+    is part of the record of the privacy budget. Once is as good as twice. A job that is not at rest: WRONG_STATE.
+    """
     WatchJob: _grpc.UnaryStreamMultiCallable[_jobs_pb2.WatchJobRequest, _jobs_pb2.JobEvent]
-    """Replays the job's events after `after_sequence`, then follows it until it is at rest."""
+    """Replays the job's events after `after_sequence`, then follows it until it is at rest. Whoever comes back with the
+    last sequence number it saw misses nothing and sees nothing twice.
+    """
+    ListJobEvents: _grpc.UnaryUnaryMultiCallable[_jobs_pb2.ListJobEventsRequest, _jobs_pb2.ListJobEventsResponse]
+    """The job's history so far, a page at a time, without following it."""
     DownloadArtifact: _grpc.UnaryStreamMultiCallable[_jobs_pb2.DownloadArtifactRequest, _common_pb2.DataChunk]
     """A file of a finished job, from `offset` on."""
     GetStatus: _grpc.UnaryUnaryMultiCallable[_jobs_pb2.GetStatusRequest, _jobs_pb2.Status]
@@ -55,16 +66,27 @@ class JobServiceStub:
 class JobServiceAsyncStub(JobServiceStub):
     def __init__(self, channel: _aio.Channel) -> None: ...
     CreateJob: _aio.UnaryUnaryMultiCallable[_jobs_pb2.CreateJobRequest, _operations_pb2.Operation]  # type: ignore[assignment]
-    """Validates, prices and stores a job, and answers at once. The same `request_id` from the same scientist gives the
-    same job; with another job under it: ALREADY_EXISTS. A plan that would overspend a budget: BUDGET_EXCEEDED.
+    """Validates, prices and stores a job, and answers at once, or within `inline_wait_s` when the job is done by then.
+    The same `request_id` from the same scientist gives the same job, and waits `inline_wait_s` again; with another
+    specification, or another priority or timeout where it names one: ALREADY_EXISTS. `display_name` is a label: the
+    first one stays. A plan that would overspend a budget: BUDGET_EXCEEDED. What cannot be started is an error of this call; what fails later
+    is `Job.error` and `Operation.error`.
     """
     GetJob: _aio.UnaryUnaryMultiCallable[_jobs_pb2.GetJobRequest, _jobs_pb2.Job]  # type: ignore[assignment]
     ListJobs: _aio.UnaryUnaryMultiCallable[_jobs_pb2.ListJobsRequest, _jobs_pb2.ListJobsResponse]  # type: ignore[assignment]
-    """Newest first."""
+    """Newest first, unless asked otherwise. The caller's own; an operator sees everybody's."""
     CancelJob: _aio.UnaryUnaryMultiCallable[_jobs_pb2.CancelJobRequest, _jobs_pb2.Job]  # type: ignore[assignment]
     """Asks a job to stop; it is CANCELLED when everything it held is let go. A job at rest stays as it is."""
+    DeleteJob: _aio.UnaryUnaryMultiCallable[_jobs_pb2.DeleteJobRequest, _jobs_pb2.Job]  # type: ignore[assignment]
+    """Drops the files of a job at rest and its operation. The job itself stays, with its history and what it spent: it
+    is part of the record of the privacy budget. Once is as good as twice. A job that is not at rest: WRONG_STATE.
+    """
     WatchJob: _aio.UnaryStreamMultiCallable[_jobs_pb2.WatchJobRequest, _jobs_pb2.JobEvent]  # type: ignore[assignment]
-    """Replays the job's events after `after_sequence`, then follows it until it is at rest."""
+    """Replays the job's events after `after_sequence`, then follows it until it is at rest. Whoever comes back with the
+    last sequence number it saw misses nothing and sees nothing twice.
+    """
+    ListJobEvents: _aio.UnaryUnaryMultiCallable[_jobs_pb2.ListJobEventsRequest, _jobs_pb2.ListJobEventsResponse]  # type: ignore[assignment]
+    """The job's history so far, a page at a time, without following it."""
     DownloadArtifact: _aio.UnaryStreamMultiCallable[_jobs_pb2.DownloadArtifactRequest, _common_pb2.DataChunk]  # type: ignore[assignment]
     """A file of a finished job, from `offset` on."""
     GetStatus: _aio.UnaryUnaryMultiCallable[_jobs_pb2.GetStatusRequest, _jobs_pb2.Status]  # type: ignore[assignment]
@@ -77,8 +99,11 @@ class JobServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _jobs_pb2.CreateJobRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_operations_pb2.Operation, _abc.Awaitable[_operations_pb2.Operation]]:
-        """Validates, prices and stores a job, and answers at once. The same `request_id` from the same scientist gives the
-        same job; with another job under it: ALREADY_EXISTS. A plan that would overspend a budget: BUDGET_EXCEEDED.
+        """Validates, prices and stores a job, and answers at once, or within `inline_wait_s` when the job is done by then.
+        The same `request_id` from the same scientist gives the same job, and waits `inline_wait_s` again; with another
+        specification, or another priority or timeout where it names one: ALREADY_EXISTS. `display_name` is a label: the
+        first one stays. A plan that would overspend a budget: BUDGET_EXCEEDED. What cannot be started is an error of this call; what fails later
+        is `Job.error` and `Operation.error`.
         """
 
     @_abc_1.abstractmethod
@@ -94,7 +119,7 @@ class JobServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _jobs_pb2.ListJobsRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_jobs_pb2.ListJobsResponse, _abc.Awaitable[_jobs_pb2.ListJobsResponse]]:
-        """Newest first."""
+        """Newest first, unless asked otherwise. The caller's own; an operator sees everybody's."""
 
     @_abc_1.abstractmethod
     def CancelJob(
@@ -105,12 +130,32 @@ class JobServiceServicer(metaclass=_abc_1.ABCMeta):
         """Asks a job to stop; it is CANCELLED when everything it held is let go. A job at rest stays as it is."""
 
     @_abc_1.abstractmethod
+    def DeleteJob(
+        self,
+        request: _jobs_pb2.DeleteJobRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_jobs_pb2.Job, _abc.Awaitable[_jobs_pb2.Job]]:
+        """Drops the files of a job at rest and its operation. The job itself stays, with its history and what it spent: it
+        is part of the record of the privacy budget. Once is as good as twice. A job that is not at rest: WRONG_STATE.
+        """
+
+    @_abc_1.abstractmethod
     def WatchJob(
         self,
         request: _jobs_pb2.WatchJobRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_abc.Iterator[_jobs_pb2.JobEvent], _abc.AsyncIterator[_jobs_pb2.JobEvent]]:
-        """Replays the job's events after `after_sequence`, then follows it until it is at rest."""
+        """Replays the job's events after `after_sequence`, then follows it until it is at rest. Whoever comes back with the
+        last sequence number it saw misses nothing and sees nothing twice.
+        """
+
+    @_abc_1.abstractmethod
+    def ListJobEvents(
+        self,
+        request: _jobs_pb2.ListJobEventsRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_jobs_pb2.ListJobEventsResponse, _abc.Awaitable[_jobs_pb2.ListJobEventsResponse]]:
+        """The job's history so far, a page at a time, without following it."""
 
     @_abc_1.abstractmethod
     def DownloadArtifact(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import resource
 import signal
 import sys
 from collections.abc import Mapping
@@ -35,6 +36,7 @@ def describe(params: Mapping[str, Any], context: WorkContext) -> dict[str, Any]:
         "interrupt_ignored": signal.getsignal(signal.SIGINT) is signal.SIG_IGN,
         "modules": sorted({name.partition(".")[0] for name in sys.modules} & {"grpc", "sqlalchemy", "torch", "numpy"}),
         "main": getattr(sys.modules["__main__"], "__file__", None),
+        "core_bytes": resource.getrlimit(resource.RLIMIT_CORE)[1],
         "files": _open_files(),
         "workspace": [path.name for path in context.workspace.iterdir()],
     }
@@ -80,6 +82,19 @@ def misbehave(params: Mapping[str, Any], context: WorkContext) -> dict[str, Any]
     return {"digest": b"bytes"}
 
 
+def allocate(params: Mapping[str, Any], context: WorkContext) -> dict[str, Any]:
+    """{mb} → asks for so many MiB at once, and gives them back."""
+    return {"bytes": len(bytearray(params["mb"] << 20))}
+
+
+def spawn(params: Mapping[str, Any], context: WorkContext) -> dict[str, Any]:
+    """{blob} → starts a process, and goes on as `busy`."""
+    if os.fork() == 0:
+        while True:
+            signal.pause()
+    return busy(params, context)
+
+
 def die(params: Mapping[str, Any], context: WorkContext) -> dict[str, Any]:
     """{} → kills its own process, as the kernel does when memory runs out."""
     os.kill(os.getpid(), signal.SIGKILL)
@@ -95,5 +110,7 @@ HANDLERS: Final[dict[str, Handler]] = {
     "fail": fail,
     "leave": leave,
     "misbehave": misbehave,
+    "allocate": allocate,
+    "spawn": spawn,
     "die": die,
 }

@@ -34,6 +34,9 @@ ROOT: Final = __name__.removesuffix(".jobs.executors.units")
 MAX_FRAME_BYTES: Final = 16 << 20
 """Of a unit or its result as JSON: ten times the largest plan; whatever is larger belongs into a blob."""
 
+_TORCH_NO_MEMORY: Final = "can't allocate memory"
+"""How torch says it, in a RuntimeError (c10/core/impl/alloc_cpu.cpp)."""
+
 
 @dataclass(frozen=True, slots=True)
 class WorkContext:
@@ -42,10 +45,12 @@ class WorkContext:
     Attributes:
         blobs: the role's blob store.
         workspace: a directory of this unit's own, empty at its start, removed at its end.
+        memory_limit_mb: private memory that the worker may have, in MiB; None: as much as there is.
     """
 
     blobs: Blobs
     workspace: Path
+    memory_limit_mb: int | None = None
 
 
 Handler: TypeAlias = Callable[[Mapping[str, Any], WorkContext], dict[str, Any]]
@@ -118,7 +123,11 @@ def execute(frame: bytes, handlers: Mapping[str, Handler], context: WorkContext)
             raise LimitError(f"the result of unit {name} has {len(reply)} bytes", limit_bytes=MAX_FRAME_BYTES)
     except SottoError as error:
         return _encode(_described(error))
+    except MemoryError:
+        return _encode(_described(_no_memory(name, context)))
     except BaseException as error:  # a handler that exits or is interrupted failed, and the worker lives on
+        if isinstance(error, RuntimeError) and _TORCH_NO_MEMORY in str(error):
+            return _encode(_described(_no_memory(name, context)))
         private = f"{type(error).__name__} at {_location(error)}"
         return _encode(_described(WorkerError(f"unit {name} failed", private=private, unit=name)))
     return reply
@@ -143,6 +152,17 @@ def decode_reply(frame: bytes) -> dict[str, Any]:
     if isinstance(error, ConfigError):
         error.problems = tuple(description["problems"])
     raise error
+
+
+def exhausted_memory(error: SottoError) -> bool:
+    """Whether a unit ended because it got no more memory: its worker may have little left for the next one."""
+    return error.metadata.get("exhausted") == "memory"
+
+
+def _no_memory(name: str, context: WorkContext) -> WorkerError:
+    limit_mb = context.memory_limit_mb
+    allowed = "" if limit_mb is None else f"; a worker may have {limit_mb} MiB"
+    return WorkerError(f"unit {name} got no more memory{allowed}", unit=name, exhausted="memory")
 
 
 def _encode(value: object) -> bytes:

@@ -5,7 +5,8 @@ its forks start in milliseconds and cannot hang on a lock that another thread he
 socket until it closes. A pipe that only the role process holds open is everyone's lifeline: when it closes, however
 the role ended, every process here ends too, in the middle of a computation if need be.
 
-Frames are a length of four bytes (big-endian) and JSON. The zygote's commands are one line of JSON each way.
+Frames are a length of four bytes (big-endian) and JSON; an empty one asks for an empty one, as a sign of life. The
+zygote's commands are one line of JSON each way.
 """
 
 from __future__ import annotations
@@ -23,11 +24,14 @@ import threading
 from pathlib import Path
 from typing import Any, Final, NoReturn
 
-from ...errors import SottoError
+from ...errors import ConfigError, SottoError
 from ...storage.blobs import Blobs
+from .limits import forbid_core_dumps, limit_memory, limited_cpu, private_memory_mb
 from .units import MAX_FRAME_BYTES, Handler, WorkContext, execute, import_short, load_handlers
 
 LENGTH: Final = struct.Struct(">I")
+PING: Final = b""
+"""The frame that asks for itself back."""
 COMMAND_BYTES: Final = 1 << 16
 """More than any command or answer of the zygote: a few paths."""
 
@@ -43,11 +47,12 @@ BOOT: Final = (
 """For `python -P -c`: by import path and module name, so that the role's own main module is never run again."""
 
 
-def zygote(control_fd: int, lifeline_fd: int) -> None:
+def zygote(control_fd: int, lifeline_fd: int, watched_fd: int) -> None:
     """Serves fork and kill commands on the control socket until it closes; then ends every worker and returns.
 
-    Commands: {"fork": directory} with the worker's socket attached → {"pid"}; {"end": pid} → {"status": what waitpid
-    said, negative for a signal}. The first line from the other side is the settings.
+    Commands: {"fork": directory} with the worker's socket attached → {"pid"}, or {"error"}; {"end": pid} → {"status":
+    what waitpid said, negative for a signal}. The first line from the other side is the settings. `watched_fd` is open
+    in this process alone, so that the role sees its end.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the role's to handle
     control = socket.socket(fileno=control_fd)
@@ -60,11 +65,19 @@ def zygote(control_fd: int, lifeline_fd: int) -> None:
             control.sendall(json.dumps({"error": text[:4000]}).encode())
             return
         control.sendall(json.dumps({"ready": os.getpid(), "threads": _threads()}).encode())
-        _serve(control, lifeline_fd, settings, handlers=handlers)
+        _serve(control, lifeline_fd, watched_fd, settings=settings, handlers=handlers)
 
 
-def _serve(control: socket.socket, lifeline_fd: int, settings: dict[str, Any], *, handlers: dict[str, Handler]) -> None:
+def _serve(
+    control: socket.socket,
+    lifeline_fd: int,
+    watched_fd: int,
+    *,
+    settings: dict[str, Any],
+    handlers: dict[str, Handler],
+) -> None:
     workers: set[int] = set()
+    answer: dict[str, Any]
     try:
         while True:
             data, fds, _, _ = socket.recv_fds(control, COMMAND_BYTES, 1)
@@ -72,15 +85,20 @@ def _serve(control: socket.socket, lifeline_fd: int, settings: dict[str, Any], *
                 return
             command = json.loads(data)
             if "fork" in command:
-                pid = os.fork()
-                if pid == 0:
-                    control.close()
-                    _worker(fds[0], lifeline_fd, settings, handlers=handlers, workspace=Path(command["fork"]))
+                try:
+                    pid = os.fork()
+                except OSError as error:  # no more processes or no more memory: the workers that are there go on
+                    answer = {"error": f"fork: {error}"}
+                else:
+                    if pid == 0:
+                        control.close()
+                        os.close(watched_fd)
+                        _worker(fds[0], lifeline_fd, settings, handlers=handlers, workspace=Path(command["fork"]))
+                    with contextlib.suppress(OSError):
+                        os.setpgid(pid, pid)  # the child does it too: whoever comes first
+                    workers.add(pid)
+                    answer = {"pid": pid}
                 os.close(fds[0])
-                with contextlib.suppress(OSError):
-                    os.setpgid(pid, pid)  # the child does it too: whoever comes first
-                workers.add(pid)
-                answer: dict[str, int | None] = {"pid": pid}
             else:
                 pid = command["end"]
                 answer = {"status": _end(pid) if pid in workers else None}
@@ -98,6 +116,9 @@ def _prepare(settings: dict[str, Any]) -> dict[str, Handler]:
     forbidden = sorted({"grpc", "sqlalchemy"} & sys.modules.keys())
     if forbidden:
         raise ImportError(f"a worker must not import {forbidden[0]}: {settings['handlers']} does")
+    limit_mb, used_mb = settings["memory_limit_mb"], private_memory_mb()
+    if limit_mb is not None and used_mb >= limit_mb:
+        raise ConfigError(f"memory_limit_mb: {limit_mb} is too little: the imports alone take {used_mb:.0f} MiB")
     gc.collect()
     gc.freeze()  # what is imported stays shared between the forks
     return handlers
@@ -125,15 +146,21 @@ def _worker(
         with contextlib.suppress(OSError):
             os.setpgid(0, 0)
         os.nice(settings["nice"])
+        forbid_core_dumps()
+        if settings["memory_limit_mb"] is not None:
+            limit_memory(settings["memory_limit_mb"])
         threading.Thread(target=_end_with, args=(lifeline_fd,), daemon=True).start()
         _reseed()
         channel = socket.socket(fileno=channel_fd)
         blobs = Blobs(Path(settings["blobs_root"]))
         while (frame := _receive(channel)) is not None:
-            _clear(workspace)
-            workspace.mkdir(mode=0o700, parents=True)
-            reply = execute(frame, handlers, WorkContext(blobs, workspace))
-            _clear(workspace)
+            reply = PING
+            if frame != PING:
+                _clear(workspace)
+                workspace.mkdir(mode=0o700, parents=True)
+                with limited_cpu(settings["cpu_limit_s"]):
+                    reply = execute(frame, handlers, WorkContext(blobs, workspace, settings["memory_limit_mb"]))
+                _clear(workspace)
             channel.sendall(LENGTH.pack(len(reply)) + reply)
         status = 0
     except (ConnectionError, KeyboardInterrupt):

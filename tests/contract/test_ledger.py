@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import json
-import sqlite3
-from collections.abc import AsyncIterator
+from collections.abc import Awaitable, Callable
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import pytest
-from sqlalchemy import Connection, MetaData
+import sqlalchemy
+from sqlalchemy import URL, Connection, MetaData, text
 from sqlalchemy.exc import IntegrityError
 
 from src.errors import InvalidInput, LedgerError
@@ -19,6 +18,9 @@ from src.privacy.events import DpSgdSteps, NoisySum
 from src.privacy.ledger import GENESIS, Entry
 from src.storage.database import Database
 from src.storage.ledger import LedgerStore
+from src.storage.schema import FromMetadata, Schema
+
+OpenDatabase = Callable[[Schema], Awaitable[Database]]
 
 AT = "2025-06-01T12:00:00+00:00"
 PARTY: dict[str, Any] = {"unit": "party", "subject": "federation:demo", "event": NoisySum(noise_multiplier=1.5)}
@@ -32,21 +34,17 @@ METADATA = MetaData()
 STORE = LedgerStore(METADATA)
 
 
-@pytest.fixture
-def path(tmp_path: Path) -> Path:
-    return tmp_path / "role.db"
+SCHEMA = FromMetadata(METADATA)
 
 
 @pytest.fixture
-async def database(path: Path) -> AsyncIterator[Database]:
+async def database(open_database: OpenDatabase) -> Database:
     """Three entries: two reservations of different units, and the end of the first."""
-    database = Database(path, METADATA, schema_version=1)
-    await database.open()
+    database = await open_database(SCHEMA)
     await database.run(lambda connection: _reserve(connection, 1, **PARTY))
     await database.run(lambda connection: _reserve(connection, 2, **EXAMPLE))
     await database.run(_finalise_first)
-    yield database
-    await database.close()
+    return database
 
 
 def _reserve(connection: Connection, number: int, **fields: Any) -> Entry:
@@ -79,12 +77,10 @@ async def test_entries_are_read_as_they_were_written_and_by_unit_and_subject(dat
     assert await database.run(STORE.head) == await database.run(STORE.verify) == entries[-1].digest
 
 
-async def test_an_empty_ledger_has_the_first_head(tmp_path: Path) -> None:
-    database = Database(tmp_path / "new.db", METADATA, schema_version=1)
-    await database.open()
+async def test_an_empty_ledger_has_the_first_head(open_database: OpenDatabase) -> None:
+    database = await open_database(SCHEMA)
     assert await database.run(STORE.head) == await database.run(STORE.verify) == GENESIS
     assert await database.run(STORE.entries) == []
-    await database.close()
 
 
 async def test_a_charge_is_rolled_back_with_what_it_is_charged_for(database: Database) -> None:
@@ -130,17 +126,46 @@ WRITES = [
     "UPDATE ledger SET sequence = 9 WHERE sequence = 3",
     "DELETE FROM ledger WHERE sequence = 3",
     "DELETE FROM ledger",
-    "INSERT OR REPLACE INTO ledger (sequence, digest, line) VALUES (3, 'x', 'x')",
     "INSERT INTO ledger (sequence, digest, line) VALUES (9, 'x', 'x')",
+    "INSERT INTO ledger (sequence, digest, line) VALUES (4, 'x', 'x'), (6, 'y', 'y')",
+    "INSERT INTO ledger (sequence, digest, line) VALUES (3, 'x', 'x') ON CONFLICT DO NOTHING",
+    "INSERT INTO ledger (sequence, digest, line) VALUES (3, 'x', 'x') ON CONFLICT (sequence) DO UPDATE SET line = 'x'",
+]
+WRITES_OF_ITS_OWN = [
+    ("sqlite", "INSERT OR REPLACE INTO ledger (sequence, digest, line) VALUES (3, 'x', 'x')"),
+    ("postgresql", "TRUNCATE ledger"),
+    ("postgresql", "TRUNCATE ledger CASCADE"),
 ]
 
 
-@pytest.mark.parametrize("statement", WRITES)
-async def test_the_database_itself_refuses(database: Database, statement: str) -> None:
+async def _refused(database: Database, statement: str) -> None:
     before = await database.run(STORE.entries)
     with pytest.raises(IntegrityError, match="append-only"):
         await database.run(lambda connection: connection.exec_driver_sql(statement) and None)
     assert await database.run(STORE.entries) == before
+
+
+@pytest.mark.parametrize("statement", WRITES)
+async def test_the_database_itself_refuses(database: Database, statement: str) -> None:
+    await _refused(database, statement)
+
+
+@pytest.mark.parametrize(("database_url", "statement"), WRITES_OF_ITS_OWN, indirect=["database_url"])
+async def test_each_engine_refuses_its_own_ways(database: Database, statement: str) -> None:
+    await _refused(database, statement)
+
+
+async def test_several_entries_in_one_statement_are_in_order_or_none_is_taken(open_database: OpenDatabase) -> None:
+    database = await open_database(SCHEMA)
+
+    def insert(numbers: tuple[int, ...], connection: Connection) -> int:
+        rows = ", ".join(f"({number}, 'digest {number}', 'x')" for number in numbers)
+        return connection.exec_driver_sql(f"INSERT INTO ledger (sequence, digest, line) VALUES {rows}").rowcount
+
+    for wrong in ((0,), (2, 1), (1, 1), (1, 3)):
+        with pytest.raises(IntegrityError):
+            await database.run(lambda connection, wrong=wrong: insert(wrong, connection))  # type: ignore[misc]
+    assert await database.run(lambda connection: insert((1, 2, 3), connection)) == 3
 
 
 def _as_json(line: str, **changes: object) -> str:
@@ -156,42 +181,43 @@ TAMPERING = [
 ]
 
 
+def _tamper(url: URL, statement: str, **values: object) -> None:
+    """Runs a statement as somebody does who owns the database and is not stopped by its triggers."""
+    engine = sqlalchemy.create_engine(url)
+    with engine.begin() as connection:
+        if url.get_backend_name() == "postgresql":
+            connection.exec_driver_sql("ALTER TABLE ledger DISABLE TRIGGER USER")
+        else:
+            for trigger in ("no_update", "no_delete", "in_order"):
+                connection.exec_driver_sql(f"DROP TRIGGER ledger_{trigger}")
+        connection.execute(text(statement), values)
+    engine.dispose()
+
+
 @pytest.mark.parametrize(
     ("number", "statement", "named"), [row[1:] for row in TAMPERING], ids=[r[0] for r in TAMPERING]
 )
 async def test_what_gets_past_the_triggers_is_named_by_every_reading(
-    database: Database, path: Path, number: int, statement: str, named: str
+    database: Database, open_database: OpenDatabase, database_url: URL, number: int, statement: str, named: str
 ) -> None:
+    entry = (await database.run(STORE.entries))[number - 1]
     await database.close()
-    with sqlite3.connect(path) as connection:
-        for trigger in ("no_update", "no_delete", "in_order"):
-            connection.execute(f"DROP TRIGGER ledger_{trigger}")
-        (line,) = connection.execute("SELECT line FROM ledger WHERE sequence = ?", (number,)).fetchone()
-        connection.execute(statement, {"changed": _as_json(line, reason="free")} if ":changed" in statement else {})
-    connection.close()
-    again = Database(path, METADATA, schema_version=1)
-    await again.open()
-    try:
-        for reading in (STORE.entries, STORE.verify):
-            with pytest.raises(LedgerError, match=named):
-                await again.run(reading)
-    finally:
-        await again.close()
+    changed = {"changed": _as_json(ledger.to_line(entry), reason="free")} if ":changed" in statement else {}
+    _tamper(database_url, statement, **changed)
+    again = await open_database(SCHEMA)
+    for reading in (STORE.entries, STORE.verify):
+        with pytest.raises(LedgerError, match=named):
+            await again.run(reading)
 
 
-async def test_a_ledger_cut_at_its_end_is_noticed_by_a_head_that_was_signed(database: Database, path: Path) -> None:
+async def test_a_ledger_cut_at_its_end_is_noticed_by_a_head_that_was_signed(
+    database: Database, open_database: OpenDatabase, database_url: URL
+) -> None:
     head = await database.run(STORE.head)
     assert await database.run(lambda c: STORE.verify(c, known_heads=[head])) == head
     await database.close()
-    with sqlite3.connect(path) as connection:
-        connection.execute("DROP TRIGGER ledger_no_delete")
-        connection.execute("DELETE FROM ledger WHERE sequence = 3")
-    connection.close()
-    again = Database(path, METADATA, schema_version=1)
-    await again.open()
-    try:
-        await again.run(STORE.verify)
-        with pytest.raises(LedgerError, match="cut or rewritten"):
-            await again.run(lambda c: STORE.verify(c, known_heads=[head]))
-    finally:
-        await again.close()
+    _tamper(database_url, "DELETE FROM ledger WHERE sequence = 3")
+    again = await open_database(SCHEMA)
+    await again.run(STORE.verify)
+    with pytest.raises(LedgerError, match="cut or rewritten"):
+        await again.run(lambda c: STORE.verify(c, known_heads=[head]))

@@ -1,0 +1,60 @@
+"""What runs beside the coordinator's loop: at most one task of a kind for each round of a job."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Awaitable, Callable
+
+LOG = logging.getLogger("sotto.aggregator")
+
+Key = tuple[str, int, str]
+"""Job, round (0 where there is none), what is done."""
+
+
+class Tasks:
+    """Running tasks by key. Used from the event loop alone.
+
+    Args:
+        wake: called when one has ended.
+    """
+
+    def __init__(self, wake: Callable[[], None]) -> None:
+        self._wake = wake
+        self._running: dict[Key, asyncio.Task[None]] = {}
+
+    def spawn(self, key: Key, work: Callable[[], Awaitable[None]]) -> None:
+        """Begin `work` unless a task of this key runs already."""
+        if key in self._running:
+            return
+
+        async def run() -> None:
+            try:
+                await work()
+            except Exception:  # the rows are as they were: the next turn begins the same work again
+                LOG.exception("task %s failed", key)
+            finally:
+                if self._running.get(key) is asyncio.current_task():
+                    del self._running[key]
+                self._wake()
+
+        self._running[key] = asyncio.get_running_loop().create_task(run())
+
+    async def cancel(self, job_id: str, number: int | None = None) -> None:
+        """Cancel a job's tasks, or those of one round, and wait until they are gone: their workers are killed."""
+        mine = [task for key, task in self._running.items() if key[0] == job_id and number in (None, key[1])]
+        for task in mine:
+            task.cancel()
+        await asyncio.gather(*mine, return_exceptions=True)
+
+    async def drain(self, timeout_s: float) -> bool:
+        """Wait for those that run; False when some still do after `timeout_s`."""
+        if not self._running:
+            return True
+        _, left = await asyncio.wait(list(self._running.values()), timeout=timeout_s)
+        return not left
+
+    async def stop(self) -> None:
+        """Cancel all of them and wait."""
+        for job_id in {key[0] for key in self._running}:
+            await self.cancel(job_id)

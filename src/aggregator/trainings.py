@@ -1,0 +1,375 @@
+"""Federated trainings: drives the rounds of the jobs that the coordinator hands over.
+
+Loads rows, asks the rules (`rounds`) what to do, does it, and writes down what came of it. In a turn a job moves as
+far as it can without waiting; what takes time runs beside it as a task. Everything that matters is in the database: a
+killed process goes on from its rows.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Final
+
+from sqlalchemy import Connection
+
+from ..errors import BY_REASON, RoundFailed, SottoError
+from ..jobs.service import Activity
+from ..jobs.spec import FederatedTrainingSpec
+from ..jobs.states import Event as JobEvent
+from ..jobs.states import EventKind, JobRow, JobState, round_event, succeeded_event, utc
+from ..privacy.events import event_to_json
+from ..protocol.plan import PLAN_KIND, signed_digest
+from ..storage.blobs import Blobs
+from ..storage.database import Database
+from . import rounds as rules
+from .accounts import Accounts
+from .artifact import write_artifact
+from .federation import Federation
+from .held import AGGREGATOR_CAUSE, HeldJobs, ending, public_reason
+from .pipeline import AggregatorPipeline
+from .planning import Model, plan_of, plan_round, round_costs
+from .round_row import AT_REST, Batch, BudgetSpent, Cancel, Event, RoundRow, RoundState, Settled, Step, StepFailed, Tick
+from .sessions import Sessions
+from .steps import History, RoundSteps, costs_of, lacking
+from .store import RoundStore
+from .summary import Tally, round_summary
+from .tasks import Tasks
+
+LOG = logging.getLogger("sotto.aggregator")
+
+WAIT_NOTICE_S: Final = 10.0
+"""A round that has waited this long says for whom."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Awaited:
+    """For whom a round waits, since when, and whether that was said."""
+
+    names: tuple[str, ...]
+    since: float
+    said: bool = False
+
+
+class Trainings:
+    """Runs the rounds of federated trainings."""
+
+    def __init__(
+        self,
+        *,
+        database: Database,
+        held: HeldJobs,
+        rounds: RoundStore,
+        accounts: Accounts,
+        blobs: Blobs,
+        pipeline: AggregatorPipeline,
+        federation: Federation,
+        sessions: Sessions,
+        tasks: Tasks,
+        clock: Callable[[], float],
+    ) -> None:
+        self._database = database
+        self._held = held
+        self._rounds = rounds
+        self._accounts = accounts
+        self._blobs = blobs
+        self._pipeline = pipeline
+        self._federation = federation
+        self._sessions = sessions
+        self._tasks = tasks
+        self._clock = clock
+        self._steps = RoundSteps(pipeline, federation, clock=clock)
+        self._recent: dict[tuple[str, int], RoundRow] = {}
+        self._stage: dict[str, str] = {}
+        self._awaited: dict[str, _Awaited] = {}
+        self._tallies: dict[str, Tally] = {}
+
+    # --- a turn -------------------------------------------------------------------------------------------------------
+
+    def can_start(self, job: JobRow) -> bool:
+        """With a pinned roster at once: the round has a deadline. Without one, once the parties have joined."""
+        if self._federation.pinned:
+            return True
+        spec = FederatedTrainingSpec.from_json(job.spec)
+        joined = self._sessions.connected
+        missing = sorted(set(spec.parties) - joined)
+        self._stage[job.job_id] = f"waiting for {', '.join(missing) or 'at least two parties'} to join"
+        return not missing and len(joined) >= 2  # a sum over one party is that party's update
+
+    async def advance(self, job: JobRow, *, paused: bool) -> None:
+        """Move a job as far as it can go now.
+
+        Args:
+            paused: begin nothing: the job waits for its next attempt, or the process is being stopped. What parties
+                send is still taken in, and deadlines still count.
+        """
+        row = await self._database.run(partial(self._rounds.latest, job_id=job.job_id))
+        if row is not None:
+            self._remember(row)
+        spec = FederatedTrainingSpec.from_json(job.spec)
+        if row is not None and not (row.at_rest and row.settled):
+            await self._advance_round(job, row, spec, paused=paused)
+        elif job.state is JobState.CANCELLING:
+            await self._tasks.cancel(job.job_id)
+            await self._end(job.job_id, ending(job))
+        elif not paused:
+            await self._next_round(job, row, spec)
+
+    async def _next_round(self, job: JobRow, row: RoundRow | None, spec: FederatedTrainingSpec) -> None:
+        number = row.number + 1 if row else 1
+        if job.rounds_released >= spec.rounds:
+            self._tasks.spawn((job.job_id, number, "finish"), partial(self._finish, job, spec))
+            return
+        lasting = rules.hopeless(row) if row else ""
+        if row is not None and (lasting or job.rounds_failed > spec.spare_rounds):
+            error = BY_REASON.get(lasting, RoundFailed)(row.reason)
+            await self._held.failed(job.job_id, error, stage=f"round {row.number}", parties=lacking(row))
+        else:
+            self._stage[job.job_id] = f"planning round {number}"
+            self._tasks.spawn((job.job_id, number, "plan"), partial(self._plan, job, spec, number))
+
+    async def _advance_round(self, job: JobRow, row: RoundRow, spec: FederatedTrainingSpec, *, paused: bool) -> None:
+        now = self._clock()
+        event = Cancel() if job.state is JobState.CANCELLING else Tick()
+        if rules.advance(row, event, now) != row:
+            row = await self.happened(row.job_id, row.number, event)
+        await self._say_who_is_awaited(row, now)
+        step = rules.next_step(row, now)
+        if step is Step.SETTLE:
+            await self._tasks.cancel(row.job_id, row.number)  # of a round at rest nothing is computed any more
+            await self._settle(row)
+        elif step is Step.SPEND and not paused:
+            await self.happened(row.job_id, row.number, BudgetSpent())
+        elif step is not None and not paused:
+            self._tasks.spawn((row.job_id, row.number, step.value), partial(self._perform, row, step, spec))
+
+    # --- what happens to a round --------------------------------------------------------------------------------------
+
+    async def happened(self, job_id: str, number: int, event: Event) -> RoundRow:
+        """Apply an event to a stored round, with its ledger entry, in one transaction; raises what the rules refuse."""
+        now = self._clock()
+
+        def write(connection: Connection) -> RoundRow:
+            before = self._rounds.get(connection, job_id, number)
+            after = rules.advance(before, event, now)
+            if isinstance(event, BudgetSpent):
+                self._accounts.spend(connection, job_id, number, now=now)
+            if after != before:
+                self._held.guard(connection, job_id)
+                self._rounds.update(connection, after)
+            return after
+
+        row = await self._database.run(write)
+        self._remember(row)
+        if row.at_rest and not row.settled:
+            LOG.info("round %d of job %s: %s %s", number, job_id, row.state.value, row.reason)
+        self._held.wake()
+        return row
+
+    async def _perform(self, row: RoundRow, step: Step, spec: FederatedTrainingSpec) -> None:
+        try:
+            for event in await self._do(row, step, spec):
+                await self.happened(row.job_id, row.number, event)
+        except Exception as error:
+            if not isinstance(error, SottoError):
+                LOG.exception("step %r of round %d of job %s failed", step.value, row.number, row.job_id)
+            stage = f"round {row.number}: {step.value}"
+            if not await self._held.failed(row.job_id, error, stage=stage, last=False):
+                await self.happened(row.job_id, row.number, StepFailed(step, public_reason(error)))
+
+    async def _do(self, row: RoundRow, step: Step, spec: FederatedTrainingSpec) -> list[Event]:
+        if step is Step.MAKE_NOISE:
+            return [await self._steps.make_noise(row)]
+        if step is Step.FREEZE_LIST:
+            return [await self._steps.freeze_list(row)]
+        if step is Step.FOLD:
+            return [await self._steps.fold(row)]
+        if step is Step.ASK_SHARES:
+            return [await self._steps.ask_shares(row, connected=self._sessions.connected)]
+        history = await self._database.run(partial(self._history, job_id=row.job_id))
+        return await self._steps.release(row, spec=spec, history=history)
+
+    async def _settle(self, row: RoundRow) -> None:
+        """The ledger's last word on a round at rest, and the job's event, in one transaction."""
+        now = self._clock()
+
+        def write(connection: Connection) -> JobRow:
+            if not row.spent:
+                reason = f"round {row.state.value.lower()} before a share was asked for"
+                self._accounts.return_(connection, row.job_id, row.number, now=now, reason=reason)
+            self._rounds.update(connection, rules.advance(row, Settled(), now))
+            return self._held.write(connection, row.job_id, round_event(round_summary(row)))
+
+        job = await self._database.run(write)
+        self._tallies[row.job_id] = self._tallies.get(row.job_id, Tally()).after(row)
+        for sha256 in [*(batch.sha256 for batch in _batches(row)), *row.shares.values()]:
+            self._blobs.path(sha256).unlink(missing_ok=True)  # opened or failed: nobody needs it any more
+        self._held.told(job)
+
+    def _history(self, connection: Connection, job_id: str) -> History:
+        rows = self._rounds.of_job(connection, job_id)
+        released = [row for row in rows if row.state is RoundState.RELEASED and row.result]
+        state = (released[-1].result or {})["state_sha256"] if released else ""
+        # A round whose shares were asked for counts as shown, whatever became of it; the present one comes on top.
+        costs = tuple(costs_of(row) for row in rows if row.spent and row.at_rest)
+        return History(costs, state, self._accounts.head(connection))
+
+    # --- the next round, and the end ----------------------------------------------------------------------------------
+
+    async def _plan(self, job: JobRow, spec: FederatedTrainingSpec, number: int) -> None:
+        try:
+            model = await self._database.run(partial(self._last_model, job_id=job.job_id))
+            row = await asyncio.to_thread(
+                self._new_row, job.job_id, number, spec, model or await self._pipeline.initial_model(spec)
+            )
+            await self._database.run(partial(self._open_round, row=row))
+        except Exception as error:
+            if not isinstance(error, SottoError):
+                LOG.exception("planning a round of job %s failed", job.job_id)
+            await self._held.failed(job.job_id, error, stage="planning a round")
+            return
+        self._stage[job.job_id] = f"round {row.number} of {spec.rounds}"
+        self._remember(row)
+        LOG.info("round %d of job %s is planned (plan %s)", row.number, job.job_id, row.plan_digest[:16])
+        self._held.wake()
+
+    def _last_model(self, connection: Connection, job_id: str) -> Model | None:
+        """What the last released round of a job gave; None before the first."""
+        released = [row for row in self._rounds.of_job(connection, job_id) if row.state is RoundState.RELEASED]
+        if not released:
+            return None
+        result = released[-1].result or {}
+        return Model(result["model_sha256"], result["model_bytes"], plan_of(released[-1].plan).dimension)
+
+    def _new_row(self, job_id: str, number: int, spec: FederatedTrainingSpec, model: Model) -> RoundRow:
+        roster = self._federation.roster
+        scheme = self._pipeline.scheme(spec.encryption.scheme)
+        plan = plan_round(spec, job_id=job_id, number=number, model=model, roster=roster, scheme=scheme)
+        signed = self._federation.sign(PLAN_KIND, plan.to_statement())
+        costs = {name: dict(event_to_json(event)) for name, event in round_costs(scheme, plan).items()}
+        row = RoundRow(
+            job_id=job_id,
+            number=number,
+            plan=signed.to_json(),
+            plan_digest=signed_digest(signed, PLAN_KIND),
+            costs=costs,
+            model_sha256=model.sha256,
+            cohort=plan.cohort,
+            quorum=plan.quorum,
+            holders=tuple(member.name for member in roster.holders),
+            threshold=roster.threshold,
+            noise_needed=plan.aggregator_adds_noise,
+            started_at=self._clock(),
+            timeout_s=spec.round_timeout_s,
+        )
+        return rules.advance(row, Tick(), row.started_at)
+
+    def _open_round(self, connection: Connection, row: RoundRow) -> None:
+        """Reserve, then store: a round that the budget does not allow never exists."""
+        self._held.guard(connection, row.job_id)
+        self._accounts.reserve(connection, row.job_id, row.number, event=costs_of(row)[0], now=self._clock())
+        self._rounds.insert(connection, row)
+
+    async def _finish(self, job: JobRow, spec: FederatedTrainingSpec) -> None:
+        self._stage[job.job_id] = "writing the artifact"
+        try:
+            history = await self._database.run(partial(self._rounds.of_job, job_id=job.job_id))
+            head = await self._database.run(self._accounts.head)
+            result = await asyncio.to_thread(
+                write_artifact,
+                job,
+                spec,
+                history,
+                federation=self._federation,
+                blobs=self._blobs,
+                ledger_head=head,
+                created_at=utc(self._clock()),
+            )
+            await self._end(job.job_id, succeeded_event(result))
+        except Exception as error:
+            LOG.exception("writing the artifact of job %s failed", job.job_id)
+            await self._held.failed(job.job_id, error, stage="writing the artifact")
+
+    async def _end(self, job_id: str, event: JobEvent) -> None:
+        await self._held.happen(job_id, event)
+        self._stage.pop(job_id, None)
+        self._awaited.pop(job_id, None)
+        self._tallies.pop(job_id, None)
+
+    # --- rounds at hand -----------------------------------------------------------------------------------------------
+
+    async def restore(self, job: JobRow) -> None:
+        """Of a job that goes on after a restart: what its rounds so far brought."""
+        rows = await self._database.run(partial(self._rounds.of_job, job_id=job.job_id))
+        tally = Tally()
+        for row in rows:
+            tally = tally.after(row) if row.settled else tally
+        self._tallies[job.job_id] = tally
+
+    def _remember(self, row: RoundRow) -> None:
+        """Rounds that parties may still ask about: the latest of each job."""
+        self._recent[(row.job_id, row.number)] = row
+        for key in [key for key in self._recent if key[0] == row.job_id and key[1] < row.number - 1]:
+            del self._recent[key]
+        done = [key for key, each in self._recent.items() if each.state in AT_REST and key[0] != row.job_id]
+        for key in done[:-4]:
+            del self._recent[key]
+
+    def offer(self) -> None:
+        """Push to each connected party what it is wanted for now."""
+        for party in self._sessions.connected:
+            self._sessions.offer(party, self.rows())
+
+    def rows(self) -> list[RoundRow]:
+        """Rounds that somebody may still have to do something for."""
+        return list(self._recent.values())
+
+    async def row(self, job_id: str, number: int) -> RoundRow:
+        """A stored round; NotFoundError when there is none."""
+        known = self._recent.get((job_id, number))
+        if known is not None:
+            return known
+        return await self._database.run(partial(self._rounds.get, job_id=job_id, number=number))
+
+    async def _say_who_is_awaited(self, row: RoundRow, now: float) -> None:
+        names = rules.waiting_for(row)
+        known = self._awaited.get(row.job_id)
+        if known is None or known.names != names:
+            self._awaited[row.job_id] = _Awaited(names, now)
+        elif names and not known.said and now - known.since >= WAIT_NOTICE_S:
+            self._awaited[row.job_id] = _Awaited(names, known.since, said=True)
+            text = f"round {row.number} waits for {', '.join(names)} ({row.state.value.lower()})"
+            await self._held.happen(row.job_id, JobEvent(kind=EventKind.WAITING, message=text, cause=AGGREGATOR_CAUSE))
+
+    def progress(self, job_id: str, *, rounds: int) -> Activity | None:
+        """What a job is doing and has received; None when nothing is known of it.
+
+        Args:
+            rounds: that are still to be released.
+        """
+        tally = self._tallies.get(job_id, Tally())
+        rows = [row for key, row in self._recent.items() if key[0] == job_id and not row.at_rest]
+        if not rows:
+            stage = self._stage.get(job_id, "")
+            return Activity(stage, bytes_received=tally.bytes_up) if stage or tally.bytes_up else None
+        row = rows[-1]
+        end = tally.estimate(rounds, since=row.started_at, now=self._clock())
+        return Activity(
+            stage=f"round {row.number}: {row.state.value.lower()}",
+            waiting_for=rules.waiting_for(row),
+            parties=rules.party_states(row, self._sessions.connected),
+            bytes_received=tally.bytes_up + sum(row.bytes_up.values()),
+            estimated_end_at=utc(end) if end else "",
+        )
+
+    def awaited(self) -> dict[str, str]:
+        """What is expected of each party now."""
+        rows = [row for row in self._recent.values() if not row.at_rest]
+        return {name: row.state.value.lower() for row in rows for name in rules.waiting_for(row)}
+
+
+def _batches(row: RoundRow) -> list[Batch]:
+    return [*row.batches.values(), *([row.aggregate] if row.aggregate else [])]

@@ -1,0 +1,236 @@
+"""What `sotto jobs` hands in: trainings, evaluations and exports; and waiting for what comes of them."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Final
+
+import typer
+
+from . import connection
+from .connection import DEFAULT_CONFIG, ConfigOption, JsonOption
+
+if TYPE_CHECKING:
+    from ..client import Job, JobResult
+
+INLINE_WAIT_S: Final = 20.0
+"""An evaluation or export is often done by then: the answer to its submission brings the result."""
+
+NameOption = Annotated[str, typer.Option("--name", help="A name to recognise the job by.")]
+PriorityOption = Annotated[str | None, typer.Option("--priority", help="high, normal or low.")]
+JobTimeoutOption = Annotated[
+    float | None, typer.Option("--timeout-s", help="Seconds from now after which the job fails unless it is at rest.")
+]
+RequestIdOption = Annotated[str | None, typer.Option("--request-id", help="Sent again, it gives the same job.")]
+WaitOption = Annotated[bool, typer.Option("--wait", help="Stay until the job is at rest, as `jobs wait`.")]
+OutOption = Annotated[
+    Path | None, typer.Option("--out", help="Wait, then fetch the files into this directory and verify them.")
+]
+
+
+def submit(  # each parameter is an option of the command
+    file: Annotated[Path | None, typer.Argument(help="A job in YAML or JSON.", show_default=False)] = None,
+    config: ConfigOption = DEFAULT_CONFIG,
+    task: Annotated[str | None, typer.Option(help="Instead of a file: the task to train.")] = None,
+    rounds: Annotated[int | None, typer.Option(min=1, help="Rounds that release a model.")] = None,
+    spare_rounds: Annotated[int | None, typer.Option(min=0, help="Rounds that may replace failed ones.")] = None,
+    quorum: Annotated[int | None, typer.Option(min=0, help="Updates that a round needs; 0: of all invited.")] = None,
+    parties: Annotated[str | None, typer.Option(help="Invited, separated by commas; all by default.")] = None,
+    steps: Annotated[int | None, typer.Option(min=1, help="Local steps a round.")] = None,
+    learning_rate: Annotated[float | None, typer.Option(help="Of the local steps.")] = None,
+    epsilon: Annotated[float | None, typer.Option(help="Example-level ε of the whole job, at each party.")] = None,
+    noise_multiplier: Annotated[float | None, typer.Option(help="Of the party-level noise.")] = None,
+    clipping_norm: Annotated[float | None, typer.Option(help="L2 bound of a party's update.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Of split and initialisation.")] = None,
+    round_timeout: Annotated[float | None, typer.Option(help="Seconds for a round.")] = None,
+    name: NameOption = "",
+    priority: PriorityOption = None,
+    timeout_s: JobTimeoutOption = None,
+    request_id: RequestIdOption = None,
+    build_initial_model: Annotated[
+        bool,
+        typer.Option("--build-initial-model", help="Build the task's model here: for an aggregator without torch."),
+    ] = False,
+    and_wait: WaitOption = False,
+    out: OutOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Submit a job, from FILE or from options; options win over the file. Prints the job's id."""
+    training = {
+        "task": task,
+        "rounds": rounds,
+        "spare_rounds": spare_rounds,
+        "quorum": quorum,
+        "parties": None if parties is None else [each.strip() for each in parties.split(",")],
+        "seed": seed,
+        "round_timeout_s": round_timeout,
+    }
+    local = {"steps": steps, "learning_rate": learning_rate, "epsilon": epsilon}
+    privacy = {"noise_multiplier": noise_multiplier, "clipping_norm": clipping_norm}
+    job = _make_job(file, training, sections={"local_training": local, "party_privacy": privacy})
+    if build_initial_model:
+        _build_initial_model(job)
+    terms = {"priority": _priority(priority), "timeout_s": timeout_s, "request_id": request_id, "name": name}
+    _hand_in(job, config, terms, and_wait=and_wait, out=out, as_json=as_json)
+
+
+def evaluate(
+    job_id: Annotated[str, typer.Argument(help="The training whose model is meant.", show_default=False)] = "",
+    config: ConfigOption = DEFAULT_CONFIG,
+    model: Annotated[Path | None, typer.Option(help="Instead of a job: a model (safetensors, at most 3 MiB).")] = None,
+    task: Annotated[str, typer.Option(help="On whose public rows; by default the job's task.")] = "",
+    name: NameOption = "",
+    priority: PriorityOption = None,
+    timeout_s: JobTimeoutOption = None,
+    request_id: RequestIdOption = None,
+    and_wait: WaitOption = False,
+    out: OutOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Measure a model on the public rows that the aggregator holds. It costs no privacy. Prints the job's id."""
+    if bool(job_id) == (model is not None) or (model is not None and not task):
+        raise typer.BadParameter("give the id of a JOB, or --model FILE and --task")
+    from ..client import Evaluation, Job
+
+    evaluation = Evaluation(job_id=job_id, task=task, model=b"" if model is None else _read(model))
+    terms = {"priority": _priority(priority), "timeout_s": timeout_s, "request_id": request_id, "name": name}
+    _hand_in(Job(evaluation=evaluation), config, terms, and_wait=and_wait, out=out, as_json=as_json)
+
+
+def export(
+    job_id: Annotated[str, typer.Argument(help="The training whose model is meant.", show_default=False)],
+    config: ConfigOption = DEFAULT_CONFIG,
+    format_name: Annotated[str, typer.Option("--format", help="npz: NumPy's archive of named arrays.")] = "npz",
+    name: NameOption = "",
+    priority: PriorityOption = None,
+    timeout_s: JobTimeoutOption = None,
+    request_id: RequestIdOption = None,
+    and_wait: WaitOption = False,
+    out: OutOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Turn a trained model into another format, with a signed manifest. It costs no privacy. Prints the job's id."""
+    from ..client import Export, Job
+
+    job = Job(export=Export(job_id=job_id, format=format_name))
+    terms = {"priority": _priority(priority), "timeout_s": timeout_s, "request_id": request_id, "name": name}
+    _hand_in(job, config, terms, and_wait=and_wait, out=out, as_json=as_json)
+
+
+def wait_for(
+    job_id: str, config: Path, *, timeout_s: float | None = None, out: Path | None = None, as_json: bool = False
+) -> None:
+    """Stay until a job is at rest, say how it ended, fetch its files where `out` is given."""
+    if as_json or not sys.stdout.isatty():
+        with connection.connected(config, patient=True) as client:
+            job = client.wait(job_id, timeout_s)
+    else:
+        from .live import watch_live
+
+        job = watch_live(config, job_id, timeout_s=timeout_s)
+    _finish(job, config, out=out, as_json=as_json)
+
+
+def print_result(job_id: str, brought: JobResult, *, files: dict[str, Path], as_json: bool) -> None:
+    """A job's result and where its files lie now."""
+    if as_json:
+        from .plain import plain, print_json
+
+        print_json({**plain(brought), "paths": {name: str(path) for name, path in files.items()}})
+        return
+    from .jobs_view import result_lines
+
+    typer.echo("\n".join([f"job {job_id} succeeded", *result_lines(brought)]))
+    for path in files.values():
+        typer.echo(f"wrote {path}")
+
+
+# --- inside -----------------------------------------------------------------------------------------------------------
+
+
+def _hand_in(job: Job, config: Path, terms: dict[str, Any], *, and_wait: bool, out: Path | None, as_json: bool) -> None:
+    """Submit, print what was asked for, and stay where that was asked for."""
+    job.display_name = terms.pop("name") or job.display_name
+    stay = and_wait or out is not None
+    inline_wait_s = INLINE_WAIT_S if stay and not job.HasField("federated_training") else 0.0
+    with connection.connected(config, patient=stay) as client:
+        submitted = client.submit(job, inline_wait_s=inline_wait_s, **terms)
+        if as_json and not stay:
+            submitted = client.get(submitted.job_id)
+    if as_json and not stay:
+        from .plain import job_to_json, print_json
+
+        print_json(job_to_json(submitted))
+    elif not as_json:
+        typer.echo(submitted.job_id)
+    if stay:
+        wait_for(submitted.job_id, config, out=out, as_json=as_json)
+
+
+def _finish(job: Job, config: Path, *, out: Path | None, as_json: bool) -> None:
+    """Print a job at rest; raises what became of it unless it succeeded."""
+    from ..client import result_of
+    from .plain import job_to_json, print_json
+
+    files: dict[str, Path] = {}
+    if out is not None and job.HasField("result"):
+        with connection.connected(config, patient=True) as client:
+            files = client.fetch_artifact(job.job_id, out)
+    if as_json:
+        paths = {"paths": {name: str(path) for name, path in files.items()}} if out is not None else {}
+        print_json({**job_to_json(job), **paths})
+    result = result_of(job)
+    if not as_json:
+        print_result(job.job_id, result, files=files, as_json=False)
+
+
+def _make_job(file: Path | None, training: dict[str, Any], *, sections: dict[str, dict[str, Any]]) -> Job:
+    """The job of a file with the options that were given put over it, validated before anything is sent."""
+    from ..communication.generated.jobs_pb2 import Job
+    from ..jobs.spec import FederatedTrainingSpec
+    from ..jobs.specs import load_job_file, model_bytes, spec_from_proto, spec_into_proto
+
+    job = Job() if file is None else load_job_file(file)
+    if file is None and training["task"] is None:
+        raise typer.BadParameter("give a FILE, or --task and what else is to differ from the defaults")
+    fields = {key: value for key, value in training.items() if value is not None}
+    inner = {
+        section: {key: value for key, value in values.items() if value is not None}
+        for section, values in sections.items()
+    }
+    inner = {section: values for section, values in inner.items() if values}
+    kind = job.WhichOneof("spec")
+    if kind not in (None, FederatedTrainingSpec.kind) and (fields or inner):
+        raise typer.BadParameter(f"the job in {file} is of kind {kind}: options of a training do not apply to it")
+    if not fields and not inner:
+        return job
+    known = {} if file is None else spec_from_proto(job).to_json()
+    merged = {section: {**known.get(section, {}), **values} for section, values in inner.items()}
+    spec_into_proto(job, FederatedTrainingSpec.from_json({**known, **fields, **merged}), model_bytes(job))
+    return job
+
+
+def _build_initial_model(job: Job) -> None:
+    """Put the task's own model, as its seed initialises it, into the job."""
+    if not job.HasField("federated_training"):
+        raise typer.BadParameter("--build-initial-model is of a training")
+    from ..learning.flatten import model_to_tensors, to_safetensors
+    from ..learning.task import find_task
+
+    training = job.federated_training
+    model = find_task(training.task).build_model(training.seed)
+    training.initial_model = to_safetensors(model_to_tensors(model))
+
+
+def _priority(text: str | None) -> str | None:
+    if text is not None and text.lower() not in ("high", "normal", "low"):
+        raise typer.BadParameter("--priority is high, normal or low")
+    return text
+
+
+def _read(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise typer.BadParameter(f"cannot read {path}: {error.strerror}") from error
