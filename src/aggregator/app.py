@@ -91,7 +91,7 @@ class App:
         self._service = JobService(
             self._database, jobs, blobs=blobs, coordinator=self._coordinator, settings=_settings(config)
         )
-        self._coordinator.on_event(self._service.notify)
+        self._coordinator.on_event(self._service.notify, self._service.notify_all)
         self._server = self._make_server(blobs, pipeline)
         self._loop: asyncio.Task[None] | None = None
 

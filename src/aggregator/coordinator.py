@@ -107,10 +107,13 @@ class Coordinator:
         self._left: dict[str, int] = {}
         self._started_at = ""
         self._stopping = False
+        self._uncertain = False
+        """Whether something may have been committed of which nobody was told: the answer of a database can be lost."""
 
-    def on_event(self, notify: Callable[[str], None]) -> None:
-        """Whom to tell that something happened to a job."""
+    def on_event(self, notify: Callable[[str], None], notify_all: Callable[[], None]) -> None:
+        """Whom to tell that something happened to a job, or may have happened to any."""
         self._held.notify = notify
+        self._held.notify_all = notify_all
 
     # --- the loop -----------------------------------------------------------------------------------------------------
 
@@ -139,8 +142,12 @@ class Coordinator:
             self._woken.clear()
             try:
                 await self._turn()
+                if self._uncertain:
+                    self._uncertain = False
+                    self._held.notify_all()
             except Exception:  # whatever it is: the rows are as they were, and the next turn reads them again
                 LOG.exception("a turn of the coordinator failed; the next one tries again")
+                self._uncertain = True
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(TURN_S):  # wait_for of Python 3.11 loses a cancellation beside a wake-up
                     await self._woken.wait()
@@ -191,6 +198,7 @@ class Coordinator:
             self._held.drop(job.job_id)
         except Exception as error:
             LOG.exception("job %s does not get on; the next turn tries again", job.job_id)
+            self._uncertain = True
             if self._held.lapsed(job.job_id):
                 await self._held.give_up(job, error)
         else:

@@ -56,6 +56,7 @@ class HeldJobs:
         self._holder = secrets.token_hex(8)
         self._leases: dict[str, tuple[Lease, float]] = {}
         self.notify: Callable[[str], None] = lambda _job_id: None
+        self.notify_all: Callable[[], None] = lambda: None
         self.wake: Callable[[], None] = lambda: None
 
     # --- leases -------------------------------------------------------------------------------------------------------
@@ -188,6 +189,7 @@ class HeldJobs:
 
         row = await self._database.run(write)
         if row is None:
+            self.notify(job_id)  # it may have ended by a commit whose answer was lost
             return False
         self.told(row)
         return row.state is JobState.RETRYING

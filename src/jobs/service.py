@@ -116,6 +116,10 @@ class JobService:
         """The coordinator committed an event of this job."""
         self._notifier.notify(job_id)
 
+    def notify_all(self) -> None:
+        """The coordinator does not know which of its events were committed."""
+        self._notifier.notify_all()
+
     def close(self) -> None:
         """Take no more jobs, and end every watch with UnavailableError: clients come back to the next process."""
         self._notifier.close()

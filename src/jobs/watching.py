@@ -33,6 +33,11 @@ class Notifier:
         for bell in self._bells.get(job_id, ()):
             bell.set()
 
+    def notify_all(self) -> None:
+        """Something may have happened to any job: the answer to a commit was lost."""
+        for job_id in list(self._bells):
+            self.notify(job_id)
+
     def close(self) -> None:
         """Shutdown: everybody who waits is told to come back later."""
         self.closed = True
