@@ -16,6 +16,7 @@ from ..jobs.executors.stats import PoolStats
 from ..jobs.spec import FederatedTrainingSpec
 from ..jobs.spec import ServerOptimizer as OptimizerSpec
 from ..learning.task import known_tasks
+from ..privacy.accounting import import_accountant
 from ..protocol.batches import StoredBatch
 from ..protocol.canonical import parse_canonical
 from ..protocol.plan import RootStatement, RoundPlan
@@ -39,6 +40,7 @@ class AggregatorPipeline:
         self._config = config
         self._public = json.dumps(federation.keyring.to_json())
         self._dimensions: dict[str, int] = {}
+        self._tasks = known_tasks()  # reading the entry points takes milliseconds, too long for every submission
 
     def stats(self) -> PoolStats:
         """How busy the workers are."""
@@ -53,9 +55,9 @@ class AggregatorPipeline:
         check_noise_by(spec, self._config.privacy.noise_by)
         if spec.initial_model_sha256:
             return
-        if spec.task not in known_tasks():
+        if spec.task not in self._tasks:
             raise InvalidInput(
-                f"no task is called {spec.task!r} here; known: {', '.join(known_tasks())}",
+                f"no task is called {spec.task!r} here; known: {', '.join(self._tasks)}",
                 violations={"federated_training.task": "not registered at this aggregator"},
             )
         if not has_torch():
@@ -71,9 +73,10 @@ class AggregatorPipeline:
         return self._dimensions[spec.task]
 
     async def warm(self) -> None:
-        """Measure the models of the known tasks, before somebody waits for it; a task that cannot be built is passed
-        over here and refused when a job asks for it."""
-        for task in known_tasks() if has_torch() else ():
+        """Measure the models of the known tasks and import the accountant, before somebody waits for it; a task that
+        cannot be built is passed over here and refused when a job asks for it."""
+        await asyncio.to_thread(import_accountant)
+        for task in self._tasks if has_torch() else ():
             try:
                 found = await self._pool.run("task_shape", {"task": task})
             except SottoError as error:

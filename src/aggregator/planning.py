@@ -10,7 +10,7 @@ from ..encryption.dealer import check_threshold
 from ..encryption.scheme import Scheme
 from ..errors import InvalidInput, KeyMaterialError, PlanError, PolicyError
 from ..jobs.spec import FederatedTrainingSpec
-from ..privacy.accounting import calibrate_dp_sgd
+from ..privacy.accounting import calibrate_dp_sgd, check_dp_sgd
 from ..privacy.events import Event
 from ..protocol.canonical import parse_canonical, real
 from ..protocol.derive import derive, derive_again, party_event
@@ -77,9 +77,19 @@ def invited(spec: FederatedTrainingSpec, roster: Roster) -> tuple[tuple[str, ...
 
 
 def plan_round(
-    spec: FederatedTrainingSpec, *, job_id: str, number: int, model: Model, roster: Roster, scheme: Scheme
+    spec: FederatedTrainingSpec,
+    *,
+    job_id: str,
+    number: int,
+    model: Model,
+    roster: Roster,
+    scheme: Scheme,
+    local_noise: float | None = None,
 ) -> RoundPlan:
     """Everything that a round fixes.
+
+    Args:
+        local_noise: the noise multiplier of DP-SGD; by default calibrated to the job's target, which takes a second.
 
     Raises:
         InvalidInput, PlanError: when no such round can be run; says why.
@@ -116,7 +126,7 @@ def plan_round(
             sampling_rate=real(local.sampling_rate),
             learning_rate=real(local.learning_rate),
             max_grad_norm=real(local.max_grad_norm),
-            noise_multiplier=real(_local_noise(spec)),
+            noise_multiplier=real(_local_noise(spec) if local_noise is None else local_noise),
             delta=real(local.delta),
         ),
         clipping_norm=real(privacy.clipping_norm),
@@ -141,6 +151,17 @@ def check_noise_by(spec: FederatedTrainingSpec, noise_by: str) -> None:
         raise PolicyError(
             f"this aggregator runs jobs with noise_by: {noise_by}; the job asks for {spec.party_privacy.noise_by}"
         )
+
+
+def check_local_noise(spec: FederatedTrainingSpec) -> None:
+    """Raises InvalidInput where no noise of DP-SGD reaches the job's target; without finding how much does."""
+    local = spec.local_training
+    _reachable(local.epsilon, local.delta, local.sampling_rate, local.steps * spec.priced_rounds)
+
+
+@lru_cache(maxsize=256)
+def _reachable(epsilon: float, delta: float, sampling_rate: float, steps: int) -> None:
+    check_dp_sgd(epsilon=epsilon, delta=delta, sampling_rate=sampling_rate, steps=steps)
 
 
 def _local_noise(spec: FederatedTrainingSpec) -> float:

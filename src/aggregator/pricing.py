@@ -7,6 +7,7 @@ asked for once, and what a specification costs is remembered.
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
 from functools import partial
 from typing import Final
 
@@ -14,19 +15,22 @@ from sqlalchemy import Connection
 
 from ..errors import StateError
 from ..jobs.spec import FederatedTrainingSpec
+from ..jobs.states import JobRow
 from ..jobs.store import JobStore
 from ..privacy.events import Event as Mechanism
 from ..storage.database import Database
 from .accounts import Accounts
 from .federation import Federation
 from .pipeline import AggregatorPipeline
-from .planning import Model, plan_round, round_costs
+from .planning import Model, check_local_noise, plan_round, round_costs
 from .store import RoundStore
 
 REMEMBERED: Final = 1024
 """Costs by specification: more than jobs can wait."""
 _NO_MODEL: Final = "0" * 64
-"""Stands for the model's digest: it has no part in what a round costs."""
+_NO_NOISE: Final = 1.0
+"""Stand for the model's digest and the noise of DP-SGD, which have no part in what a round costs a party. To calibrate
+that noise takes a second, which only who plans a round has to wait."""
 
 Planned = tuple[int, Mechanism]
 """Rounds that a job may still be charged for, and what one costs."""
@@ -51,7 +55,7 @@ class Pricing:
         self._accounts = accounts
         self._pipeline = pipeline
         self._federation = federation
-        self._known: dict[tuple[str, str], Mechanism] = {}
+        self._known: dict[tuple[str, str], Planned] = {}
 
     async def check(self, spec: FederatedTrainingSpec) -> None:
         """Refuse a job that could not be run to its end within the budget beside those accepted before.
@@ -64,32 +68,40 @@ class Pricing:
         self._pipeline.check(spec)
         if not self._federation.pinned and not self._federation.roster.members:
             raise StateError("no party has joined yet: a job can be priced only for parties that are known")
-        cost = await self._cost(spec)
-        others = [(left, await self._cost(other)) for other, left in await self._database.run(self._committed)]
-        planned: list[Planned] = [*others, (spec.priced_rounds, cost)]
+        roster = self._federation.roster.digest
+        rounds, cost = await self._price(spec.digest, roster, lambda: spec)
+        planned: list[Planned] = []
+        for row, begun in await self._database.run(self._accepted):
+            price = await self._price(row.spec_digest, roster, partial(FederatedTrainingSpec.from_json, row.spec))
+            if price[0] > begun:
+                planned.append((price[0] - begun, price[1]))
+        planned.append((rounds, cost))
         await self._database.run(partial(self._accounts.check, planned=planned))
 
-    async def _cost(self, spec: FederatedTrainingSpec) -> Mechanism:
-        key = (spec.digest, self._federation.roster.digest)
-        if key not in self._known:
-            model = Model(_NO_MODEL, 0, await self._pipeline.dimension(spec))
+    async def _price(self, digest: str, roster: str, spec: Callable[[], FederatedTrainingSpec]) -> Planned:
+        """Rounds of a specification in all, and what one costs; both digests are asked for once, not for every job."""
+        known = self._known.get((digest, roster))
+        if known is None:
+            given = spec()
+            model = Model(_NO_MODEL, 0, await self._pipeline.dimension(given))
             if len(self._known) >= REMEMBERED:
                 self._known.clear()
-            self._known[key] = await asyncio.to_thread(self._derive, spec, model)
-        return self._known[key]
+            known = given.priced_rounds, await asyncio.to_thread(self._derive, given, model)
+            self._known[digest, roster] = known
+        return known
 
     def _derive(self, spec: FederatedTrainingSpec, model: Model) -> Mechanism:
-        scheme = self._pipeline.scheme(spec.encryption.scheme)
-        plan = plan_round(spec, job_id="priced", number=1, model=model, roster=self._federation.roster, scheme=scheme)
+        check_local_noise(spec)
+        scheme, roster = self._pipeline.scheme(spec.encryption.scheme), self._federation.roster
+        plan = plan_round(
+            spec, job_id="priced", number=1, model=model, roster=roster, scheme=scheme, local_noise=_NO_NOISE
+        )
         return round_costs(scheme, plan)["release"]
 
-    def _committed(self, connection: Connection) -> list[tuple[FederatedTrainingSpec, int]]:
-        """The trainings already accepted, with the rounds that each may still be charged for."""
+    def _accepted(self, connection: Connection) -> list[tuple[JobRow, int]]:
+        """The trainings already accepted, with the number of the round that each has come to."""
         found = []
         for row in self._jobs.unfinished(connection, kind=FederatedTrainingSpec.kind):
             latest = self._rounds.latest(connection, row.job_id) if row.started_at else None
-            spec = FederatedTrainingSpec.from_json(row.spec)
-            left = spec.priced_rounds - (latest.number if latest else 0)
-            if left > 0:
-                found.append((spec, left))
+            found.append((row, latest.number if latest else 0))
         return found

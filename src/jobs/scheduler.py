@@ -93,6 +93,9 @@ def queue_name(lane: Lane, priority: Priority) -> str:
     return f"{lane.value}/{priority.value}"
 
 
+_QUEUES: Final = {lane: {priority: queue_name(lane, priority) for priority in WEIGHTS} for lane in Lane}
+
+
 def next_job(
     waiting: Iterable[Waiting],
     running: Iterable[RunningJob],
@@ -145,6 +148,8 @@ def positions(
     jobs = sorted(waiting, key=lambda job: job.arrival)
     for lane in Lane:
         here = [job for job in jobs if lane_of(job.kind) is lane]
+        if not here:
+            continue
         classes = {priority: _Class(job for job in here if job.priority is priority) for priority in WEIGHTS}
         under_way = deque(job.owner for job in running if lane_of(job.kind) is lane)
         taken, now = Counter(under_way), dict(passes)
@@ -168,7 +173,7 @@ def positions(
 
 def _serve(lane: Lane, first: Mapping[Priority, Waiting], passes: Passes) -> tuple[Priority, dict[str, int]]:
     """The class to be served, of those from which a job can be started, and the lane's passes after that."""
-    names = {priority: queue_name(lane, priority) for priority in WEIGHTS}
+    names = _QUEUES[lane]
     now = {priority: passes.get(name, 0) for priority, name in names.items()}
     chosen = min((priority for priority in WEIGHTS if priority in first), key=lambda priority: now[priority])
     after = {priority: now[priority] if priority in first else max(now[priority], now[chosen]) for priority in WEIGHTS}

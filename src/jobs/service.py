@@ -165,7 +165,7 @@ class JobService:
                 raise UnavailableError(_STOPPING)
             known = await self._run(lambda c: self._look(c, caller, request_id, spec=spec))
             if known is not None:  # a repeated request is answered even when the budget is gone by now
-                row = same(known)
+                row, position = same(known), None
             else:
                 check_size(spec, self._settings)
                 if model:  # pricing looks at it; of a refused job it is an orphan, collected at the next start
@@ -173,11 +173,14 @@ class JobService:
                 await self._coordinator.price(spec, owner=str(caller))
                 row = self._new_row(caller, request_id, spec=spec, timeout_s=timeout_s)
                 row = replace(row, display_name=display_name, priority=priority or Priority.NORMAL)
-                row = same(await self._to_its_end(self._store_new(caller, row, spec=spec)))
+                stored, position = await self._to_its_end(self._store_new(caller, row, spec=spec))
+                row = same(stored)
         if inline_wait_s > 0:
             with contextlib.suppress(UnavailableError):  # it is stored: stopping is no reason to say it is not
                 return await self.wait(caller, row.job_id, timeout_s=inline_wait_s)
-        return await self.get(caller, row.job_id, rounds=False)
+        if position is None:
+            return await self.get(caller, row.job_id, rounds=False)
+        return JobView(row, self._activity(row), position)
 
     def _look(self, connection: Connection, caller: Identity, request_id: str, *, spec: JobSpec) -> JobRow | None:
         """The job of this request, if it is there; otherwise whether there is room for it, and it is about a job of the
@@ -205,14 +208,18 @@ class JobService:
             deadline_at=deadline_of(spec.kind, created_at, timeout_s=timeout_s, settings=self._settings),
         )
 
-    async def _store_new(self, caller: Identity, row: JobRow, *, spec: JobSpec) -> JobRow:
-        def store(connection: Connection) -> JobRow:  # looks again: pricing takes time, and computations come at once
-            known = self._look(connection, caller, row.request_id, spec=spec)
-            return self._store.create(connection, row) if known is None else known
+    async def _store_new(self, caller: Identity, row: JobRow, *, spec: JobSpec) -> tuple[JobRow, int]:
+        """The job and its place in the queue, read now: later it would wait for what the coordinator wakes up for."""
 
-        stored = await self._run(store)
+        def store(connection: Connection) -> tuple[JobRow, int]:
+            # Looks again: pricing takes time, and computations come at once.
+            known = self._look(connection, caller, row.request_id, spec=spec)
+            stored = self._store.create(connection, row) if known is None else known
+            return stored, self._positions(connection, [stored]).get(stored.job_id, 0)
+
+        stored, position = await self._run(store)
         self._coordinator.wake()
-        return stored
+        return stored, position
 
     # --- looking ------------------------------------------------------------------------------------------------------
 

@@ -107,7 +107,6 @@ def check_affordable(entries: Iterable[Entry], budget: Budget, planned: Sequence
     """
     if any(event.unit != budget.unit for _, event in planned):
         raise InvalidInput("a planned event is of another unit than the budget")
-    additional = [event.repeated(rounds) for rounds, event in planned]
     asked_rounds = sum(rounds for rounds, _ in planned)
     spent_rounds, events = _spent(entries, budget)
     if budget.max_rounds is not None and spent_rounds + asked_rounds > budget.max_rounds:
@@ -119,7 +118,10 @@ def check_affordable(entries: Iterable[Entry], budget: Budget, planned: Sequence
             left=max(0, budget.max_rounds - spent_rounds),
         )
     if budget.epsilon is None:
+        if any(rounds < 1 for rounds, _ in planned):
+            raise InvalidInput("a planned event of fewer than one round")
         return
+    additional = [event.repeated(rounds) for rounds, event in planned]
     if composed_epsilon([*events, *additional], delta=budget.delta) > budget.epsilon:
         spent = composed_epsilon(events, delta=budget.delta)
         asked = composed_epsilon(additional, delta=budget.delta)

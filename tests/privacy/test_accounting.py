@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from src.errors import InvalidInput
-from src.privacy.accounting import calibrate_dp_sgd, epsilon, merged
+from src.privacy.accounting import calibrate_dp_sgd, check_dp_sgd, epsilon, merged
 from src.privacy.events import DpSgdSteps, Event, NoisySum, NonPrivate
 
 
@@ -161,3 +161,19 @@ def test_dp_accounting_is_imported_late() -> None:
     """It takes most of a second, which `--help` and a refused configuration must not wait for."""
     code = "import sys, src.privacy.accounting, src.privacy.budget; sys.exit('dp_accounting' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+@pytest.mark.parametrize(
+    ("epsilon_target", "sampling_rate", "steps"), [(1.0, 0.1, 100), (0.05, 0.5, 10), (8.0, 1.0, 1)]
+)
+def test_a_target_that_calibration_reaches_passes_the_quick_check(
+    epsilon_target: float, sampling_rate: float, steps: int
+) -> None:
+    check_dp_sgd(epsilon=epsilon_target, delta=1e-5, sampling_rate=sampling_rate, steps=steps)
+    calibrate_dp_sgd(epsilon=epsilon_target, delta=1e-5, sampling_rate=sampling_rate, steps=steps)
+
+
+def test_a_target_beyond_every_noise_fails_the_quick_check_as_it_fails_calibration() -> None:
+    for reach in (check_dp_sgd, calibrate_dp_sgd):
+        with pytest.raises(InvalidInput, match="no noise multiplier"):
+            reach(epsilon=1e-6, delta=1e-9, sampling_rate=1.0, steps=1_000_000)
