@@ -356,8 +356,12 @@ def _party_state(row: RoundRow, name: str, connected: frozenset[str]) -> str:
     return "UPLOADING" if row.state is RoundState.COLLECTING and name in row.roots else "READY"
 
 
-def next_step(row: RoundRow, now: float) -> Step | None:
-    """What the aggregator has to do now; None while it waits for parties or has nothing left to do."""
+def next_step(row: RoundRow, now: float, *, connected: frozenset[str] | None = None) -> Step | None:
+    """What the aggregator has to do now; None while it waits for parties or has nothing left to do.
+
+    Args:
+        connected: the parties that can be reached; None: all of them, as far as is known.
+    """
     if row.at_rest:
         return None if row.settled else Step.SETTLE
     if row.state is RoundState.PLANNED:
@@ -371,19 +375,28 @@ def next_step(row: RoundRow, now: float) -> Step | None:
             return Step.SPEND
         if len(row.shares) >= row.threshold:
             return Step.RELEASE
-        return Step.ASK_SHARES if holders_to_ask(row, connected=frozenset(), now=now) else None
+        everybody = frozenset(row.holders) if connected is None else connected
+        return Step.ASK_SHARES if holders_to_ask(row, connected=everybody, now=now) else None
     return None
 
 
-def _useful(row: RoundRow) -> tuple[str, ...]:
-    """Holders that were asked and may still answer, or did."""
-    return tuple(name for name in row.asked if not _cannot_open(row, name))
+def _useful(row: RoundRow, connected: frozenset[str]) -> tuple[str, ...]:
+    """Holders that were asked and answered, or can be reached and may still answer."""
+    return tuple(
+        name for name in row.asked if not _cannot_open(row, name) and (name in row.shares or name in connected)
+    )
 
 
 def holders_to_ask(row: RoundRow, *, connected: frozenset[str], now: float) -> tuple[str, ...]:
-    """Whom to ask for a share next: as many as are missing, reachable ones first; everybody once time runs short."""
+    """Whom to ask for a share next: as many as are missing, reachable ones first; everybody once time runs short.
+
+    Of those who were asked and have gone away since, nobody knows whether they come back: others are asked in their
+    place, as far as others can be reached.
+    """
     fresh = [name for name in row.holders if name not in row.asked and not _cannot_open(row, name)]
-    missing = max(0, row.threshold - len(_useful(row)))
+    lacking = row.threshold - len(_useful(row, frozenset(row.holders)))
+    gone = row.threshold - len(_useful(row, connected))
+    missing = max(0, lacking, min(gone, len(connected.intersection(fresh))))
     if now >= row.started_at + ASK_MORE_SHARE * row.timeout_s:
         missing = len(fresh)
     return tuple(sorted(fresh, key=lambda name: (name not in connected, row.holders.index(name)))[:missing])

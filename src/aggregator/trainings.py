@@ -137,7 +137,7 @@ class Trainings:
         if rules.advance(row, event, now) != row:
             row = await self.happened(row.job_id, row.number, event)
         await self._say_who_is_awaited(row, now)
-        step = rules.next_step(row, now)
+        step = rules.next_step(row, now, connected=self._sessions.connected)
         if step is Step.SETTLE:
             await self._tasks.cancel(row.job_id, row.number)  # of a round at rest nothing is computed any more
             await self._settle(row)

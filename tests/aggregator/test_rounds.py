@@ -491,3 +491,14 @@ def test_a_row_after_a_crash_is_the_row_before_it() -> None:
     for state in [*PHASES, RoundState.RELEASED]:
         row = play(row, until=state)
         assert RoundRow.from_json(json.loads(json.dumps(row.to_json()))) == row
+
+
+def test_who_was_asked_for_a_share_and_went_away_is_not_waited_for_while_another_can_be_reached() -> None:
+    row = _opening()
+    assert row.asked == ("a", "b")
+    assert next_step(row, START, connected=frozenset("abc")) is None
+    assert next_step(row, START, connected=frozenset("bc")) is Step.ASK_SHARES
+    assert holders_to_ask(row, connected=frozenset("bc"), now=START) == ("c",)
+    assert next_step(row, START, connected=frozenset("b")) is None
+    row = advance(row, ShareStored("a", "share of a"), START)
+    assert next_step(row, START, connected=frozenset("bc")) is None
