@@ -41,6 +41,10 @@ LONG_FILES: Final = (
     "tests/integration/test_wrong_kit.py",
     "tests/integration/test_node_client.py",
     "tests/faults/test_kill_and_resume.py",
+    "tests/faults/test_crash_points.py",
+    "tests/faults/test_cancelling.py",
+    "tests/faults/test_end_in_order.py",
+    "tests/faults/test_stopping.py",
     "tests/integration/test_demo.py",
     "tests/integration/test_classic.py",
 )
@@ -69,6 +73,8 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
     class ByFile(LoadScopeScheduling):  # type: ignore[misc]
         def _split_scope(self, nodeid: str) -> str:
             file = _file_of(nodeid)
+            if file.startswith("tests/faults/"):  # likewise
+                return "faults"
             return "one federation" if file in ONE_FEDERATION else file
 
     config.option.loadscopereorder = False  # it would begin with the files of many tests, which are the quick ones

@@ -184,26 +184,38 @@ class Coordinator:
             if job.state is JobState.PENDING:
                 self._held.told(await self._database.run(partial(self._expire_waiting, job=job)))
             elif self._held.holds(job.job_id):
-                await self._held.happen(job.job_id, expired_event(job))
+                try:
+                    await self._held.happen(job.job_id, expired_event(job))
+                except LeaseError as error:
+                    await self._let_go(job.job_id, error)
 
     def _expire_waiting(self, connection: Connection, job: JobRow) -> JobRow:
         return self._jobs.apply(connection, job.job_id, expired_event(job), now=self._clock())
 
     async def _advance_held(self, job: JobRow) -> None:
         try:
-            await self._advance(job)
+            await self._advance_or_give_up(job)
         except LeaseError as error:
-            LOG.error("job %s: %s", job.job_id, error.message)
-            await self._tasks.cancel(job.job_id)
-            self._held.drop(job.job_id)
+            await self._let_go(job.job_id, error)
+
+    async def _advance_or_give_up(self, job: JobRow) -> None:
+        try:
+            await self._advance(job)
+            if self._held.holds(job.job_id):
+                await self._held.renew(job.job_id)
+        except LeaseError:
+            raise
         except Exception as error:
             LOG.exception("job %s does not get on; the next turn tries again", job.job_id)
             self._uncertain = True
             if self._held.lapsed(job.job_id):
                 await self._held.give_up(job, error)
-        else:
-            if self._held.holds(job.job_id):
-                await self._held.renew(job.job_id)
+
+    async def _let_go(self, job_id: str, error: LeaseError) -> None:
+        """A job that is at rest by now, or somebody else's."""
+        LOG.error("job %s: %s", job_id, error.message)
+        await self._tasks.cancel(job_id)
+        self._held.drop(job_id)
 
     async def _advance(self, job: JobRow) -> None:
         if job.state is JobState.RETRYING and self._clock() >= seconds(job.retry_at) and not self._stopping:

@@ -8,6 +8,7 @@ lapsed the attempt counts as failed.
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import secrets
 import time
@@ -154,7 +155,10 @@ class HeldJobs:
         self.wake()
 
     async def happen(self, job_id: str, event: Event) -> JobRow:
-        """Write an event and tell everybody."""
+        """Write an event and tell everybody, also if the caller is cancelled meanwhile: what is being written is."""
+        return await asyncio.shield(self._happen(job_id, event))
+
+    async def _happen(self, job_id: str, event: Event) -> JobRow:
         row = await self._database.run(lambda connection: self.write(connection, job_id, event))
         LOG.info("job %s: %s", job_id, event.kind.value)
         self.told(row)
@@ -173,6 +177,10 @@ class HeldJobs:
         Returns:
             Whether another attempt follows.
         """
+        if isinstance(error, LeaseError):  # somebody else drives it by now, and goes on
+            LOG.error("job %s: %s", job_id, error.message)
+            self.drop(job_id)
+            return True
         reference = secrets.token_hex(4)
         found = job_error(error, stage=stage, parties=parties, reference=reference)
         private = getattr(error, "private", "")
@@ -187,6 +195,9 @@ class HeldJobs:
                 return None
             return self.write(connection, job_id, event)
 
+        return await asyncio.shield(self._write_failure(job_id, write))
+
+    async def _write_failure(self, job_id: str, write: Callable[[Connection], JobRow | None]) -> bool:
         row = await self._database.run(write)
         if row is None:
             self.notify(job_id)  # it may have ended by a commit whose answer was lost

@@ -76,7 +76,8 @@ class AggregatorPipeline:
         """Measure the models of the known tasks and import the accountant, before somebody waits for it; a task that
         cannot be built is passed over here and refused when a job asks for it."""
         await asyncio.to_thread(import_accountant)
-        for task in self._tasks if has_torch() else ():
+        preloaded = has_torch() and bool(self._config.evaluation)  # else the first job that needs torch imports it
+        for task in self._tasks if preloaded else ():
             try:
                 found = await self._pool.run("task_shape", {"task": task})
             except SottoError as error:

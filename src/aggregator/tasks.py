@@ -25,7 +25,8 @@ class Tasks:
 
     def spawn(self, key: Key, work: Callable[[], Awaitable[None]]) -> None:
         """Begin `work` unless a task of this key runs already."""
-        if key in self._running:
+        known = self._running.get(key)
+        if known is not None and not known.done():
             return
 
         async def run() -> None:
@@ -33,12 +34,15 @@ class Tasks:
                 await work()
             except Exception:  # the rows are as they were: the next turn begins the same work again
                 LOG.exception("task %s failed", key)
-            finally:
-                if self._running.get(key) is asyncio.current_task():
-                    del self._running[key]
-                self._wake()
 
-        self._running[key] = asyncio.get_running_loop().create_task(run())
+        def ended(task: asyncio.Task[None]) -> None:  # also of one that was cancelled before it began
+            if self._running.get(key) is task:
+                del self._running[key]
+            self._wake()
+
+        task = asyncio.get_running_loop().create_task(run())
+        self._running[key] = task
+        task.add_done_callback(ended)
 
     async def cancel(self, job_id: str, number: int | None = None) -> None:
         """Cancel a job's tasks, or those of one round, and wait until they are gone: their workers are killed."""

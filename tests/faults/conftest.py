@@ -19,6 +19,7 @@ from typing import Any, Final
 
 import psutil
 import pytest
+import sqlalchemy
 
 from src.aggregator.round_row import RoundRow
 from src.jobs.states import Event, EventKind, JobRow, JobState, replay, seconds
@@ -26,10 +27,12 @@ from src.jobs.store import JobStore, StoredEvent
 from src.protocol.canonical import parse_canonical
 from src.protocol.roster import AGGREGATOR
 from src.protocol.signing import Signed
+from src.storage.database import read_only
 
 FAULTY: Final = "tests.faults.faulty_aggregator"
 PARTIES: Final = ("a", "b")
 OWNER: Final = "scientist/scientist"
+JOBS: Final = JobStore(sqlalchemy.MetaData())
 PATIENCE_S: Final = 200.0
 """Only a hang reaches it."""
 LOOK_S: Final = 0.2
@@ -71,7 +74,7 @@ class Pair:
         own = {"SOTTO__SERVER__LISTEN": self.federation.address, "SOTTO__EVALUATION": "{}"}
         return {**own, MARK: self.mark, "STALL": str(self.stall_file), **settings}
 
-    def serve(self, *, stall: str, **settings: str) -> None:
+    def serve(self, *, stall: str = "", **settings: str) -> None:
         """The aggregator, once it serves and both parties are back; workers that are given this unit stand still."""
         self.leave()
         self.stall_file.write_text(stall)
@@ -96,12 +99,8 @@ class Pair:
     # --- what lies on disk --------------------------------------------------------------------------------------------
 
     def _read(self, read: Callable[[JobStore, Any], Any]) -> Any:
-        from sqlalchemy import MetaData
-
-        from src.storage.database import read_only
-
         with read_only(self.federation.state(AGGREGATOR) / "aggregator.sqlite") as connection:
-            return read(JobStore(MetaData()), connection)
+            return read(JOBS, connection)
 
     def job(self, job_id: str) -> JobRow:
         """A job as it lies on disk, whether somebody runs it or not."""
@@ -115,11 +114,11 @@ class Pair:
 
     def token(self, job_id: str) -> int:
         """The fencing token of the job's newest lease."""
-        from sqlalchemy import select
 
         def read(store: JobStore, connection: Any) -> int:
             jobs = store.jobs.c
-            return int(connection.execute(select(jobs.fencing_token).where(jobs.job_id == job_id)).scalar_one())
+            query = sqlalchemy.select(jobs.fencing_token).where(jobs.job_id == job_id)
+            return int(connection.execute(query).scalar_one())
 
         return int(self._read(read))
 
@@ -202,6 +201,7 @@ class Lives:
 
     pair: Pair
     mother: subprocess.Popen[str]
+    until: Callable[..., Any]
     count: int = 0
     noise: dict[int, set[str]] = field(default_factory=dict)
 
@@ -224,7 +224,7 @@ class Lives:
             while not self._done(request_id):
                 self.count += self._end(self.begin(next(crashes)), request_id)
                 self._look(request_id)
-            pair.federation.start_aggregator()
+            pair.serve()
             job_id = asked.result()
         assert job_id == getattr(pair.requested(request_id), "job_id", None)
         return job_id
@@ -244,8 +244,7 @@ class Lives:
                 code = life.wait(PATIENCE_S)
                 break
         assert code in (-signal.SIGKILL, 0)
-        while self.pair.left_behind():
-            assert time.monotonic() < deadline, "an aggregator that is gone left processes behind"
+        self.until(lambda: not self.pair.left_behind(), "the end of everything that the aggregator started")
         return bool(code)
 
     def _look(self, request_id: str) -> None:
@@ -296,5 +295,5 @@ def _mother(_pair: Pair) -> Iterator[subprocess.Popen[str]]:
 
 
 @pytest.fixture
-def lives(pair: Pair, _mother: subprocess.Popen[str]) -> Lives:
-    return Lives(pair, _mother)
+def lives(pair: Pair, _mother: subprocess.Popen[str], wait_until: Callable[..., Any]) -> Lives:
+    return Lives(pair, _mother, wait_until)

@@ -6,7 +6,6 @@ A round is brought to a place by suspending the workers of somebody it needs, an
 from __future__ import annotations
 
 import contextlib
-import signal
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -132,8 +131,7 @@ def test_a_round_budget_survives_a_restart_and_allows_exactly_what_it_says(pair:
     federation = pair.federation
     assert federation.processes.stop(AGGREGATOR) == 0
     spent = len([charge for charge in federation.ledger(AGGREGATOR) if charge.kind == "final"])
-    federation.start_aggregator(SOTTO__PRIVACY__BUDGET__MAX_ROUNDS=str(spent + 2))
-    federation.joined("a", "b")
+    pair.serve(SOTTO__PRIVACY__BUDGET__MAX_ROUNDS=str(spent + 2))
     with pytest.raises(BudgetError, match=r"asked 3, .*left 2"):
         pair.submit(rounds=3)
     with pytest.raises(BudgetError):
@@ -142,17 +140,3 @@ def test_a_round_budget_survives_a_restart_and_allows_exactly_what_it_says(pair:
     with pytest.raises(BudgetError, match="left 0"):
         pair.submit()
     assert federation.processes.stop(AGGREGATOR) == 0  # the next one starts with the budget of its kit
-
-
-def test_roles_that_are_told_to_stop_end_with_0_in_the_middle_of_a_round_and_leave_nobody_behind(
-    pair: Any, wait_until: Callable[..., Any]
-) -> None:
-    processes = pair.federation.processes
-    with round_in(pair, "TRAINING", wait_until):
-        family = [each for name in (AGGREGATOR, "a", "b") for each in processes.all_of(name)]
-        assert len(family) == 3 + 3 + 4  # a role, its zygote, its workers: one a party, two for the aggregator
-        stopping = [processes.running.pop(name) for name in ("b", "a", AGGREGATOR)]
-        for process in stopping:  # all at once, as a machine that goes down does it
-            process.send_signal(signal.SIGTERM)
-        assert [process.wait(30) for process in stopping] == [0, 0, 0]
-        wait_until(lambda: not any(each.is_running() and each.status() != "zombie" for each in family), "all are gone")

@@ -1,9 +1,10 @@
-"""A party told to stop stops, also when the aggregator goes away in the same moment."""
+"""Roles that are told to stop stop, all at once, and also when the other end goes away in the same moment."""
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+import signal
+from collections.abc import AsyncIterator, Callable
 from types import SimpleNamespace
 from typing import Any, cast
 
@@ -16,6 +17,7 @@ from src.party.home import Home
 from src.party.node import Node
 from src.party.rounds import RoundWorker
 from src.party.store import RoundMemory
+from src.protocol.roster import AGGREGATOR
 from src.storage.database import Database
 
 MOMENTS = range(8)
@@ -82,3 +84,19 @@ async def test_a_stop_is_not_lost_when_the_stream_breaks_at_the_same_time(moment
     done, _ = await asyncio.wait({task}, timeout=5)
     assert done
     assert task.cancelled()
+
+
+def test_roles_that_are_told_to_stop_end_with_0_in_the_middle_of_a_round_and_leave_nobody_behind(
+    pair: Any, wait_until: Callable[..., Any]
+) -> None:
+    federation, processes = pair.federation, pair.federation.processes
+    with processes.hold("a", "b"):
+        job_id = pair.submit()
+        federation.reached(job_id, lambda row: row.state == "TRAINING", "the parties train")
+        family = [each for name in (AGGREGATOR, "a", "b") for each in processes.all_of(name)]
+        assert len(family) == 3 + 3 + 4  # a role, its zygote, its workers: one a party, two for the aggregator
+        stopping = [processes.running.pop(name) for name in ("b", "a", AGGREGATOR)]
+        for process in stopping:  # all at once, as a machine that goes down does it
+            process.send_signal(signal.SIGTERM)
+        assert [process.wait(30) for process in stopping] == [0, 0, 0]
+        wait_until(lambda: not any(each.is_running() and each.status() != "zombie" for each in family), "all are gone")

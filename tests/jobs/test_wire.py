@@ -277,9 +277,7 @@ def error_of(error: JobError | None, state: JobState = JobState.FAILED) -> tuple
     return operation.error, info
 
 
-@pytest.mark.parametrize(
-    "meaning", sorted(set(CATALOGUE.values()), key=str), ids=lambda meaning: str(meaning.reason)
-)
+@pytest.mark.parametrize("meaning", sorted(set(CATALOGUE.values()), key=str), ids=lambda meaning: str(meaning.reason))
 def test_a_failed_operation_carries_the_status_that_an_rpc_would_have(meaning: Any) -> None:
     error, info = error_of(JobError(meaning.reason, "why", "round 1", ("a", "b"), "incident 7"))
     assert (error.code, error.message) == (grpc.StatusCode[meaning.status].value[0], "why")
