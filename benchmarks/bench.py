@@ -25,7 +25,7 @@ BENCHES: dict[str, Callable[[], Figures]] = {
     "jobs": jobs.run,
     "privacy": privacy.run,
 }
-REACH = encryption.REACH | jobs.REACH
+REACH = encryption.REACH | jobs.REACH | privacy.REACH
 HOLDS: dict[str, Callable[[float, float], bool]] = {"≥": operator.ge, "≤": operator.le, "<": operator.lt}
 
 

@@ -18,7 +18,14 @@ from .measure import Figures, cpu_s, say
 
 ROOT = Path(__file__).resolve().parent.parent
 OWN_PLACE = ROOT / "build" / "peers"
-DISTRIBUTIONS = {"phe": "phe", "tenseal": "tenseal", "heu.phe": "sf-heu"}
+DISTRIBUTIONS = {
+    "phe": "phe",
+    "tenseal": "tenseal",
+    "heu.phe": "sf-heu",
+    "opendp.prelude": "opendp",
+    "deprecated": "deprecated",
+    "wrapt": "wrapt",
+}
 INSTALL_TIMEOUT_S = 60
 SLICE = 20
 """Encryptions of a peer that needs ten milliseconds for each."""

@@ -51,7 +51,7 @@ def test_help_lists_every_command_and_imports_nothing_heavy() -> None:
         [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60, check=True
     )
     *help_text, modules = done.stdout.splitlines()
-    for command in ("aggregator", "party", "provision", "demo", "jobs", "status", "budget"):
+    for command in ("aggregator", "party", "provision", "demo", "jobs", "status", "budget", "audit"):
         assert any(line.startswith(f"  {command} ") for line in help_text)
     heavy = {"torch", "grpc", "numpy", "sqlalchemy", "pydantic", "yaml", "cryptography", "gmpy2", "rich", "google"}
     assert modules.startswith("0 ")
@@ -63,7 +63,7 @@ def test_the_version_is_the_packages(capsys: pytest.CaptureFixture[str]) -> None
     assert capsys.readouterr().out == f"sotto {__version__}\n"
 
 
-@pytest.mark.parametrize("command", ["aggregator", "party", "provision", "budget", "jobs", "status", "demo"])
+@pytest.mark.parametrize("command", ["aggregator", "party", "provision", "budget", "audit", "jobs", "status", "demo"])
 def test_every_command_explains_itself(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.run([command, "--help"]) == 0
     assert f"sotto {command}" in capsys.readouterr().out

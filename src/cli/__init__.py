@@ -41,6 +41,7 @@ COMMANDS: Final = {
     "jobs": _Lazy(".jobs", "app", "Submit, watch and cancel jobs; fetch their results."),
     "status": _Lazy(".status", "app", "How the aggregator is: its parties, its workers, its queue."),
     "budget": _Lazy(".budget", "app", "What was spent of a privacy budget, and what is left."),
+    "audit": _Lazy(".audit", "app", "Attack a training configuration: how much does it give away, at least?"),
 }
 
 

@@ -2,7 +2,8 @@
 
 The accountant is Rényi differential privacy with the conversion of Canonne, Kamath & Steinke 2020, Proposition 12, as
 dp-accounting 0.6 implements it. It bounds discrete noise as well as continuous noise, which PLD accountants of the
-continuous Gaussian do not, and it is an upper bound, which the central-limit (GDP) accountant is not.
+continuous Gaussian do not, and it is an upper bound, which the central-limit (GDP) accountant is not. Why it holds for
+each type of event, sampled integer noise among them, is written out in docs/accounting.md.
 """
 
 from __future__ import annotations
@@ -11,11 +12,11 @@ import logging
 import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import replace
-from typing import Any, Final
+from dataclasses import dataclass, replace
+from typing import Any, Final, Literal
 
 from ..errors import InvalidInput
-from .events import DpSgdSteps, Event, NoisySum, NonPrivate
+from .events import DpSgdSteps, Event, NoisySum, NonPrivate, SampledNoisySum
 
 ACCOUNTANT: Final = "RDP (dp-accounting)"
 """How a manifest names the accountant."""
@@ -25,37 +26,68 @@ MULTIPLIER_STEPS: Final = 10_000
 
 _MAX_TICKS: Final = 10_000 * MULTIPLIER_STEPS
 
-_UNSAMPLED_ORDERS: Final = tuple(1.0 + 2.0 ** (step / 16.0) for step in range(-104, 321))
-"""Unsampled Gaussians have a closed form at every order, so a fine grid costs nothing: from 1.011 (the conversion needs
-more than 1.01) to 2^20, which serves ε from 1e-3 to 1e4."""
+_USABLE_MULTIPLIER: Final = (2.0**-20, 2.0**40)
+"""What is charged for: less noise counts as none (its ε would exceed 10^11), more as this much, so that no square
+leaves float64."""
 
+_USABLE_TAU: Final = 2.0**60
+"""More than this times the dimension counts as no noise."""
+
+_DEFAULT_ORDERS: Final = tuple(1.0 + tenth / 10.0 for tenth in range(1, 100)) + tuple(
+    float(order) for order in (*range(11, 64), 128, 256, 512, 1024)
+)
+"""dp-accounting's own: DP-SGD costs what it says."""
+
+_INTEGER_ORDERS: Final = tuple(
+    float(order) for order in sorted({*range(2, 65), *(round(64 * 2 ** (step / 8)) for step in range(33))})
+)
+"""Where sampled integer noise is bounded: 2 … 64, then eight to the octave up to 1024, the default ones among them."""
+
+_CLOSED_FORM_ORDERS: Final = tuple(
+    sorted({1.0 + 2.0 ** (step / 16.0) for step in range(-104, 321)} | set(_DEFAULT_ORDERS) | set(_INTEGER_ORDERS))
+)
+"""Unsampled Gaussians have a closed form at every order, so a fine grid costs nothing: from 1.011 (the conversion needs
+more than 1.01) to 2^20, which serves ε from 1e-3 to 1e4. It holds the other grids, and a composition uses those orders
+that every event in it can: so a further event never makes ε smaller."""
+
+SAMPLED_TAU_FACTOR: Final = 1.5
+"""What τ·dimension costs a sampled sum: (α - 1/2)/(α - 1) at order α, at most 3/2 from α = 2 on
+(docs/accounting.md)."""
 
 MEANINGLESS_EPSILON: Final = 20.0
 """Above it an ε says nothing: the odds may change by e^20 = 5·10^8. Figures are kept, and said to mean nothing."""
 
 
+def _usable(multiplier: float) -> float:
+    return min(multiplier, _USABLE_MULTIPLIER[1])
+
+
+def _sampled_gaussian(event: DpSgdSteps | SampledNoisySum) -> Any:
+    import dp_accounting as dp
+
+    return dp.PoissonSampledDpEvent(event.sampling_rate, dp.GaussianDpEvent(_usable(event.noise_multiplier)))
+
+
 def _dp_sgd(event: DpSgdSteps) -> Any:
     import dp_accounting as dp
 
-    gaussian = dp.GaussianDpEvent(event.noise_multiplier)
-    return dp.SelfComposedDpEvent(dp.PoissonSampledDpEvent(event.sampling_rate, gaussian), event.steps)
+    if event.sampling_rate == 1.0:
+        return _closed_form([event])
+    return dp.SelfComposedDpEvent(_sampled_gaussian(event), event.steps)
 
 
 def _noisy_sum(event: NoisySum) -> Any:
-    """Rényi divergence of order α ≤ ξ + ρα: with τ of the sum's noise either (τd, 1/(2z²)) or (0, (1/z + τ√d)²/2).
+    return _closed_form([event])
 
-    Both hold (Kairouz, Liu & Steinke 2021, Proposition 14); the one that is smaller at α = 2 is taken.
-    """
+
+def _sampled_noisy_sum(event: SampledNoisySum) -> Any:
+    """The sampled Gaussian at integer orders ≥ 2, and `SAMPLED_TAU_FACTOR` · τ · d for its being a sum of draws."""
     import dp_accounting as dp
 
-    if event.noise_multiplier == 0.0:
-        return dp.NonPrivateDpEvent()
-    ratio = 1.0 / event.noise_multiplier
-    whole = event.tau * event.dimension
-    plain = dp.ZCDpEvent(rho=ratio**2 / 2.0, xi=whole)
-    stretched = dp.ZCDpEvent(rho=(ratio + event.tau * math.sqrt(event.dimension)) ** 2 / 2.0)
-    one = min(plain, stretched, key=lambda bound: float(bound.xi + 2.0 * bound.rho))
-    return dp.SelfComposedDpEvent(one, event.rounds)
+    if event.sampling_rate == 1.0:
+        return _closed_form([event])
+    slack = dp.ZCDpEvent(rho=0.0, xi=SAMPLED_TAU_FACTOR * event.tau * event.dimension)
+    return dp.SelfComposedDpEvent(dp.ComposedDpEvent([_sampled_gaussian(event), slack]), event.rounds)
 
 
 def _non_private(_event: NonPrivate) -> Any:
@@ -67,13 +99,56 @@ def _non_private(_event: NonPrivate) -> Any:
 _TABLE: Final[dict[type, Callable[[Any], Any]]] = {
     DpSgdSteps: _dp_sgd,
     NoisySum: _noisy_sum,
+    SampledNoisySum: _sampled_noisy_sum,
     NonPrivate: _non_private,
 }
 
 
 def to_dp_event(event: Event) -> Any:
-    """`event` as a `dp_accounting.DpEvent`."""
+    """`event` as a `dp_accounting.DpEvent`. That of a sampled sum is a bound at integer orders ≥ 2 only."""
+    if _is_infinite(event):
+        return _non_private(NonPrivate(unit=event.unit, reason="no noise"))
     return _TABLE[type(event)](event)
+
+
+def _is_infinite(event: Event) -> bool:
+    if isinstance(event, NonPrivate) or event.noise_multiplier < _USABLE_MULTIPLIER[0]:
+        return True
+    return isinstance(event, NoisySum | SampledNoisySum) and event.tau * event.dimension > _USABLE_TAU
+
+
+def _is_sampled(event: Event) -> bool:
+    return isinstance(event, DpSgdSteps | SampledNoisySum) and event.sampling_rate < 1.0
+
+
+def _count(event: Event) -> int:
+    if isinstance(event, DpSgdSteps):
+        return event.steps
+    return 1 if isinstance(event, NonPrivate) else event.rounds
+
+
+def _concentrated(event: DpSgdSteps | NoisySum | SampledNoisySum) -> tuple[float, float]:
+    """(ρ, ξ) of one unsampled release: its Rényi divergence of order α is at most ξ + ρα.
+
+    1/(2z²) for one draw. With τ of a sum of draws either (1/(2z²), τd) or ((1/z + τ√d)²/2, 0): both hold (Kairouz,
+    Liu & Steinke 2021, Proposition 14), and the one that is smaller at α = 2 is taken.
+    """
+    ratio = 1.0 / _usable(event.noise_multiplier)
+    if isinstance(event, DpSgdSteps):
+        return ratio * ratio / 2.0, 0.0
+    stretched = ratio + event.tau * math.sqrt(event.dimension)
+    bounds = [(ratio * ratio / 2.0, event.tau * event.dimension), (stretched * stretched / 2.0, 0.0)]
+    return min(bounds, key=lambda bound: bound[1] + 2.0 * bound[0])
+
+
+def _closed_form(events: Sequence[DpSgdSteps | NoisySum | SampledNoisySum]) -> Any:
+    """Unsampled Gaussians are one Gaussian, or what bounds it: ρ = Σ 1/(2z²) and ξ add up."""
+    import dp_accounting as dp
+
+    each = [(_count(event), *_concentrated(event)) for event in events]
+    return dp.ZCDpEvent(
+        rho=math.fsum(count * rho for count, rho, _ in each), xi=math.fsum(count * xi for count, _, xi in each)
+    )
 
 
 def merged(events: Iterable[Event]) -> list[Event]:
@@ -85,7 +160,7 @@ def merged(events: Iterable[Event]) -> list[Event]:
     for event in events:
         if isinstance(event, DpSgdSteps):
             counts[replace(event, steps=1)] += event.steps
-        elif isinstance(event, NoisySum):
+        elif isinstance(event, NoisySum | SampledNoisySum):
             counts[replace(event, rounds=1)] += event.rounds
         else:
             counts[event] += 1
@@ -97,6 +172,21 @@ def _drop_excluded_orders(record: logging.LogRecord) -> bool:
     return not record.getMessage().startswith("_compute_log_a_frac failed to converge")
 
 
+def _orders(events: Sequence[Event]) -> list[float]:
+    """The orders at which every event has a bound."""
+    orders = set(_CLOSED_FORM_ORDERS)
+    if any(isinstance(event, DpSgdSteps) for event in events):
+        orders &= set(_DEFAULT_ORDERS)
+    if any(isinstance(event, SampledNoisySum) and _is_sampled(event) for event in events):
+        orders &= set(_INTEGER_ORDERS)
+    return sorted(orders)
+
+
+def _parts(events: Sequence[Event]) -> tuple[list[Any], list[Any]]:
+    """Those without sampling, those with: the former are composed in closed form before anything else."""
+    return [event for event in events if not _is_sampled(event)], [event for event in events if _is_sampled(event)]
+
+
 def _accountant(events: Sequence[Event]) -> Any:
     import dp_accounting as dp
     from dp_accounting.rdp import RdpAccountant
@@ -105,17 +195,59 @@ def _accountant(events: Sequence[Event]) -> Any:
     if _drop_excluded_orders not in absl.filters:
         absl.addFilter(_drop_excluded_orders)
     relation = getattr(dp.NeighboringRelation, events[0].relation)
-    orders = None if events[0].unit == "example" else _UNSAMPLED_ORDERS
-    accountant = RdpAccountant(orders=orders, neighboring_relation=relation)
-    for event in events:
+    accountant = RdpAccountant(orders=_orders(events), neighboring_relation=relation)
+    whole, sampled = _parts(events)
+    if whole:
+        accountant.compose(_closed_form(whole))
+    for event in sampled:
         accountant.compose(to_dp_event(event))
     return accountant
+
+
+def _checked(events: Iterable[Event], deltas: Iterable[float]) -> list[Event]:
+    if not all(0.0 < delta < 1.0 for delta in deltas):
+        raise InvalidInput("delta must lie strictly between 0 and 1")
+    composed = merged(events)
+    if len({event.unit for event in composed}) > 1:
+        raise InvalidInput("events at example level and at party level are never added up")
+    return composed
+
+
+def _failure(events: Sequence[Event]) -> float:
+    """Total variation between what all rounds do and what is described, at most."""
+    sums = [event for event in events if isinstance(event, NoisySum | SampledNoisySum)]
+    return math.fsum(event.rounds * event.failure_probability for event in sums)
+
+
+def epsilon_curve(events: Iterable[Event], deltas: Sequence[float]) -> tuple[float, ...]:
+    """ε of all `events` together at each of `deltas`.
+
+    This is how ε at one δ is converted to another: from the events, never from the ε. Each value is a guarantee of its
+    own; values at different δ are not compared with one budget.
+
+    Args:
+        deltas: each in (0, 1).
+
+    Raises:
+        InvalidInput: as `epsilon`.
+    """
+    composed = _checked(events, deltas)
+    if not composed:
+        return (0.0,) * len(deltas)
+    if any(map(_is_infinite, composed)):
+        return (math.inf,) * len(deltas)
+    accountant = _accountant(composed)
+    failure = _failure(composed)
+    return tuple(
+        _with_failure(lambda left: float(accountant.get_epsilon(left)), delta=delta, failure=failure)
+        for delta in deltas
+    )
 
 
 def epsilon(events: Iterable[Event], *, delta: float) -> float:
     """ε at `delta` of all `events` together; `math.inf` where nothing is guaranteed, 0 for no events.
 
-    With failure terms η (`NoisySum.failure_probability`, summed over rounds) it is the ε with
+    With failure terms η (`failure_probability` of sums, added up over rounds) it is the ε with
     δ' + (1 + e^ε)·η ≤ δ, where δ' is what the mechanisms themselves need.
 
     Args:
@@ -124,31 +256,19 @@ def epsilon(events: Iterable[Event], *, delta: float) -> float:
     Raises:
         InvalidInput: δ out of range, or events of different units, whose guarantees do not add up.
     """
-    if not 0.0 < delta < 1.0:
-        raise InvalidInput("delta must lie strictly between 0 and 1")
-    composed = merged(events)
-    if not composed:
-        return 0.0
-    if len({event.unit for event in composed}) > 1:
-        raise InvalidInput("events at example level and at party level are never added up")
-    if any(isinstance(event, NonPrivate) or event.noise_multiplier == 0.0 for event in composed):
-        return math.inf
-    accountant = _accountant(composed)
-    failure = math.fsum(event.rounds * event.failure_probability for event in composed if isinstance(event, NoisySum))
-    value = float(accountant.get_epsilon(delta))
-    if failure == 0.0:
-        return value
-    return _with_failure(
-        lambda remaining: float(accountant.get_epsilon(remaining)), value, delta=delta, failure=failure
-    )
+    (value,) = epsilon_curve(events, [delta])
+    return value
 
 
 _FIXED_POINT_STEPS: Final = 200
 _FIXED_POINT_SLACK: Final = 1e-9
 
 
-def _with_failure(curve: Callable[[float], float], start: float, *, delta: float, failure: float) -> float:
+def _with_failure(curve: Callable[[float], float], *, delta: float, failure: float) -> float:
     """An ε with curve(δ - (1 + e^ε)·η) ≤ ε, as small as an iteration from below finds it; inf if there is none."""
+    start = curve(delta)
+    if failure == 0.0:
+        return start
     candidate = start * (1.0 + _FIXED_POINT_SLACK) + _FIXED_POINT_SLACK
     for _ in range(_FIXED_POINT_STEPS):
         if candidate > 700.0:  # e^ε leaves float64
@@ -163,7 +283,97 @@ def _with_failure(curve: Callable[[float], float], start: float, *, delta: float
     return math.inf
 
 
-_epsilon: Final = epsilon  # `calibrate_dp_sgd` has a parameter of that name
+PLD: Final = "PLD (dp-accounting)"
+PLD_LIMIT: Final = 50.0
+"""Above it a PLD takes minutes and gigabytes, and its figure says nothing."""
+
+_PLD_INTERVAL: Final = 1e-4
+"""Of the privacy loss; dp-accounting's default, which rounds upwards."""
+
+Standing = Literal["bound", "estimate", "skipped"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Estimate:
+    """One accountant's figure.
+
+    Attributes:
+        accountant: its name.
+        epsilon: at the δ that was asked for; None if it was not computed.
+        standing: "bound" may be claimed, "estimate" may not.
+        note: what the figure is, in a sentence.
+    """
+
+    accountant: str
+    epsilon: float | None
+    standing: Standing
+    note: str
+
+
+def epsilon_estimates(events: Iterable[Event], *, delta: float) -> tuple[Estimate, Estimate]:
+    """The figure that is charged, and beside it that of a privacy loss distribution.
+
+    The second is tighter, and holds for continuous noise alone: for discrete noise at σ = 1 the true δ
+    is up to twice what it says.
+
+    Args:
+        delta: δ in (0, 1).
+
+    Raises:
+        InvalidInput: as `epsilon`.
+    """
+    composed = _checked(events, [delta])
+    charged = epsilon(composed, delta=delta)
+    bound = Estimate(accountant=ACCOUNTANT, epsilon=charged, standing="bound", note="an upper bound: what is charged")
+    if charged > PLD_LIMIT:
+        note = f"not computed: epsilon is above {PLD_LIMIT:g}"
+        return bound, Estimate(accountant=PLD, epsilon=None, standing="skipped", note=note)
+    value = _pld(composed, delta=delta) if composed else 0.0
+    if all(isinstance(event, DpSgdSteps) for event in composed):
+        return bound, Estimate(
+            accountant=PLD, epsilon=value, standing="bound", note="an upper bound for continuous Gaussian noise"
+        )
+    note = "an estimate: it takes the discrete noise for continuous, which understates it"
+    return bound, Estimate(accountant=PLD, epsilon=value, standing="estimate", note=note)
+
+
+def _pld(events: Sequence[Event], *, delta: float) -> float:
+    import dp_accounting as dp
+    from dp_accounting.pld import PLDAccountant
+
+    relation = getattr(dp.NeighboringRelation, events[0].relation)
+    accountant = PLDAccountant(neighboring_relation=relation, value_discretization_interval=_PLD_INTERVAL)
+    whole, sampled = _parts(events)
+    if whole:
+        squares = math.fsum(_count(event) / _usable(event.noise_multiplier) ** 2 for event in whole)
+        accountant.compose(dp.GaussianDpEvent(1.0 / math.sqrt(squares)))
+    for event in sampled:
+        accountant.compose(_sampled_gaussian(event), _count(event))
+    return _with_failure(lambda left: float(accountant.get_epsilon(left)), delta=delta, failure=_failure(events))
+
+
+_UNREACHABLE: Final = "no noise multiplier up to 10 000 reaches this epsilon"
+
+
+def _reaches(event_of: Callable[[float], Event], *, target: float, delta: float) -> Callable[[int], bool]:
+    """Whether the event of a noise multiplier, in units of 1/`MULTIPLIER_STEPS`, stays within (`target`, `delta`)."""
+    if not (math.isfinite(target) and target > 0.0):
+        raise InvalidInput("the target epsilon must be positive and finite")
+    return lambda tick: epsilon([event_of(tick / MULTIPLIER_STEPS)], delta=delta) <= target
+
+
+def _smallest_multiplier(event_of: Callable[[float], Event], *, target: float, delta: float) -> float:
+    """Smallest multiple of 1e-4 for which ε of `event_of(multiplier)` is at most `target`."""
+    reaches = _reaches(event_of, target=target, delta=delta)
+    low, high = 0, MULTIPLIER_STEPS  # low does not reach the target (0 is infinite ε); high is 1.0
+    while not reaches(high):
+        if high == _MAX_TICKS:
+            raise InvalidInput(_UNREACHABLE)
+        low, high = high, min(2 * high, _MAX_TICKS)
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (low, middle) if reaches(middle) else (middle, high)
+    return high / MULTIPLIER_STEPS
 
 
 def calibrate_dp_sgd(*, epsilon: float, delta: float, sampling_rate: float, steps: int) -> float:
@@ -178,38 +388,62 @@ def calibrate_dp_sgd(*, epsilon: float, delta: float, sampling_rate: float, step
     Raises:
         InvalidInput: an argument out of range, or a target that even a noise multiplier of 10 000 does not reach.
     """
-    reaches = _target(epsilon, delta=delta, sampling_rate=sampling_rate, steps=steps)
-    low, high = 0, MULTIPLIER_STEPS  # low does not reach the target (0 is infinite ε); high is 1.0
-    while not reaches(high):
-        if high == _MAX_TICKS:
-            raise InvalidInput(_UNREACHABLE)
-        low, high = high, min(2 * high, _MAX_TICKS)
-    while high - low > 1:
-        middle = (low + high) // 2
-        low, high = (low, middle) if reaches(middle) else (middle, high)
-    return high / MULTIPLIER_STEPS
+
+    event_of = _dp_sgd_of(sampling_rate, steps)
+    return _smallest_multiplier(event_of, target=epsilon, delta=delta)
 
 
 def check_dp_sgd(*, epsilon: float, delta: float, sampling_rate: float, steps: int) -> None:
     """Whether `calibrate_dp_sgd` finds a noise multiplier, in a tenth of its time; same arguments, same errors."""
-    reaches = _target(epsilon, delta=delta, sampling_rate=sampling_rate, steps=steps)
-    if not reaches(_MAX_TICKS):
+    if not _reaches(_dp_sgd_of(sampling_rate, steps), target=epsilon, delta=delta)(_MAX_TICKS):
         raise InvalidInput(_UNREACHABLE)
 
 
-_UNREACHABLE: Final = "no noise multiplier up to 10 000 reaches this epsilon"
+def _dp_sgd_of(sampling_rate: float, steps: int) -> Callable[[float], Event]:
+    return lambda multiplier: DpSgdSteps(sampling_rate=sampling_rate, noise_multiplier=multiplier, steps=steps)
 
 
-def _target(epsilon: float, *, delta: float, sampling_rate: float, steps: int) -> Callable[[int], bool]:
-    """Whether a noise multiplier, in units of 1/`MULTIPLIER_STEPS`, stays within (`epsilon`, `delta`)."""
-    if not (math.isfinite(epsilon) and epsilon > 0.0):
-        raise InvalidInput("the target epsilon must be positive and finite")
+def calibrate_sampled_sum(
+    *,
+    epsilon: float,
+    delta: float,
+    sampling_rate: float,
+    rounds: int,
+    dimension: int,
+    tau_of: Callable[[float], float] | None,
+    failure_probability: float = 0.0,
+) -> float:
+    """Smallest noise multiplier, a multiple of 1e-4, with which `rounds` sampled sums stay within (`epsilon`, `delta`).
 
-    def reaches(tick: int) -> bool:
-        event = DpSgdSteps(sampling_rate=sampling_rate, noise_multiplier=tick / MULTIPLIER_STEPS, steps=steps)
-        return _epsilon([event], delta=delta) <= epsilon
+    Args:
+        epsilon: > 0, finite.
+        delta: in (0, 1).
+        sampling_rate: q in (0, 1].
+        rounds: ≥ 1.
+        dimension: coordinates of the sum, ≥ 1.
+        tau_of: τ of one round's noise at a noise multiplier, falling as that grows; None for a single draw. It may
+            raise InvalidInput where the noise is too small to say: such a multiplier is too small.
+        failure_probability: of one round, as in `SampledNoisySum`.
 
-    return reaches
+    Raises:
+        InvalidInput: an argument out of range, or a target that even a noise multiplier of 10 000 does not reach.
+    """
+
+    def event_of(multiplier: float) -> Event:
+        try:
+            tau = tau_of(multiplier) if tau_of else 0.0
+        except InvalidInput:
+            return NonPrivate(unit="example", reason="noise too small for a sum of shares")
+        return SampledNoisySum(
+            sampling_rate=sampling_rate,
+            noise_multiplier=multiplier,
+            rounds=rounds,
+            tau=tau,
+            dimension=dimension,
+            failure_probability=failure_probability,
+        )
+
+    return _smallest_multiplier(event_of, target=epsilon, delta=delta)
 
 
 def import_accountant() -> None:

@@ -1,8 +1,11 @@
-"""L2 clipping of an update: what makes the sensitivity of a sum finite."""
+"""L2 clipping of an update: what makes the sensitivity of a sum finite. Fixed, or following a quantile of the norms."""
 
 from __future__ import annotations
 
+import decimal
 import math
+from dataclasses import dataclass
+from fractions import Fraction
 from typing import Final
 
 import numpy as np
@@ -45,3 +48,99 @@ def clip(update: NDArray[np.float32], clipping_norm: float) -> NDArray[np.float3
         return update.copy()
     scaled = update.astype(np.float64) * (clipping_norm / norm * _MARGIN)
     return scaled.astype(np.float32)
+
+
+MIN_ADAPTIVE_PARTIES: Final = 20
+"""Below it the noise on the count of bits is as large as the count, or takes most of the budget."""
+
+BIT_UNIT: Final = 1 << 10
+"""Integer units that one bit is worth in its slot: so fine that shares of its noise have a variance far above 1/4."""
+
+_DIGITS: Final = 40
+_WIDEST: Final = 2.0**40
+"""Ratio of the largest to the smallest clipping norm, at most."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AdaptiveClipping:
+    """A clipping norm that follows a quantile of the norms of updates (Andrew, Thakkar, McMahan & Ramaswamy 2021,
+    "Differentially Private Learning with Adaptive Clipping", arXiv:1905.03871, Algorithm 1).
+
+    In each round a party adds, in one more slot, whether its update was within the norm: +`BIT_UNIT` or -`BIT_UNIT`,
+    that is 2b - 1 for a bit b, with noise of its own. Replacing a party by zero changes that slot by one `BIT_UNIT`, so
+    its noise multiplier is 2σ_b. Update and bit are released together; `update_multiplier` is what the update's noise
+    has to be for both to cost what one release at z costs: 1/z² = 1/z_Δ² + 1/(2σ_b)² (ibid., Theorem 1).
+
+    Attributes:
+        quantile: γ in (0, 1): the share of updates that should be within the norm.
+        learning_rate: η in (0, 1]; 0.2 is theirs.
+        bit_deviation: σ_b > 0, the standard deviation of all guaranteed noise on the count of bits; theirs is a
+            twentieth of the parties.
+        smallest, largest: bounds of the norm, > 0, at most a factor 2^40 apart.
+    """
+
+    quantile: float = 0.5
+    learning_rate: float = 0.2
+    bit_deviation: float
+    smallest: float
+    largest: float
+
+    def __post_init__(self) -> None:
+        if not 0.0 < self.quantile < 1.0 or not 0.0 < self.learning_rate <= 1.0:
+            raise InvalidInput("adaptive clipping needs a quantile in (0, 1) and a learning rate in (0, 1]")
+        if not (math.isfinite(self.bit_deviation) and self.bit_deviation > 0.0):
+            raise InvalidInput("adaptive clipping needs a positive, finite noise on the count of bits")
+        if not (0.0 < self.smallest <= self.largest < math.inf and self.largest <= self.smallest * _WIDEST):
+            raise InvalidInput("adaptive clipping needs 0 < smallest ≤ largest, at most a factor 2^40 apart")
+
+    @property
+    def bit_multiplier(self) -> float:
+        """Noise multiplier of the bit's slot: 2σ_b."""
+        return 2.0 * self.bit_deviation
+
+    def update_multiplier(self, noise_multiplier: float) -> float:
+        """z_Δ = (z⁻² - (2σ_b)⁻²)^(-1/2), rounded up: the update's noise multiplier if both may cost what z costs.
+
+        Raises:
+            InvalidInput: z is not positive and finite, or the bit alone costs as much as z or more.
+        """
+        if not (math.isfinite(noise_multiplier) and noise_multiplier > 0.0):
+            raise InvalidInput("the noise multiplier must be positive and finite")
+        left = Fraction(noise_multiplier) ** -2 - Fraction(self.bit_multiplier) ** -2
+        if left <= 0:
+            raise InvalidInput("the noise on the count of bits is too small: 2σ_b must exceed the noise multiplier")
+        with decimal.localcontext(prec=_DIGITS):
+            root = (decimal.Decimal(left.denominator) / decimal.Decimal(left.numerator)).sqrt()
+        found = float(root)
+        while Fraction(found) ** 2 * left < 1:
+            found = math.nextafter(found, math.inf)
+        if not math.isfinite(found):
+            raise InvalidInput("the noise on the count of bits leaves nothing for the update")
+        return found
+
+    def bit(self, norm: float, clipping_norm: float) -> int:
+        """What a party whose update has this L2 norm adds to the bit's slot before noise, in integer units."""
+        return BIT_UNIT if norm <= clipping_norm else -BIT_UNIT
+
+    def next_norm(self, clipping_norm: float, *, noisy_bits: int, contributions: int) -> float:
+        """C·exp(-η(b̃ - γ)), within the bounds; the same float on every machine.
+
+        Args:
+            clipping_norm: of the round, within the bounds.
+            noisy_bits: the opened slot: the sum of `bit` over contributions, and noise.
+            contributions: parties in the sum, which is public; at least `MIN_ADAPTIVE_PARTIES`.
+
+        Raises:
+            InvalidInput: an argument out of range.
+        """
+        if contributions < MIN_ADAPTIVE_PARTIES:
+            raise InvalidInput(f"adaptive clipping needs at least {MIN_ADAPTIVE_PARTIES} contributions")
+        if not self.smallest <= clipping_norm <= self.largest:
+            raise InvalidInput("the clipping norm is outside its bounds")
+        within = (Fraction(noisy_bits, contributions * BIT_UNIT) + 1) / 2
+        within = min(max(within, Fraction(0)), Fraction(1))  # noise may leave [0, 1]; this is post-processing
+        step = Fraction(self.learning_rate) * (Fraction(self.quantile) - within)
+        with decimal.localcontext(prec=_DIGITS):  # correctly rounded, unlike a machine's `exp`
+            factor = (decimal.Decimal(step.numerator) / decimal.Decimal(step.denominator)).exp()
+            moved = float(decimal.Decimal(clipping_norm) * factor)
+        return min(max(moved, self.smallest), self.largest)

@@ -121,6 +121,55 @@ class NoisySum:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class SampledNoisySum:
+    """`rounds` releases of a sum of clipped gradients over a secret Poisson sample, with discrete Gaussian noise.
+
+    The sum is one of integers: what one example can change, rounding included, is its sensitivity.
+
+    Attributes:
+        sampling_rate: q in (0, 1], the probability of a row to be in the sample of a round; nobody learns who was.
+        noise_multiplier: guaranteed standard deviation of all noise over the sensitivity of the sum, ≥ 0.
+        rounds: ≥ 1.
+        tau: `noise.sum_divergence` of the noise in one round; 0 for a single draw.
+        dimension: coordinates of the sum, ≥ 1.
+        failure_probability: as in `NoisySum`; a sample that was refused for its size belongs here.
+    """
+
+    type: ClassVar[str] = "sampled_noisy_sum"
+    sampling_rate: float
+    noise_multiplier: float
+    rounds: int = 1
+    tau: float = 0.0
+    dimension: int = 1
+    failure_probability: float = 0.0
+
+    def __post_init__(self) -> None:
+        _check_real("sampling_rate", self.sampling_rate, upper=1.0)
+        _check_real("noise_multiplier", self.noise_multiplier)
+        _check_real("tau", self.tau)
+        _check_real("failure_probability", self.failure_probability, upper=1.0)
+        _check_count("rounds", self.rounds)
+        _check_count("dimension", self.dimension)
+        if self.sampling_rate == 0.0:
+            raise InvalidInput("sampling_rate must be above 0")
+
+    @property
+    def unit(self) -> Unit:
+        """Example level."""
+        return "example"
+
+    @property
+    def relation(self) -> Relation:
+        """One example more or less."""
+        return RELATIONS[self.unit]
+
+    def repeated(self, count: int) -> SampledNoisySum:
+        """The same `count` times over."""
+        _check_count("count", count)
+        return replace(self, rounds=self.rounds * count)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class NonPrivate:
     """A release without a guarantee: ε is infinite. `reason` says why, in public words (ASCII, at most 200)."""
 
@@ -145,11 +194,11 @@ class NonPrivate:
         return self
 
 
-Event = DpSgdSteps | NoisySum | NonPrivate
+Event = DpSgdSteps | NoisySum | SampledNoisySum | NonPrivate
 
 VERSION: Final = 1
-_TYPES: Final[dict[str, type[DpSgdSteps] | type[NoisySum] | type[NonPrivate]]] = {
-    cls.type: cls for cls in (DpSgdSteps, NoisySum, NonPrivate)
+_TYPES: Final[dict[str, type[DpSgdSteps] | type[NoisySum] | type[SampledNoisySum] | type[NonPrivate]]] = {
+    cls.type: cls for cls in (DpSgdSteps, NoisySum, SampledNoisySum, NonPrivate)
 }
 _REALS: Final = frozenset({"sampling_rate", "noise_multiplier", "tau", "failure_probability"})
 _COUNTS: Final = frozenset({"steps", "rounds", "dimension"})

@@ -1,7 +1,8 @@
-"""Who draws how much of a round's noise, and what may be claimed for it.
+"""Who draws how much of a round's noise, and what may be claimed for it, against whom.
 
 Only the guaranteed minimum is claimed: of any `quorum` contributors at least `quorum - colluders` are honest and add
-one share each. Whatever a fuller cohort adds is not counted (further independent noise is post-processing).
+one share each. Whatever a fuller cohort adds is not counted (further independent noise is post-processing). What is
+left if everybody else colludes is one share, the party's own: it is told beside what is claimed.
 """
 
 from __future__ import annotations
@@ -12,17 +13,24 @@ from fractions import Fraction
 from typing import Final, Literal, get_args
 
 from ..errors import InvalidInput
-from .events import Event, NoisySum, NonPrivate
+from .accounting import epsilon
+from .events import Event, NoisySum, NonPrivate, SampledNoisySum, Unit
 from .noise import MAX_SIGMA2, sum_divergence
 
 NoiseBy = Literal["both", "parties", "aggregator"]
+
+Against = Literal["release", "aggregator", "all_others"]
+"""Whoever sees the release; the aggregator, which knows the noise that it drew itself; the aggregator and all other
+parties together, who can subtract everything but one party's contribution."""
 
 VARIANCE_GRID: Final = 1 << 20
 """Variances are rounded up to multiples of 2^-20 squared integer units: short exact rationals, at most 4e-6 too large
 at the smallest variance allowed in a sum."""
 
 NO_NOISE: Final = "no noise at party level"
+NO_NOISE_IN_SUM: Final = "no noise in the sum"
 AGGREGATOR_KNOWS: Final = "the aggregator can know the exact sum"
+OTHERS_KNOW: Final = "the aggregator and all other parties together can know the exact update"
 
 
 def _ceil_to_grid(value: Fraction) -> Fraction:
@@ -47,6 +55,33 @@ def fraction_from_json(text: str) -> Fraction:
         if fraction_to_json(value) == text:
             return value
     raise InvalidInput("a rational must read 'numerator/denominator' in lowest terms")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Figure:
+    """One ε, and what it rests on.
+
+    Attributes:
+        epsilon: at `delta`; infinite where nothing is guaranteed.
+        delta: in (0, 1).
+        unit: whom it protects.
+        against: from whom, in words.
+        assumes: what has to hold for it, in words; encryption and custody of keys, which hide all but the sum, are
+            assumed by all but the figure against all others.
+    """
+
+    epsilon: float
+    delta: float
+    unit: Unit
+    against: str
+    assumes: str
+
+
+_AGAINST: Final[dict[Against, str]] = {
+    "release": "whoever sees the release",
+    "aggregator": "the aggregator",
+    "all_others": "the aggregator and all other parties together",
+}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -104,23 +139,125 @@ class NoisePlan:
             return self.noise_multiplier
         return math.nextafter(self.noise_multiplier * math.sqrt(0.5), 0.0)
 
+    @property
+    def multiplier_against_all_others(self) -> float | None:
+        """Noise multiplier of one share, which is all that hides a party from everybody else; None if ε is infinite."""
+        if not self.share_sigma2:
+            return None
+        found = math.sqrt(self.share_sigma2) / self.sensitivity
+        while (Fraction(found) * Fraction(self.sensitivity)) ** 2 > self.share_sigma2:
+            found = math.nextafter(found, 0.0)
+        return found or None
+
+    def _claim(self, against: Against) -> tuple[float | None, float]:
+        """Noise multiplier and τ of the noise that is secret from `against`."""
+        shares = self.honest_shares if self.share_sigma2 else 0
+        if against == "all_others":
+            return self.multiplier_against_all_others, 0.0
+        if against == "aggregator":
+            return self.multiplier_against_aggregator, sum_divergence(self.share_sigma2, shares)
+        tau = sum_divergence(self.share_sigma2, shares, other_sigma2=self.aggregator_sigma2)
+        return self.multiplier_release, tau
+
+    def event(
+        self,
+        against: Against,
+        *,
+        dimension: int,
+        rounds: int = 1,
+        sampling_rate: float | None = None,
+        failure_probability: float = 0.0,
+    ) -> Event:
+        """What `rounds` releases of `dimension` coordinates cost, against whom.
+
+        Args:
+            against: who must not learn.
+            sampling_rate: None for a party's cost; else each row's, of a sum over secret Poisson samples of this rate.
+            failure_probability: of one round, as in `NoisySum`.
+        """
+        multiplier, tau = self._claim(against)
+        if multiplier is None:
+            unit: Unit = "party" if sampling_rate is None else "example"
+            reasons = {"release": NO_NOISE, "aggregator": AGGREGATOR_KNOWS, "all_others": OTHERS_KNOW}
+            silent = NO_NOISE if unit == "party" else NO_NOISE_IN_SUM
+            return NonPrivate(unit=unit, reason=reasons[against] if self.noise_multiplier else silent)
+        if sampling_rate is None:
+            return NoisySum(
+                noise_multiplier=multiplier,
+                rounds=rounds,
+                tau=tau,
+                dimension=dimension,
+                failure_probability=failure_probability,
+            )
+        return SampledNoisySum(
+            sampling_rate=sampling_rate,
+            noise_multiplier=multiplier,
+            rounds=rounds,
+            tau=tau,
+            dimension=dimension,
+            failure_probability=failure_probability,
+        )
+
     def release_event(self, *, dimension: int, rounds: int = 1) -> Event:
         """What `rounds` releases of `dimension` coordinates cost a party, against whoever sees the release."""
-        if self.multiplier_release is None:
-            return NonPrivate(unit="party", reason=NO_NOISE)
-        tau = sum_divergence(
-            self.share_sigma2, self.honest_shares if self.share_sigma2 else 0, other_sigma2=self.aggregator_sigma2
-        )
-        return NoisySum(noise_multiplier=self.multiplier_release, rounds=rounds, tau=tau, dimension=dimension)
+        return self.event("release", dimension=dimension, rounds=rounds)
 
     def against_aggregator_event(self, *, dimension: int, rounds: int = 1) -> Event:
         """What the same rounds cost against the aggregator, who knows the noise that it drew itself."""
-        if self.multiplier_against_aggregator is None:
-            reason = AGGREGATOR_KNOWS if self.noise_multiplier else NO_NOISE
-            return NonPrivate(unit="party", reason=reason)
-        tau = sum_divergence(self.share_sigma2, self.honest_shares)
-        multiplier = self.multiplier_against_aggregator
-        return NoisySum(noise_multiplier=multiplier, rounds=rounds, tau=tau, dimension=dimension)
+        return self.event("aggregator", dimension=dimension, rounds=rounds)
+
+    def figures(
+        self,
+        *,
+        dimension: int,
+        rounds: int,
+        delta: float,
+        sampling_rate: float | None = None,
+        failure_probability: float = 0.0,
+    ) -> tuple[Figure, Figure, Figure]:
+        """ε of `rounds` such rounds against the release, the aggregator, and all others together, in this order.
+
+        Args:
+            dimension, rounds, sampling_rate, failure_probability: as in `event`.
+            delta: in (0, 1).
+
+        Raises:
+            InvalidInput: an argument out of range.
+        """
+
+        def figure(against: Against) -> Figure:
+            event = self.event(
+                against,
+                dimension=dimension,
+                rounds=rounds,
+                sampling_rate=sampling_rate,
+                failure_probability=failure_probability,
+            )
+            return Figure(
+                epsilon=epsilon([event], delta=delta),
+                delta=delta,
+                unit=event.unit,
+                against=_AGAINST[against],
+                assumes=self._assumption(against, sampled=sampling_rate is not None),
+            )
+
+        return figure("release"), figure("aggregator"), figure("all_others")
+
+    def _assumption(self, against: Against, *, sampled: bool) -> str:
+        if self.noise_multiplier == 0.0:
+            return "nothing: there is no noise"
+        own = "the aggregator added its noise and keeps it to itself"
+        shares = (
+            f"of every {self.quorum} contributions at least {self.honest_shares} carry an honest noise share, whoever "
+            f"else contributes; up to {self.colluders} of them may collude"
+        )
+        drawn = {"both": f"{shares}; {own}", "parties": shares, "aggregator": own}[self.noise_by]
+        if against == "aggregator":
+            drawn = "nothing: the aggregator drew all the noise and is trusted" if not self.share_sigma2 else shares
+        if against == "all_others":
+            drawn = "the party's own noise share alone" if self.share_sigma2 else "nothing: the party drew no noise"
+        secret = "; each party keeps secret which of its rows were sampled" if sampled else ""
+        return drawn if drawn.startswith("nothing") else drawn + secret
 
     def to_json(self) -> dict[str, str | int]:
         """Strings and integers only; variances are exact."""

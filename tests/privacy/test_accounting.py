@@ -1,4 +1,4 @@
-"""ε: the known answer, the same as dp-accounting's, closed forms, and calibration that is safe and tight."""
+"""ε: the known answers, the same as dp-accounting's, closed forms, and calibration that is safe and tight."""
 
 from __future__ import annotations
 
@@ -13,14 +13,123 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from src.errors import InvalidInput
-from src.privacy.accounting import calibrate_dp_sgd, check_dp_sgd, epsilon, merged
-from src.privacy.events import DpSgdSteps, Event, NoisySum, NonPrivate
+from src.privacy.accounting import (
+    calibrate_dp_sgd,
+    check_dp_sgd,
+    epsilon,
+    epsilon_curve,
+    epsilon_estimates,
+    merged,
+    to_dp_event,
+)
+from src.privacy.events import DpSgdSteps, Event, NoisySum, NonPrivate, SampledNoisySum
 
 
 def test_the_known_answer_of_dp_sgd() -> None:
     """q = 256/60000, σ = 1.1, 14 062 steps, δ = 1e-5: dp-accounting and Opacus (RDP) give 2.596556."""
     event = DpSgdSteps(sampling_rate=256 / 60000, noise_multiplier=1.1, steps=14_062)
     assert epsilon([event], delta=1e-5) == pytest.approx(2.596556, abs=5e-7)
+
+
+PUBLISHED = DpSgdSteps(sampling_rate=256 / 60000, noise_multiplier=1.1, steps=14_062)
+
+
+def test_the_known_answer_of_the_privacy_loss_distribution_stands_beside_it() -> None:
+    """2.3817 by PLD with an interval of 1e-4; the central-limit accountant's 2.324, which is too small, nowhere."""
+    charged, tighter = epsilon_estimates([PUBLISHED], delta=1e-5)
+    assert charged.epsilon == pytest.approx(2.596556, abs=5e-7)
+    assert charged.epsilon == epsilon([PUBLISHED], delta=1e-5)
+    assert tighter.epsilon == pytest.approx(2.3817, abs=5e-5)
+    assert (charged.standing, tighter.standing) == ("bound", "bound")
+    assert "continuous" in tighter.note
+
+
+@pytest.mark.parametrize(
+    "event",
+    [
+        NoisySum(noise_multiplier=1.0, rounds=3),
+        SampledNoisySum(sampling_rate=0.1, noise_multiplier=1.0, rounds=3),
+        SampledNoisySum(sampling_rate=1.0, noise_multiplier=1.0, rounds=3, failure_probability=1e-12),
+    ],
+    ids=lambda event: f"{event.type}",
+)
+def test_beside_discrete_noise_a_privacy_loss_distribution_is_called_an_estimate(event: Event) -> None:
+    charged, tighter = epsilon_estimates([event], delta=1e-5)
+    assert (charged.standing, tighter.standing) == ("bound", "estimate")
+    assert tighter.epsilon is not None
+    assert charged.epsilon is not None
+    assert 0.0 < tighter.epsilon < charged.epsilon
+
+
+def test_why_it_is_an_estimate() -> None:
+    """At its ε the true δ of discrete noise, from the mass function, is 1.6 times what was asked for at σ = 1; at the ε
+    that is charged it never is."""
+
+    def true_delta(sigma: float, value: float) -> float:
+        weights = {z: math.exp(-(z**2) / (2 * sigma**2)) for z in range(-400, 401)}
+        excess = (weight * max(0.0, -math.expm1(value - (1 - 2 * z) / (2 * sigma**2))) for z, weight in weights.items())
+        return math.fsum(excess) / math.fsum(weights.values())
+
+    for sigma, factor in ((1.0, 1.65), (8.0, 1.02)):
+        charged, tighter = epsilon_estimates([NoisySum(noise_multiplier=sigma)], delta=1e-5)
+        assert charged.epsilon is not None
+        assert tighter.epsilon is not None
+        assert true_delta(sigma, tighter.epsilon) == pytest.approx(factor * 1e-5, rel=0.02)
+        assert true_delta(sigma, charged.epsilon) <= 1e-5
+
+
+def test_a_privacy_loss_distribution_is_not_computed_where_it_takes_minutes() -> None:
+    """20 rounds at z = 0.1: 36 seconds and 4.7 GB, for an ε of 1 200."""
+    charged, tighter = epsilon_estimates([NoisySum(noise_multiplier=0.1, rounds=20)], delta=1e-5)
+    assert charged.epsilon == pytest.approx(1200, rel=0.02)
+    assert (tighter.standing, tighter.epsilon) == ("skipped", None)
+    assert epsilon_estimates([NonPrivate(unit="party", reason="x")], delta=1e-5)[1].standing == "skipped"
+    assert [each.epsilon for each in epsilon_estimates([], delta=1e-5)] == [0.0, 0.0]
+
+
+def test_many_small_releases_are_one_to_a_privacy_loss_distribution() -> None:
+    """1 000 rounds at z = 40 and one at z = 2 are one at z = (1000/1600 + 1/4)^(-1/2)."""
+    many: list[Event] = [NoisySum(noise_multiplier=40.0, rounds=1000), NoisySum(noise_multiplier=2.0)]
+    one: list[Event] = [NoisySum(noise_multiplier=(1000 / 1600 + 1 / 4) ** -0.5)]
+    seen, wanted = epsilon_estimates(many, delta=1e-6)[1], epsilon_estimates(one, delta=1e-6)[1]
+    assert seen.epsilon == pytest.approx(wanted.epsilon, rel=1e-9)
+
+
+def test_epsilon_at_another_delta_comes_from_the_events() -> None:
+    deltas = [1e-4, 1e-6, 1e-9]
+    events: list[Event] = [PUBLISHED, DpSgdSteps(sampling_rate=1.0, noise_multiplier=30.0, steps=7)]
+    curve = epsilon_curve(events, deltas)
+    assert curve == tuple(epsilon(events, delta=delta) for delta in deltas)
+    assert list(curve) == sorted(curve)
+    assert epsilon_curve([], deltas) == (0.0, 0.0, 0.0)
+    assert epsilon_curve([NonPrivate(unit="example", reason="x")], deltas) == (math.inf,) * 3
+    with pytest.raises(InvalidInput):
+        epsilon_curve(events, [1e-5, 0.0])
+
+
+REALS = st.floats(0, 1e300, allow_subnormal=True)
+COUNTS = st.integers(1, 2**53)
+
+
+@settings(deadline=None, max_examples=40)
+@given(
+    event=st.one_of(
+        st.builds(DpSgdSteps, sampling_rate=st.floats(1e-300, 1.0), noise_multiplier=REALS, steps=COUNTS),
+        st.builds(NoisySum, noise_multiplier=REALS, rounds=COUNTS, tau=REALS, dimension=COUNTS),
+        st.builds(
+            SampledNoisySum,
+            sampling_rate=st.floats(1e-300, 1.0),
+            noise_multiplier=REALS,
+            rounds=COUNTS,
+            tau=REALS,
+            dimension=COUNTS,
+        ),
+    )
+)
+def test_every_event_that_a_ledger_can_hold_has_an_epsilon(event: Event) -> None:
+    """The most extreme ones too: a number or infinity, and no error."""
+    assert epsilon([event], delta=1e-5) >= 0.0
+    to_dp_event(event)
 
 
 STEPS = st.builds(

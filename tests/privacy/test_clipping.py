@@ -1,7 +1,8 @@
-"""Clipping: never longer than C, direction kept, short updates untouched."""
+"""Clipping: never longer than C, direction kept, short updates untouched; and a norm that follows a quantile."""
 
 from __future__ import annotations
 
+import math
 from fractions import Fraction
 
 import numpy as np
@@ -12,7 +13,12 @@ from hypothesis.extra.numpy import arrays
 from numpy.typing import NDArray
 
 from src.errors import InvalidInput
-from src.privacy.clipping import clip
+from src.privacy.accounting import epsilon
+from src.privacy.clipping import BIT_UNIT, AdaptiveClipping, clip
+from src.privacy.entropy import DeterministicEntropy
+from src.privacy.events import NoisySum
+from src.privacy.noise import discrete_gaussian
+from src.privacy.noise_plan import plan_noise
 
 FINITE = st.floats(allow_nan=False, allow_infinity=False, width=32)
 VECTORS = arrays(np.float32, st.integers(1, 40), elements=FINITE)
@@ -70,3 +76,96 @@ def test_what_cannot_be_clipped_is_refused_without_showing_a_value(case: str) ->
     with pytest.raises(InvalidInput) as caught:
         clip(update, clipping_norm)
     assert "123456" not in str(caught.value) + caught.value.private + str(caught.value.metadata)
+
+
+RULE = AdaptiveClipping(bit_deviation=5.0, smallest=1e-3, largest=1e3)
+
+
+@settings(deadline=None, max_examples=100)
+@given(multiplier=st.floats(0.01, 9.9), deviation=st.floats(5.0, 500.0))
+def test_bit_and_update_together_cost_one_release(multiplier: float, deviation: float) -> None:
+    """z_Δ = (z⁻² - (2σ_b)⁻²)^(-1/2), and never a bit more privacy than that is claimed."""
+    rule = AdaptiveClipping(bit_deviation=deviation, smallest=1.0, largest=1.0)
+    update = rule.update_multiplier(multiplier)
+    assert update == pytest.approx((multiplier**-2 - (2 * deviation) ** -2) ** -0.5, rel=1e-9)
+    assert Fraction(update) ** -2 + Fraction(rule.bit_multiplier) ** -2 <= Fraction(multiplier) ** -2
+
+
+def test_the_ledger_may_charge_both_as_one() -> None:
+    parts = [
+        NoisySum(noise_multiplier=RULE.update_multiplier(1.3), rounds=40, dimension=99),
+        NoisySum(noise_multiplier=RULE.bit_multiplier, rounds=40, dimension=1),
+    ]
+    whole = epsilon([NoisySum(noise_multiplier=1.3, rounds=40, dimension=100)], delta=1e-6)
+    assert epsilon(parts, delta=1e-6) == pytest.approx(whole, rel=1e-12)
+
+
+def test_one_step_by_hand() -> None:
+    """20 parties, 15 within the norm: b̃ = 3/4, so C falls by e^(-0.2 · 0.25)."""
+    bits = 15 * RULE.bit(1.0, 2.0) + 5 * RULE.bit(3.0, 2.0)
+    assert bits == 10 * BIT_UNIT
+    assert RULE.next_norm(2.0, noisy_bits=bits, contributions=20) == pytest.approx(2.0 * math.exp(-0.05), rel=1e-15)
+    assert RULE.next_norm(2.0, noisy_bits=0, contributions=20) == 2.0
+
+
+def test_noise_moves_the_norm_by_one_bounded_step_and_never_past_its_bounds() -> None:
+    assert RULE.next_norm(2.0, noisy_bits=10**9, contributions=20) == pytest.approx(2.0 * math.exp(-0.1))
+    assert RULE.next_norm(2.0, noisy_bits=-(10**9), contributions=20) == pytest.approx(2.0 * math.exp(0.1))
+    assert RULE.next_norm(1e3, noisy_bits=-(10**9), contributions=20) == 1e3
+    assert RULE.next_norm(1e-3, noisy_bits=10**9, contributions=20) == 1e-3
+
+
+@pytest.mark.parametrize("quantile", [0.2, 0.5, 0.8])
+def test_the_norm_finds_the_quantile_through_the_noise_of_shares(quantile: float) -> None:
+    """100 parties with norms e^0 … e^3 in equal steps; the noise is drawn as shares of a plan for the slot."""
+    rule = AdaptiveClipping(quantile=quantile, bit_deviation=5.0, smallest=1e-3, largest=1e6)
+    plan = plan_noise(
+        noise_by="parties",
+        noise_multiplier=rule.bit_multiplier,
+        sensitivity=float(BIT_UNIT),
+        quorum=100,
+        colluders=5,
+    )
+    norms = np.exp(np.linspace(0.0, 3.0, 100))
+    entropy = DeterministicEntropy(b"adaptive clipping", purpose=str(quantile))
+    current, tail = 0.1, []
+    for _ in range(200):
+        noise = int(discrete_gaussian(plan.share_sigma2, 100, entropy=entropy).sum())
+        bits = sum(rule.bit(float(norm), current) for norm in norms)
+        current = rule.next_norm(current, noisy_bits=bits + noise, contributions=100)
+        tail.append(math.log(current) / 3.0)
+    assert float(np.mean(tail[100:])) == pytest.approx(quantile, abs=0.03)
+
+
+ADAPTIVE: dict[str, object] = {"bit_deviation": 1.0, "smallest": 0.1, "largest": 10.0}
+REJECTED_RULES: dict[str, dict[str, object]] = {
+    "quantile zero": {"quantile": 0.0},
+    "quantile one": {"quantile": 1.0},
+    "learning rate zero": {"learning_rate": 0.0},
+    "learning rate above one": {"learning_rate": 1.5},
+    "learning rate nan": {"learning_rate": math.nan},
+    "no noise on the bits": {"bit_deviation": 0.0},
+    "noise infinite": {"bit_deviation": math.inf},
+    "smallest zero": {"smallest": 0.0},
+    "bounds crossed": {"smallest": 20.0},
+    "largest infinite": {"largest": math.inf},
+    "bounds too far apart": {"smallest": 1e-12, "largest": 1e12},
+}
+
+
+@pytest.mark.parametrize("case", REJECTED_RULES)
+def test_a_rule_out_of_range_is_refused(case: str) -> None:
+    AdaptiveClipping(**ADAPTIVE)  # type: ignore[arg-type]
+    with pytest.raises(InvalidInput):
+        AdaptiveClipping(**{**ADAPTIVE, **REJECTED_RULES[case]})  # type: ignore[arg-type]
+
+
+def test_too_few_parties_too_little_noise_and_a_norm_out_of_bounds_are_refused() -> None:
+    with pytest.raises(InvalidInput, match="20"):
+        RULE.next_norm(1.0, noisy_bits=0, contributions=19)
+    for norm in (1e-4, 1e4, math.nan):
+        with pytest.raises(InvalidInput):
+            RULE.next_norm(norm, noisy_bits=0, contributions=20)
+    for multiplier in (10.0, 11.0, 0.0, -1.0, math.inf, math.nan):
+        with pytest.raises(InvalidInput):
+            RULE.update_multiplier(multiplier)

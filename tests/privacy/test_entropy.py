@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 import threading
 import warnings
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,8 +15,10 @@ import pytest
 from src.errors import InvalidInput
 from src.privacy import entropy as module
 from src.privacy.entropy import DeterministicEntropy, Entropy, SystemEntropy
+from src.privacy.noise import discrete_gaussian
 from src.privacy.sampling import poisson_sample
 
+ROOT = Path(__file__).resolve().parents[2]
 KEY = bytes(range(32))
 
 
@@ -93,6 +98,85 @@ def test_a_fork_takes_a_new_key() -> None:
     os.waitpid(child, 0)
     assert len(theirs) == 32
     assert theirs != source.words(4).tobytes()
+
+
+def in_a_fork(source: SystemEntropy, draw: str) -> bytes:
+    reader, writer = os.pipe()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # the runner may have threads; the child execs nothing
+        child = os.fork()
+    if child == 0:
+        try:
+            os.write(writer, drawn(source, draw))
+        finally:
+            os._exit(0)
+    os.close(writer)
+    with os.fdopen(reader, "rb") as pipe:
+        theirs = pipe.read()
+    os.waitpid(child, 0)
+    return theirs
+
+
+def drawn(source: SystemEntropy, what: str) -> bytes:
+    """Noise, or a Poisson sample, from `source`: 64 values are the same by chance with probability far below 2^-128."""
+    if what == "noise":
+        return discrete_gaussian(10**10, 64, entropy=source).tobytes()
+    return np.resize(poisson_sample(4096, sampling_rate=0.5, entropy=source), 512).tobytes()
+
+
+@pytest.mark.parametrize("what", ["noise", "samples"])
+def test_workers_of_one_process_never_share_a_stream(what: str) -> None:
+    """Four workers forked one after another from the same state, the parent before and after: all different."""
+    source = SystemEntropy()
+    source.words(1)
+    seen = [in_a_fork(source, what) for _ in range(2)]
+    seen.append(drawn(source, what))
+    seen += [in_a_fork(source, what) for _ in range(2)]
+    assert all(len(each) >= 512 for each in seen)
+    assert len(set(seen)) == 5
+
+
+def test_a_fork_of_a_fork_takes_a_new_key_too() -> None:
+    source = SystemEntropy()
+    source.words(1)
+    reader, writer = os.pipe()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        child = os.fork()
+        if child == 0:
+            grandchild = os.fork()
+            os.write(writer, drawn(source, "noise"))
+            if grandchild:
+                os.waitpid(grandchild, 0)
+            os._exit(0)
+    os.close(writer)
+    with os.fdopen(reader, "rb") as pipe:
+        theirs = pipe.read()
+    os.waitpid(child, 0)
+    assert len(theirs) == 1024
+    assert len({theirs[:512], theirs[512:], drawn(source, "noise")}) == 3
+
+
+def test_a_restart_draws_other_noise_and_other_samples() -> None:
+    """Three processes that do the same from the start, seeds set alike, agree in nothing that protects somebody."""
+    code = (
+        "import random, numpy as np; random.seed(1); np.random.seed(1)\n"
+        "from src.privacy.entropy import SystemEntropy\n"
+        "from src.privacy.noise import discrete_gaussian\n"
+        "from src.privacy.sampling import poisson_sample\n"
+        "source = SystemEntropy()\n"
+        "print(discrete_gaussian(10**10, 8, entropy=source).tolist())\n"
+        "print(poisson_sample(400, sampling_rate=0.5, entropy=source).tolist())\n"
+    )
+    environment = {**os.environ, "PYTHONHASHSEED": "0"}
+    runs = [
+        subprocess.run(
+            [sys.executable, "-c", code], cwd=ROOT, env=environment, check=True, capture_output=True, text=True
+        ).stdout.splitlines()
+        for _ in range(3)
+    ]
+    for lines in zip(*runs, strict=True):
+        assert len(set(lines)) == 3
 
 
 def test_a_key_is_given_up_after_its_share_of_keystream(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,7 +9,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from src.errors import InvalidInput
-from src.privacy.events import DpSgdSteps, Event, NoisySum, NonPrivate, event_from_json, event_to_json
+from src.privacy.events import (
+    DpSgdSteps,
+    Event,
+    NoisySum,
+    NonPrivate,
+    SampledNoisySum,
+    event_from_json,
+    event_to_json,
+)
 
 REALS = st.floats(0, 1e300, allow_subnormal=True)
 COUNTS = st.integers(1, 2**53)
@@ -17,6 +25,15 @@ EVENTS = st.one_of(
     st.builds(DpSgdSteps, sampling_rate=st.floats(1e-300, 1.0), noise_multiplier=REALS, steps=COUNTS),
     st.builds(
         NoisySum,
+        noise_multiplier=REALS,
+        rounds=COUNTS,
+        tau=REALS,
+        dimension=COUNTS,
+        failure_probability=st.floats(0.0, 1.0),
+    ),
+    st.builds(
+        SampledNoisySum,
+        sampling_rate=st.floats(1e-300, 1.0),
         noise_multiplier=REALS,
         rounds=COUNTS,
         tau=REALS,
@@ -57,6 +74,17 @@ def test_the_json_of_an_event_is_a_promise() -> None:
         "dimension": 9,
         "failure_probability": "0.0",
     }
+    sampled = SampledNoisySum(sampling_rate=0.02, noise_multiplier=1.5, rounds=3, tau=0.0, dimension=7)
+    assert event_to_json(sampled) == {
+        "type": "sampled_noisy_sum",
+        "version": 1,
+        "sampling_rate": "0.02",
+        "noise_multiplier": "1.5",
+        "rounds": 3,
+        "tau": "0.0",
+        "dimension": 7,
+        "failure_probability": "0.0",
+    }
     assert event_to_json(NonPrivate(unit="party", reason="no noise")) == {
         "type": "non_private",
         "version": 1,
@@ -70,12 +98,15 @@ def test_unit_and_relation_belong_to_the_mechanism() -> None:
     assert (steps.unit, steps.relation) == ("example", "ADD_OR_REMOVE_ONE")
     total = NoisySum(noise_multiplier=1.0)
     assert (total.unit, total.relation) == ("party", "REPLACE_SPECIAL")
+    sampled = SampledNoisySum(sampling_rate=0.5, noise_multiplier=1.0)
+    assert (sampled.unit, sampled.relation) == ("example", "ADD_OR_REMOVE_ONE")
     assert NonPrivate(unit="example", reason="x").relation == "ADD_OR_REMOVE_ONE"
 
 
 def test_repetition_multiplies_counts() -> None:
     assert DpSgdSteps(sampling_rate=0.5, noise_multiplier=1.0, steps=3).repeated(4).steps == 12
     assert NoisySum(noise_multiplier=1.0, rounds=2).repeated(3).rounds == 6
+    assert SampledNoisySum(sampling_rate=0.5, noise_multiplier=1.0, rounds=2).repeated(3).rounds == 6
     for event in (NoisySum(noise_multiplier=1.0), NonPrivate(unit="party", reason="x")):
         with pytest.raises(InvalidInput):
             event.repeated(0)
@@ -83,6 +114,7 @@ def test_repetition_multiplies_counts() -> None:
 
 GOOD: dict[str, object] = dict(event_to_json(DpSgdSteps(sampling_rate=0.01, noise_multiplier=1.1, steps=40)))
 NON_PRIVATE: dict[str, object] = dict(event_to_json(NonPrivate(unit="party", reason="no noise")))
+SAMPLED: dict[str, object] = dict(event_to_json(SampledNoisySum(sampling_rate=0.01, noise_multiplier=1.1)))
 REJECTED: dict[str, object] = {
     "not an object": [],
     "nothing": None,
@@ -110,6 +142,11 @@ REJECTED: dict[str, object] = {
     "steps as string": {**GOOD, "steps": "40"},
     "steps as bool": {**GOOD, "steps": True},
     "steps too many": {**GOOD, "steps": 2**53 + 1},
+    "sampled, rate zero": {**SAMPLED, "sampling_rate": "0.0"},
+    "sampled, rate above one": {**SAMPLED, "sampling_rate": "1.5"},
+    "sampled, tau negative": {**SAMPLED, "tau": "-1.0"},
+    "sampled, dimension zero": {**SAMPLED, "dimension": 0},
+    "sampled, failure above one": {**SAMPLED, "failure_probability": "1.5"},
     "unknown unit": {**NON_PRIVATE, "unit": "user"},
     "reason empty": {**NON_PRIVATE, "reason": ""},
     "reason too long": {**NON_PRIVATE, "reason": "x" * 201},

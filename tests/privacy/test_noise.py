@@ -54,6 +54,40 @@ def test_draws_follow_the_exact_mass_function(sigma2: Fraction | int) -> None:
     assert float(((cells - law) ** 2 / law).sum()) < chi_squared_limit(len(law) - 1)
 
 
+def upper_half(sigma: float) -> NDArray[np.float64]:
+    """P(0), P(1), P(2), … of the discrete Gaussian, up to 12 σ and 40."""
+    mass = np.exp(-0.5 * (np.arange(int(12 * sigma) + 40, dtype=np.float64) / sigma) ** 2)
+    return np.asarray(mass / (2 * mass.sum() - mass[0]))
+
+
+@pytest.mark.parametrize("sigma", [0.5, 1.0, 3.0, 25.0, 1e3, 3e4, 1e6])
+def test_draws_of_every_width_follow_the_exact_mass_function(sigma: float) -> None:
+    """χ² on magnitude and sign, in up to 500 cells of equal mass whose expectations are sums of the mass function; and
+    on the lowest bits, which a rounded continuous draw or a table of too few bits would get wrong first."""
+    count = 400_000
+    draws = discrete_gaussian(Fraction(sigma) ** 2, count, entropy=source(f"wide chi {sigma}"))
+    half = upper_half(sigma)
+    below = np.concatenate(([0.0], np.cumsum(half)))  # P(0 ≤ Z < k)
+    edges = np.unique(np.searchsorted(below, np.linspace(half[0], below[-1], 251)))  # cells of |Z| ≥ 1
+    edges = edges[edges >= 1]
+    law = np.diff(below[np.append(edges, half.size)]) * count
+    thin = int((law[::-1].cumsum() < 10).sum())  # cells at the end that hold less than ten together
+    edges, law = edges[: edges.size - thin], np.append(law[: law.size - thin - 1], law[law.size - thin - 1 :].sum())
+    expected = np.concatenate((law[::-1], [half[0] * count], law))
+    places = np.searchsorted(edges, np.abs(draws), side="right") * np.sign(draws)
+    cells = np.bincount(places + edges.size, minlength=expected.size)
+    if half[0] * count < 10:  # zero joins the cell above it
+        expected[edges.size + 1] += half[0] * count
+        cells[edges.size + 1] += cells[edges.size]
+        expected, cells = np.delete(expected, edges.size), np.delete(cells, edges.size)
+    assert expected.sum() == pytest.approx(count)
+    assert expected.min() >= 5
+    assert float(((cells - expected) ** 2 / expected).sum()) < chi_squared_limit(len(expected) - 1)
+    if sigma >= 25:  # then all residues modulo 16 have the same mass, to 1e-15
+        residues = np.bincount(draws & 15, minlength=16)
+        assert float(((residues - count / 16) ** 2 / (count / 16)).sum()) < chi_squared_limit(15)
+
+
 @pytest.mark.parametrize("sigma2", [Fraction(1, 2), 50, 10**4, 10**10, Fraction(10**12 + 1, 3), 10**18], ids=str)
 def test_moments_and_tails(sigma2: Fraction | int) -> None:
     """Mean 0, variance that of the law (σ² from σ ≥ 1 up, to 1e-7), kurtosis 3, sign symmetric, no draw beyond T."""
@@ -86,6 +120,16 @@ def test_zero_variance_draws_nothing() -> None:
 @pytest.mark.parametrize("size", [0, 1, 7, 1_000])
 def test_the_size_is_the_size_asked_for(size: int) -> None:
     assert discrete_gaussian(3, size, entropy=SystemEntropy()).shape == (size,)
+
+
+def test_coordinates_are_independent() -> None:
+    """Neighbours, magnitudes of neighbours, and the two ends of a batch are uncorrelated."""
+    count = 400_000
+    draws = discrete_gaussian(10**6, count, entropy=source("independence")) / 1e3
+    for values in (draws, np.abs(draws) - np.abs(draws).mean(), draws**2 - 1):
+        scaled = values / values.std()
+        for lag in (1, 2, 7, 1 << 18):
+            assert abs(float((scaled[lag:] * scaled[:-lag]).mean())) < 5 / math.sqrt(count - lag)
 
 
 def test_two_streams_differ_and_one_repeats() -> None:

@@ -11,7 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from src.errors import InvalidInput
-from src.privacy.events import NoisySum, NonPrivate
+from src.privacy.accounting import epsilon
+from src.privacy.events import NoisySum, NonPrivate, SampledNoisySum
 from src.privacy.noise_plan import NoiseBy, fraction_from_json, fraction_to_json, plan_noise
 
 WHO: tuple[NoiseBy, ...] = ("both", "parties", "aggregator")
@@ -86,6 +87,94 @@ def test_events_say_what_holds_and_against_whom() -> None:
     )
 
 
+@settings(deadline=None, max_examples=100)
+@given(
+    noise_by=st.sampled_from(WHO),
+    noise_multiplier=st.floats(0.05, 20),
+    sensitivity=st.floats(100, 1e6),
+    quorum=st.integers(1, 20),
+    data=st.data(),
+)
+def test_what_is_left_if_all_others_collude_is_one_share(
+    noise_by: NoiseBy, noise_multiplier: float, sensitivity: float, quorum: int, data: st.DataObject
+) -> None:
+    plan = plan_noise(
+        noise_by=noise_by,
+        noise_multiplier=noise_multiplier,
+        sensitivity=sensitivity,
+        quorum=quorum,
+        colluders=data.draw(st.integers(0, quorum - 1)),
+    )
+    own = plan.multiplier_against_all_others
+    if noise_by == "aggregator":
+        assert own is None
+        return
+    assert own is not None
+    assert (Fraction(own) * Fraction(sensitivity)) ** 2 <= plan.share_sigma2
+    parts = 2 if noise_by == "both" else 1
+    wanted = noise_multiplier / math.sqrt(parts * plan.honest_shares)
+    assert wanted * (1 - 1e-12) <= own <= wanted * (1 + 1e-3)
+
+
+def test_every_figure_names_what_it_rests_on() -> None:
+    plan = plan_noise(noise_by="both", noise_multiplier=4.0, sensitivity=1e4, quorum=5, colluders=1)
+    release, aggregator, others = plan.figures(dimension=10, rounds=3, delta=1e-5)
+    assert (release.epsilon, aggregator.epsilon) == (
+        epsilon([plan.release_event(dimension=10, rounds=3)], delta=1e-5),
+        epsilon([plan.against_aggregator_event(dimension=10, rounds=3)], delta=1e-5),
+    )
+    assert release.epsilon < aggregator.epsilon < others.epsilon < math.inf
+    alone = NoisySum(noise_multiplier=4.0 / math.sqrt(8), rounds=3)  # half the variance, a fourth of that
+    assert others.epsilon == pytest.approx(epsilon([alone], delta=1e-5), rel=1e-4)
+    for figure, against, words in (
+        (release, "whoever sees the release", ("5 contributions", "4 carry", "1 of them", "the aggregator added")),
+        (aggregator, "the aggregator", ("5 contributions", "4 carry", "1 of them")),
+        (others, "the aggregator and all other parties together", ("own noise share",)),
+    ):
+        assert (figure.against, figure.delta, figure.unit) == (against, 1e-5, "party")
+        assert all(word in figure.assumes for word in words)
+    assert "the aggregator added" not in aggregator.assumes
+
+
+def test_figures_of_sampled_sums_are_of_examples_and_rest_on_secret_samples() -> None:
+    plan = plan_noise(noise_by="both", noise_multiplier=1.5, sensitivity=1e4, quorum=4, colluders=0)
+    figures = plan.figures(dimension=10, rounds=30, delta=1e-5, sampling_rate=0.02, failure_probability=1e-25)
+    for figure, against in zip(figures, ("release", "aggregator", "all_others"), strict=True):
+        event = plan.event(
+            against,  # type: ignore[arg-type]  # a tuple of three literals
+            dimension=10,
+            rounds=30,
+            sampling_rate=0.02,
+            failure_probability=1e-25,
+        )
+        assert isinstance(event, SampledNoisySum)
+        assert (event.sampling_rate, event.rounds, event.failure_probability) == (0.02, 30, 1e-25)
+        assert figure.epsilon == epsilon([event], delta=1e-5)
+        assert figure.unit == "example"
+        assert "secret" in figure.assumes
+    assert figures[0].epsilon < figures[1].epsilon < figures[2].epsilon
+
+
+def test_where_the_aggregator_draws_everything_it_is_trusted_and_that_is_said() -> None:
+    plan = plan_noise(noise_by="aggregator", noise_multiplier=4.0, sensitivity=1e4, quorum=5, colluders=0)
+    for rate in (None, 0.02):
+        release, aggregator, others = plan.figures(dimension=10, rounds=3, delta=1e-5, sampling_rate=rate)
+        assert release.epsilon < math.inf
+        assert aggregator.epsilon == others.epsilon == math.inf
+        assert "trusted" in aggregator.assumes
+        assert others.assumes.startswith("nothing")
+
+
+def test_extra_answers_and_honest_colluders_gain_nothing() -> None:
+    """What is claimed is a function of the plan: the cohort and who answered do not enter."""
+    plan = plan_noise(noise_by="parties", noise_multiplier=4.0, sensitivity=1e4, quorum=5, colluders=2)
+    assert plan.honest_shares == 3
+    assert plan.largest_sigma2(50) > plan.largest_sigma2(5) > plan.sigma2_total
+    event = plan.release_event(dimension=10)
+    assert isinstance(event, NoisySum)
+    assert (Fraction(event.noise_multiplier) * Fraction(plan.sensitivity)) ** 2 <= 3 * plan.share_sigma2
+
+
 @pytest.mark.parametrize("noise_by", WHO)
 def test_no_noise_is_a_plan_that_claims_nothing(noise_by: NoiseBy) -> None:
     plan = plan_noise(noise_by=noise_by, noise_multiplier=0.0, sensitivity=10.0, quorum=3, colluders=0)
@@ -94,6 +183,10 @@ def test_no_noise_is_a_plan_that_claims_nothing(noise_by: NoiseBy) -> None:
     assert plan.multiplier_against_aggregator is None
     for event in (plan.release_event(dimension=1), plan.against_aggregator_event(dimension=1)):
         assert event == NonPrivate(unit="party", reason="no noise at party level")
+    sampled = plan.event("release", dimension=1, sampling_rate=0.1)
+    assert sampled == NonPrivate(unit="example", reason="no noise in the sum")
+    for figure in plan.figures(dimension=1, rounds=1, delta=0.1):
+        assert (figure.epsilon, figure.assumes) == (math.inf, "nothing: there is no noise")
 
 
 GOOD: dict[str, object] = {

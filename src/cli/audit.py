@@ -1,0 +1,192 @@
+"""`sotto audit`: attack a training configuration with canaries, and print what the attack proves beside the claim."""
+
+from __future__ import annotations
+
+import json
+import math
+from typing import TYPE_CHECKING, Annotated, Any, Literal, cast
+
+import typer
+
+from ..errors import ConfigError, Refused
+
+if TYPE_CHECKING:
+    from ..learning.audit import AuditResult
+
+app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
+
+
+@app.command()
+def audit(
+    task: Annotated[str, typer.Option(help="Whose model is trained: 'synthetic', or a task with public rows.")] = (
+        "synthetic"
+    ),
+    epsilon: Annotated[
+        float | None, typer.Option(help="ε that the training claims: the noise follows from it.")
+    ] = None,
+    noise_multiplier: Annotated[
+        float | None, typer.Option(help="Standard deviation of a step's noise over the clipping norm.")
+    ] = None,
+    delta: Annotated[float, typer.Option(help="δ at which ε is claimed.")] = 1e-5,
+    clip: Annotated[float, typer.Option(help="Clipping norm of an example's gradient.")] = 1.0,
+    sampling_rate: Annotated[float, typer.Option(help="Probability of an example to be in a step.")] = 0.05,
+    steps: Annotated[int | None, typer.Option(help="Gradient steps (default 100).")] = None,
+    epochs: Annotated[float | None, typer.Option(help="Instead of --steps: times that an example is seen.")] = None,
+    learning_rate: Annotated[float, typer.Option(help="Of SGD.")] = 0.1,
+    kind: Annotated[str, typer.Option(help="Canaries: 'dirac' (strongest) or 'examples'.")] = "dirac",
+    canaries: Annotated[int | None, typer.Option(help="Default: 100000 of kind dirac, 1000 examples.")] = None,
+    guesses: Annotated[int | None, typer.Option(help="Fixed beforehand (default: by canaries and claim).")] = None,
+    confidence: Annotated[float, typer.Option(help="Of the lower bound.")] = 0.95,
+    expect_below: Annotated[
+        float | None, typer.Option(help="Exit with 5 if ε is shown to be above this, or the mechanism is flagged.")
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Of the initial model; never of canaries, sampling or noise.")] = 0,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+) -> None:
+    """Train once on public rows and canaries, guess who was in, and bound ε from below by how often that is right.
+
+    A lower bound proves that something is wrong; it never proves that nothing is. See docs/audit.md.
+    """
+    if expect_below is not None and not expect_below >= 0.0:
+        raise ConfigError("the audit cannot be run", problems=("--expect-below: at least 0",))
+    count = _steps(steps, epochs, sampling_rate)
+
+    from ..learning import audit as learning
+    from ..learning.task import loss_of
+    from ..privacy.entropy import SystemEntropy
+
+    found, rows = learning.find_audited(task)
+    plan = learning.plan_audit(
+        sampling_rate=sampling_rate,
+        steps=count,
+        epsilon=epsilon,
+        noise_multiplier=noise_multiplier,
+        delta=delta,
+        clip=clip,
+        learning_rate=learning_rate,
+        rows=len(rows),
+        kind=cast(Literal["dirac", "examples"], kind),  # checked there
+        canaries=canaries,
+        guesses=guesses,
+        confidence=confidence,
+    )
+    model, entropy = found.build_model(seed), SystemEntropy()
+    result = learning.audit(model, rows, loss=loss_of(found), plan=plan, entropy=entropy, threads=1)
+    if as_json:
+        typer.echo(json.dumps(describe(task, result, expect_below=expect_below), ensure_ascii=False))
+    else:
+        typer.echo("\n".join(_lines(task, result)))
+    if expect_below is not None and result.exceeds(expect_below):
+        raise Refused(_complaint(result, expect_below))
+
+
+def _steps(steps: int | None, epochs: float | None, sampling_rate: float) -> int:
+    """Steps in which an example is seen `epochs` times in expectation, or `steps`, or 100."""
+    if steps is not None and epochs is not None:
+        raise ConfigError("the audit cannot be run", problems=("--epochs: not beside --steps",))
+    if epochs is None:
+        return 100 if steps is None else steps
+    if not (0.0 < epochs < math.inf and 0.0 < sampling_rate <= 1.0):
+        problem = "--epochs: finite and above 0, with a sampling rate above 0 and at most 1"
+        raise ConfigError("the audit cannot be run", problems=(problem,))
+    return math.ceil(epochs / sampling_rate)
+
+
+def describe(task: str, result: AuditResult, *, expect_below: float | None = None) -> dict[str, Any]:
+    """The audit as a JSON object; an infinite ε is null."""
+    from ..privacy.accounting import ACCOUNTANT
+    from ..privacy.audit import VERDICT_P
+    from ..privacy.events import RELATIONS
+
+    plan, training = result.plan, result.plan.training
+    return {
+        "task": task,
+        "unit": "example",
+        "relation": RELATIONS["example"],
+        "accountant": ACCOUNTANT,
+        "training": {
+            "steps": training.steps,
+            "sampling_rate": training.sampling_rate,
+            "learning_rate": training.learning_rate,
+            "clip": training.max_grad_norm,
+            "noise_multiplier": training.noise_multiplier,
+        },
+        "canaries": {"kind": plan.kind, "count": plan.canaries, "included": result.included},
+        "guesses": {"count": plan.guesses, "correct": result.correct},
+        "audit": {
+            "delta": plan.delta,
+            "confidence": plan.confidence,
+            "epsilon": _finite(result.epsilon),
+            "lower_bound": result.lower_bound,
+            "exceeded": result.exceeded,
+        },
+        "verdict": {
+            "delta": result.verdict_delta,
+            "confidence": 1.0 - VERDICT_P,
+            "epsilon": _finite(result.verdict_epsilon),
+            "lower_bound": result.verdict_lower_bound,
+            "p_value": result.verdict_p_value,
+            "flagged": result.guesses_flagged,
+        },
+        "variance": {
+            "values": result.variance.count,
+            "ratio": result.variance.ratio,
+            "low": result.variance.low,
+            "high": result.variance.high,
+            "p_value": min(result.variance.p_value, result.variance_p_value),
+            "flagged": result.variance_flagged,
+        },
+        "expect_below": expect_below,
+        "passed": None if expect_below is None else not result.exceeds(expect_below),
+    }
+
+
+def _finite(value: float) -> float | None:
+    return value if math.isfinite(value) else None
+
+
+def _lines(task: str, result: AuditResult) -> list[str]:
+    from ..privacy.accounting import ACCOUNTANT
+    from ..privacy.audit import VERDICT_P
+
+    plan, training, noise = result.plan, result.plan.training, result.variance
+    rows = (
+        (plan.delta, plan.confidence, result.epsilon, result.lower_bound),
+        (result.verdict_delta, 1.0 - VERDICT_P, result.verdict_epsilon, result.verdict_lower_bound),
+    )
+    return [
+        f"DP-SGD of task {task}: {training.steps} steps, sampling rate {training.sampling_rate:g}, clipping norm "
+        f"{training.max_grad_norm:g}, noise multiplier {training.noise_multiplier:g}",
+        f"{plan.canaries} canaries ({plan.kind}), {result.included} of them in; {plan.guesses} guesses, fixed "
+        f"beforehand, {result.correct} right ({result.correct / plan.guesses:.1%})",
+        "",
+        f"{'':<28}{'claimed ε':>12}{'ε is at least':>16}",
+        *(
+            f"{f'at δ = {delta:.3g}, {confidence:.6g} sure':<28}{claim:>12.4g}{bound:>16.4g}"
+            for delta, confidence, claim, bound in rows
+        ),
+        "",
+        f"claimed by: {ACCOUNTANT}, one example more or less",
+        f"noise on known input: {noise.ratio:.4f} of the planned variance (right: {noise.low:.4f} to {noise.high:.4f})",
+        *_verdict(result),
+    ]
+
+
+def _verdict(result: AuditResult) -> list[str]:
+    from ..privacy.audit import VARIANCE_P, VERDICT_P
+
+    found = []
+    if result.guesses_flagged:
+        found.append(f"FLAGGED: the guesses refute the claim (p = {result.verdict_p_value:.2g} ≤ {VERDICT_P:g})")
+    elif result.exceeded:
+        found.append(f"EXCEEDED: ε is above the claim, at confidence {result.plan.confidence:g}")
+    if result.variance_flagged:
+        p = min(result.variance.p_value, result.variance_p_value)
+        found.append(f"FLAGGED: this is not the planned noise (p = {p:.2g} ≤ {VARIANCE_P:g})")
+    return found or ["nothing found against it, which proves nothing for it"]
+
+
+def _complaint(result: AuditResult, expected: float) -> str:
+    if result.lower_bound > expected:
+        return f"epsilon is at least {result.lower_bound:.4g}, expected was at most {expected:g}"
+    return "the mechanism is not what it claims to be: " + "; ".join(_verdict(result))
