@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.sotto-ready
 PYTEST_WORKERS ?= 2
 
-.PHONY: help setup demo demo-check test test-all check proto bench clean
+.PHONY: help setup demo demo-check test test-all check proto bench figures clean
 
 help:  ## what there is
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -40,6 +40,9 @@ proto: $(READY)  ## regenerate src/communication/generated from proto/
 
 bench: $(READY)  ## measure (ONLY=encryption|…), writes build/bench.json
 	@$(BIN)/python benchmarks/bench.py $(if $(ONLY),--only $(ONLY)) $(ARGS)
+
+figures: $(READY)  ## redraw docs/figures/utility from scratch: central DP-SGD, fedsgd, fedavg (some minutes)
+	@$(BIN)/python scripts/figures.py --processes $(PYTEST_WORKERS) $(ARGS)
 
 clean:  ## remove what was built (keeps runs/)
 	rm -rf $(VENV) build dist *.egg-info src/*.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis

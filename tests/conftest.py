@@ -40,6 +40,7 @@ LONG_FILES: Final = (
     "tests/integration/test_missing.py",
     "tests/integration/test_wrong_kit.py",
     "tests/integration/test_node_client.py",
+    "tests/integration/test_fedsgd.py",
     "tests/faults/test_kill_and_resume.py",
     "tests/faults/test_crash_points.py",
     "tests/faults/test_cancelling.py",
@@ -49,7 +50,7 @@ LONG_FILES: Final = (
     "tests/integration/test_classic.py",
 )
 """With processes of their own, about a minute each: workers begin with these, so that none is left alone with one."""
-ONE_FEDERATION: Final = frozenset(LONG_FILES[:4])
+ONE_FEDERATION: Final = frozenset(LONG_FILES[:5])
 """Their tests share one federation, which takes half a minute to start: they belong into one worker."""
 
 

@@ -24,8 +24,9 @@ from ..jobs.computations import ExportSpec
 from ..jobs.spec import FederatedTrainingSpec
 from ..jobs.states import JobRow
 from ..privacy.accounting import MEANINGLESS_EPSILON, epsilon
+from ..privacy.events import NoisySum
 from ..protocol.canonical import real
-from ..protocol.derive import example_event
+from ..protocol.derive import charged_against, example_event, noise_of, party_event
 from ..protocol.plan import MANIFEST_KIND, TRANSCRIPT_KIND, RoundPlan, signed_digest
 from ..protocol.signing import Signed, open_signed
 from ..storage.blobs import Blobs
@@ -38,6 +39,13 @@ MODEL_FILE: Final = "model.safetensors"
 MANIFEST_FILE: Final = "manifest.json"
 SCHEMA: Final = json.loads((Path(__file__).parent / "manifest.schema.json").read_text())
 UNKNOWN_PRIVACY: Final = "unknown: the model came with the job"
+ACCOUNTANT_TEXT: Final = "RDP by dp-accounting, converted to (epsilon, delta)"
+SUM_NOISE_BY: Final = {
+    "parties": "shares of the parties, added up under encryption",
+    "both": "shares of the parties, added up under encryption, and as much again by the aggregator",
+    "aggregator": "the aggregator, as a trusted server",
+}
+"""Under fedsgd, by the plan's `noise_by`."""
 PACKAGES: Final = ("cryptography", "dp-accounting", "gmpy2", "numpy", "opacus", "torch")
 
 
@@ -55,14 +63,16 @@ def write_artifact(
     released = [row for row in history if row.state is RoundState.RELEASED and row.result]
     last = released[-1].result or {}
     plan = plan_of(released[-1].plan)
-    spent_example = epsilon([example_event(plan).repeated(len(history))], delta=float(plan.local.delta))
+    plans = [plan_of(row.plan) for row in history]
+    spent_example = epsilon(map(example_event, plans), delta=float(plan.local.delta))
     statement = {
         **_head(job, federation, created_at=created_at),
         "task": spec.task,
+        **({} if spec.strategy == "fedavg" else {"strategy": spec.strategy}),
         "data": f"rows that the parties hold; options shared by all: {spec.task_options_text}",
         "model": {"file": MODEL_FILE, "sha256": last["model_sha256"], "bytes": last["model_bytes"]},
         "evaluation": _metrics(last["metrics"]) or "not evaluated",
-        "privacy": _privacy(plan, last, rounds=len(history), spent_example=spent_example),
+        "privacy": _privacy(plan, plans, last, spent_example=spent_example),
         "encryption": _encryption(plan, federation),
         "rounds": [_round(row) for row in history],
         "ledger_head": ledger_head,
@@ -210,37 +220,84 @@ def _metrics(metrics: Mapping[str, float]) -> dict[str, str]:
     return {name: real(value) for name, value in metrics.items()}
 
 
-def _privacy(plan: RoundPlan, last: dict[str, Any], *, rounds: int, spent_example: float) -> dict[str, Any]:
-    accountant = "RDP by dp-accounting, converted to (epsilon, delta)"
+def _privacy(
+    plan: RoundPlan, plans: Sequence[RoundPlan], last: dict[str, Any], *, spent_example: float
+) -> dict[str, Any]:
+    """What holds for a row and for a party after all `plans`, of which `plan` was the last to release a model."""
+    fedavg = plan.gradient_sum is None
+    noise = noise_of(plan)
+    whole, _, _ = noise.figures(dimension=plan.dimension, rounds=1, delta=float(plan.noise.delta))
+    alone = [party_event(each, noise_of(each), against="all_others") for each in plans]
     return {
         "example": {
             "unit": "one row of one party's data",
             "neighbouring": "add or remove one",
             "epsilon": real(spent_example),
             "delta": plan.local.delta,
-            "accountant": accountant,
-            "against": "everybody, the aggregator and the other parties included",
-            "mechanism": "DP-SGD, Poisson sampling",
+            "accountant": ACCOUNTANT_TEXT,
             "noise_multiplier": plan.local.noise_multiplier,
             "sampling_rate": plan.local.sampling_rate,
-            "steps": plan.local.steps * rounds,
+            "steps": plan.local.steps * len(plans),
             "max_grad_norm": plan.local.max_grad_norm,
-            "noise_by": "each party, on its own gradients",
+            **(_update_privacy(spent_example) if fedavg else _sum_privacy(plan, plans)),
         },
         "party": {
             "unit": "one party's whole update",
             "neighbouring": "replaced by the zero update; who contributed is public",
             "epsilon": _text(last["epsilon_party"]),
             "epsilon_against_aggregator": _text(last["epsilon_party_against_aggregator"]),
+            "epsilon_if_all_others_collude": real(epsilon(alone, delta=float(plan.noise.delta))),
+            "assumption": whole.assumes,
             "delta": plan.noise.delta,
-            "accountant": accountant,
+            "accountant": ACCOUNTANT_TEXT,
             "mechanism": "discrete Gaussian on the sum",
             "clipping_norm": plan.clipping_norm,
-            "noise_multiplier": plan.noise.noise_multiplier,
+            "noise_multiplier": plan.noise.noise_multiplier if fedavg else _party_multiplier(plan),
             "noise_by": plan.noise.noise_by,
             "colluders_assumed": plan.colluders,
         },
     }
+
+
+def _update_privacy(spent: float) -> dict[str, str]:
+    """Of fedavg: a party protects its rows itself, before anything leaves it."""
+    return {
+        "against": "everybody, the aggregator and the other parties included",
+        "assumption": "nothing of the others: the party adds the noise itself, before anything leaves it",
+        "mechanism": "DP-SGD, Poisson sampling",
+        "noise_by": "each party, on its own gradients",
+        "epsilon_if_all_others_collude": real(spent),
+    }
+
+
+def _sum_privacy(plan: RoundPlan, plans: Sequence[RoundPlan]) -> dict[str, str]:
+    """Of fedsgd: whom the figure holds against, what it rests on, and what is left where that fails."""
+    delta = float(plan.local.delta)
+    noise = noise_of(plan)
+    release, aggregator, _ = noise.figures(
+        dimension=plan.dimension, rounds=1, delta=delta, sampling_rate=float(plan.local.sampling_rate)
+    )
+    if charged_against(noise) == "release":
+        against, charged = "everybody but the aggregator, which is trusted with the exact sums", release
+    else:
+        against = f"everybody, the aggregator and up to {plan.colluders} colluding parties included"
+        charged = aggregator
+    return {
+        "against": against,
+        "assumption": charged.assumes,
+        "mechanism": "DP-SGD over the rows of all parties, Poisson sampling, discrete Gaussian on the rounded sum",
+        "noise_by": SUM_NOISE_BY[plan.noise.noise_by],
+        "epsilon_release": real(epsilon([example_event(each, against="release") for each in plans], delta=delta)),
+        "epsilon_if_all_others_collude": real(
+            epsilon([example_event(each, against="all_others") for each in plans], delta=delta)
+        ),
+    }
+
+
+def _party_multiplier(plan: RoundPlan) -> str:
+    """Of fedsgd: all planned noise, over what one party can change."""
+    event = party_event(plan, noise_of(plan))
+    return real(event.noise_multiplier if isinstance(event, NoisySum) else 0.0)
 
 
 def _encryption(plan: RoundPlan, federation: Federation) -> dict[str, Any]:
@@ -285,11 +342,17 @@ def statements(plan: RoundPlan, modulus_bits: int, last: dict[str, Any]) -> list
         lines.append(f"a modulus of {modulus_bits} bits stands for 112-bit security; 3072 bits for 128")
     if plan.noise.noise_by == "aggregator":
         lines.append("the aggregator can know the exact sum: it drew all the noise")
+    if plan.gradient_sum is not None and plan.gradient_sum.trusted_aggregator:
+        lines.append("TRUSTED SERVER: the job lets the aggregator alone protect every row; nothing holds against it")
     party = last["epsilon_party"]
     if party == "inf" or float(party) > MEANINGLESS_EPSILON:
-        lines.append("no meaningful party-level guarantee with so few parties")
+        few = "with so few parties" if plan.gradient_sum is None else "under fedsgd, whose noise hides rows"
+        lines.append(f"no meaningful party-level guarantee {few}")
     lines.append("a party's clipping is not enforced against a malicious party, which can also spoil a sum")
-    lines.append("DP-SGD's noise is floating-point: open to attacks on its low bits in principle")
+    if plan.gradient_sum is None:
+        lines.append("DP-SGD's noise is floating-point: open to attacks on its low bits in principle")
+    else:
+        lines.append("the noise is an exact discrete Gaussian on integers: it has no low bits to attack")
     return lines
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -38,6 +38,7 @@ class Federation:
         self.keyring = keyring
         self.signing_key = signing_key
         self.pinned = pinned
+        self._declared: dict[str, dict[str, int]] = {}
 
     @property
     def custody(self) -> str:
@@ -56,6 +57,16 @@ class Federation:
                 "privacy.allow_plaintext_scheme: true"
             )
         return self.keyring.scheme(name)
+
+    def declare(self, name: str, rows: Mapping[str, int]) -> None:
+        """What a party says when it joins: by task, a number of rows that its owner makes public. In memory alone: a
+        party says it again whenever it comes back."""
+        self._declared[name] = dict(rows)
+
+    def declared_rows(self, cohort: Iterable[str], task: str) -> dict[str, int]:
+        """Of the parties of a cohort, as far as they have declared any for a task."""
+        known = {name: self._declared.get(name, {}).get(task, 0) for name in cohort}
+        return {name: rows for name, rows in known.items() if rows}
 
     def enrol(self, members: Sequence[tuple[str, bytes]], *, created_at: str) -> None:
         """Put everyone who joined into the roster (classic set-up only)."""

@@ -126,7 +126,7 @@ class AggregatorPipeline:
             raise AssertionError("a round opens after its contributions were multiplied")
         index = {member.name: member.share_index for member in self._federation.roster.members}
         private = self._config.keys.private_key
-        updates = len([name for name in row.contributors if name in row.cohort])
+        updates = [name for name in row.contributors if name in row.cohort]
         return await self._pool.run(
             "open_aggregate",
             {

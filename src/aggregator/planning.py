@@ -2,21 +2,35 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any, Final
+from typing import Any, Final, cast
 
 from ..encryption.dealer import check_threshold
 from ..encryption.scheme import Scheme
 from ..errors import InvalidInput, KeyMaterialError, PlanError, PolicyError
 from ..jobs.spec import FederatedTrainingSpec
-from ..privacy.accounting import calibrate_dp_sgd, check_dp_sgd
+from ..privacy.accounting import MULTIPLIER_STEPS, calibrate_dp_sgd, calibrate_sampled_sum, check_dp_sgd
 from ..privacy.events import Event
+from ..privacy.noise import sum_divergence
+from ..privacy.noise_plan import NoiseBy, plan_noise
+from ..privacy.rounding import least_resolution_bits, nearest_bound
 from ..protocol.canonical import parse_canonical, real
-from ..protocol.derive import derive, derive_again, party_event
-from ..protocol.plan import LocalPlan, RoundPlan
+from ..protocol.derive import (
+    Derived,
+    derive,
+    derive_again,
+    derive_gradient_sum,
+    example_multiplier,
+    failure_probability,
+    party_event,
+)
+from ..protocol.plan import GradientSum, LocalPlan, RoundPlan
 from ..protocol.roster import Roster
 from ..protocol.signing import Signed
+from .federation import Federation
 
 MIN_COHORT: Final = 2
 """A sum over one party is that party's update."""
@@ -76,6 +90,18 @@ def invited(spec: FederatedTrainingSpec, roster: Roster) -> tuple[tuple[str, ...
     return cohort, quorum
 
 
+@dataclass(frozen=True, slots=True)
+class _Settings:
+    """Of a round plan, what its strategy decides."""
+
+    derived: Derived
+    steps: int
+    noise_multiplier: float
+    clipping_norm: float
+    resolution_bits: int
+    gradient_sum: GradientSum | None = None
+
+
 def plan_round(
     spec: FederatedTrainingSpec,
     *,
@@ -85,30 +111,25 @@ def plan_round(
     roster: Roster,
     scheme: Scheme,
     local_noise: float | None = None,
+    declared_rows: Mapping[str, int] | None = None,
 ) -> RoundPlan:
     """Everything that a round fixes.
 
     Args:
-        local_noise: the noise multiplier of DP-SGD; by default calibrated to the job's target, which takes a second.
+        local_noise: fedavg's noise multiplier of DP-SGD; by default calibrated to the job's target: a second's work.
+        declared_rows: of each party of the cohort; needed for fedsgd alone.
 
     Raises:
         InvalidInput, PlanError: when no such round can be run; says why.
     """
     cohort, quorum = invited(spec, roster)
-    local, privacy = spec.local_training, spec.party_privacy
-    derived = derive(
-        scheme,
-        dimension=model.dimension,
-        clipping_norm=privacy.clipping_norm,
-        resolution_bits=spec.encryption.resolution_bits,
-        noise_by=privacy.noise_by,
-        noise_multiplier=privacy.noise_multiplier,
-        delta=privacy.delta,
-        cohort=len(cohort),
-        quorum=quorum,
-        colluders=roster.colluders,
-        priced_rounds=spec.priced_rounds,
-    )
+    local = spec.local_training
+    if spec.strategy == "fedsgd":
+        settings = _gradient_sum(spec, model, roster, scheme=scheme, quorum=quorum, declared_rows=declared_rows or {})
+    else:
+        settings = _update(
+            spec, model, roster, scheme=scheme, cohort=len(cohort), quorum=quorum, local_noise=local_noise
+        )
     return RoundPlan(
         federation=roster.federation,
         job_id=job_id,
@@ -122,26 +143,115 @@ def plan_round(
         model_bytes=model.size,
         dimension=model.dimension,
         local=LocalPlan(
-            steps=local.steps,
+            steps=settings.steps,
             sampling_rate=real(local.sampling_rate),
             learning_rate=real(local.learning_rate),
             max_grad_norm=real(local.max_grad_norm),
-            noise_multiplier=real(_local_noise(spec) if local_noise is None else local_noise),
+            noise_multiplier=real(settings.noise_multiplier),
             delta=real(local.delta),
         ),
-        clipping_norm=real(privacy.clipping_norm),
-        resolution_bits=spec.encryption.resolution_bits,
-        rounded_bound=derived.rounded_bound,
+        clipping_norm=real(settings.clipping_norm),
+        resolution_bits=settings.resolution_bits,
+        rounded_bound=settings.derived.rounded_bound,
         scheme=scheme.name,
         key_id=roster.key_id,
-        layout=derived.layout.to_json(),
-        noise=derived.noise,
+        layout=settings.derived.layout.to_json(),
+        noise=settings.derived.noise,
         roster_digest=roster.digest,
         cohort=cohort,
         quorum=quorum,
         colluders=roster.colluders,
         threshold=roster.threshold,
         custody=roster.custody,
+        gradient_sum=settings.gradient_sum,
+    )
+
+
+def _update(
+    spec: FederatedTrainingSpec,
+    model: Model,
+    roster: Roster,
+    *,
+    scheme: Scheme,
+    cohort: int,
+    quorum: int,
+    local_noise: float | None,
+) -> _Settings:
+    """fedavg: each party protects its rows itself, and the sum's noise protects the party."""
+    privacy = spec.party_privacy
+    derived = derive(
+        scheme,
+        dimension=model.dimension,
+        clipping_norm=privacy.clipping_norm,
+        resolution_bits=spec.encryption.resolution_bits,
+        noise_by=privacy.noise_by,
+        noise_multiplier=privacy.noise_multiplier,
+        delta=privacy.delta,
+        cohort=cohort,
+        quorum=quorum,
+        colluders=roster.colluders,
+        priced_rounds=spec.priced_rounds,
+    )
+    return _Settings(
+        derived,
+        steps=spec.local_training.steps,
+        noise_multiplier=_local_noise(spec) if local_noise is None else local_noise,
+        clipping_norm=privacy.clipping_norm,
+        resolution_bits=spec.encryption.resolution_bits,
+    )
+
+
+def _gradient_sum(
+    spec: FederatedTrainingSpec,
+    model: Model,
+    roster: Roster,
+    *,
+    scheme: Scheme,
+    quorum: int,
+    declared_rows: Mapping[str, int],
+) -> _Settings:
+    """fedsgd: the noise of one DP-SGD step, once for all parties. The grid is as fine as the job asks, or finer."""
+    local, privacy = spec.local_training, spec.party_privacy
+    cohort, _ = invited(spec, roster)
+    missing = [name for name in cohort if name not in declared_rows]
+    if missing:
+        raise PlanError(f"fedsgd needs the number of rows that each party declares: {', '.join(missing)} has not yet")
+    least = least_resolution_bits(local.max_grad_norm, dimension=model.dimension)
+    resolution_bits = max(spec.encryption.resolution_bits, least)
+    multiplier = _sum_noise(
+        local.epsilon,
+        local.delta,
+        local.sampling_rate,
+        rounds=spec.priced_rounds,
+        dimension=model.dimension,
+        sensitivity=nearest_bound(local.max_grad_norm, resolution_bits=resolution_bits, dimension=model.dimension),
+        noise_by=privacy.noise_by,
+        quorum=quorum,
+        colluders=roster.colluders,
+    )
+    rows = {name: declared_rows[name] for name in cohort}
+    derived = derive_gradient_sum(
+        scheme,
+        dimension=model.dimension,
+        max_grad_norm=local.max_grad_norm,
+        sampling_rate=local.sampling_rate,
+        resolution_bits=resolution_bits,
+        noise_by=privacy.noise_by,
+        noise_multiplier=multiplier,
+        delta=privacy.delta,
+        declared_rows=rows,
+        trusted_aggregator=spec.trusted_aggregator,
+        quorum=quorum,
+        colluders=roster.colluders,
+        priced_rounds=spec.priced_rounds,
+    )
+    return _Settings(
+        derived,
+        steps=1,
+        noise_multiplier=example_multiplier(derived.noise_plan),
+        clipping_norm=derived.contribution_norm,
+        resolution_bits=resolution_bits,
+        gradient_sum=GradientSum(derived.cap, rows, spec.trusted_aggregator),
     )
 
 
@@ -174,6 +284,63 @@ def _calibrated(epsilon: float, delta: float, sampling_rate: float, steps: int) 
     return calibrate_dp_sgd(epsilon=epsilon, delta=delta, sampling_rate=sampling_rate, steps=steps)
 
 
+@lru_cache(maxsize=256)
+def _sum_noise(
+    epsilon: float,
+    delta: float,
+    sampling_rate: float,
+    *,
+    rounds: int,
+    dimension: int,
+    sensitivity: int,
+    noise_by: str,
+    quorum: int,
+    colluders: int,
+) -> float:
+    """The noise multiplier of the sum, with which every row stays within (`epsilon`, `delta`) against the aggregator.
+
+    The parties' noise alone has to do that: with noise_by both as much again comes from the aggregator on top. Only
+    where the aggregator is the trusted server does its noise count.
+    """
+
+    def tau_of(multiplier: float) -> float:
+        noise = plan_noise(
+            noise_by="parties",
+            noise_multiplier=multiplier,
+            sensitivity=float(sensitivity),
+            quorum=quorum,
+            colluders=colluders,
+        )
+        return sum_divergence(noise.share_sigma2, noise.honest_shares)
+
+    needed = calibrate_sampled_sum(
+        epsilon=epsilon,
+        delta=delta,
+        sampling_rate=sampling_rate,
+        rounds=rounds,
+        dimension=dimension,
+        tau_of=None if noise_by == "aggregator" else tau_of,
+        failure_probability=failure_probability(rounds),
+    )
+    ticks = round(needed * MULTIPLIER_STEPS)
+    if noise_by == "both":
+        ticks = math.isqrt(2 * ticks**2) + 1
+
+    def holds(tick: int) -> bool:
+        noise = plan_noise(
+            noise_by=cast(NoiseBy, noise_by),
+            noise_multiplier=tick / MULTIPLIER_STEPS,
+            sensitivity=float(sensitivity),
+            quorum=quorum,
+            colluders=colluders,
+        )
+        return example_multiplier(noise) >= needed
+
+    while not holds(ticks):  # a rounding's worth, at most
+        ticks += 1
+    return ticks / MULTIPLIER_STEPS
+
+
 def round_costs(scheme: Scheme, plan: RoundPlan) -> dict[str, Event]:
     """What one round costs a party: against whoever sees the "release", and against the "aggregator"."""
     noise = derive_again(scheme, plan).noise_plan
@@ -181,6 +348,31 @@ def round_costs(scheme: Scheme, plan: RoundPlan) -> dict[str, Event]:
         "release": party_event(plan, noise),
         "aggregator": party_event(plan, noise, against="aggregator"),
     }
+
+
+def declarations(spec: FederatedTrainingSpec, federation: Federation) -> dict[str, int]:
+    """The rows that the invited have declared so far for a job's task; empty under fedavg, which does not ask."""
+    if spec.strategy != "fedsgd":
+        return {}
+    return federation.declared_rows(invited(spec, federation.roster)[0], spec.task)
+
+
+def undeclared(spec: FederatedTrainingSpec, federation: Federation) -> tuple[str, ...]:
+    """Who of the invited has not said yet what `declarations` lacks; nobody for a job that cannot be planned at all,
+    which planning it then says."""
+    if spec.strategy != "fedsgd":
+        return ()
+    try:
+        cohort, _ = invited(spec, federation.roster)
+    except (InvalidInput, PlanError):
+        return ()
+    known = federation.declared_rows(cohort, spec.task)
+    return tuple(name for name in cohort if name not in known)
+
+
+def declared_rows_of(plan: RoundPlan) -> dict[str, int]:
+    """What each party of a fedsgd plan declared; empty under fedavg, which does not ask."""
+    return dict(plan.gradient_sum.declared_rows) if plan.gradient_sum else {}
 
 
 def plan_of(signed: dict[str, Any]) -> RoundPlan:

@@ -18,11 +18,12 @@ from ..jobs.spec import FederatedTrainingSpec
 from ..jobs.states import JobRow
 from ..jobs.store import JobStore
 from ..privacy.events import Event as Mechanism
+from ..privacy.events import NonPrivate
 from ..storage.database import Database
 from .accounts import Accounts
 from .federation import Federation
 from .pipeline import AggregatorPipeline
-from .planning import Model, check_local_noise, plan_round, round_costs
+from .planning import Model, check_local_noise, declarations, plan_round, round_costs, undeclared
 from .store import RoundStore
 
 REMEMBERED: Final = 1024
@@ -31,6 +32,9 @@ _NO_MODEL: Final = "0" * 64
 _NO_NOISE: Final = 1.0
 """Stand for the model's digest and the noise of DP-SGD, which have no part in what a round costs a party. To calibrate
 that noise takes a second, which only who plans a round has to wait."""
+
+_UNKNOWN: Final = NonPrivate(unit="party", reason="not every invited party has declared its rows yet")
+"""What a fedsgd job counts as that waits for parties to come back: a round of infinite epsilon."""
 
 Planned = tuple[int, Mechanism]
 """Rounds that a job may still be charged for, and what one costs."""
@@ -63,11 +67,17 @@ class Pricing:
         Raises:
             BudgetError: it would overspend.
             InvalidInput, PlanError, PolicyError: no round of it could be planned.
-            StateError: no party has joined yet.
+            StateError: no party has joined yet, or (fedsgd) one of those invited has not.
         """
         self._pipeline.check(spec)
         if not self._federation.pinned and not self._federation.roster.members:
             raise StateError("no party has joined yet: a job can be priced only for parties that are known")
+        missing = undeclared(spec, self._federation)
+        if missing:
+            raise StateError(
+                f"fedsgd needs the number of rows that each invited party declares when it joins: {', '.join(missing)} "
+                f"has declared none for task {spec.task!r} since this aggregator started"
+            )
         roster = self._federation.roster.digest
         rounds, cost = await self._price(spec.digest, roster, lambda: spec)
         planned: list[Planned] = []
@@ -79,22 +89,38 @@ class Pricing:
         await self._database.run(partial(self._accounts.check, planned=planned))
 
     async def _price(self, digest: str, roster: str, spec: Callable[[], FederatedTrainingSpec]) -> Planned:
-        """Rounds of a specification in all, and what one costs; both digests are asked for once, not for every job."""
+        """Rounds of a specification in all, and what one costs; both digests are asked for once, not for every job.
+
+        What fedsgd costs depends on what parties declare, too, and is not remembered.
+        """
         known = self._known.get((digest, roster))
-        if known is None:
-            given = spec()
-            model = Model(_NO_MODEL, 0, await self._pipeline.dimension(given))
+        if known is not None:
+            return known
+        given = spec()
+        if undeclared(given, self._federation):
+            return given.priced_rounds, _UNKNOWN
+        rows = declarations(given, self._federation)
+        model = Model(_NO_MODEL, 0, await self._pipeline.dimension(given))
+        price = given.priced_rounds, await asyncio.to_thread(self._derive, given, model, rows)
+        if given.strategy == "fedavg":
             if len(self._known) >= REMEMBERED:
                 self._known.clear()
-            known = given.priced_rounds, await asyncio.to_thread(self._derive, given, model)
-            self._known[digest, roster] = known
-        return known
+            self._known[digest, roster] = price
+        return price
 
-    def _derive(self, spec: FederatedTrainingSpec, model: Model) -> Mechanism:
-        check_local_noise(spec)
+    def _derive(self, spec: FederatedTrainingSpec, model: Model, declared_rows: dict[str, int]) -> Mechanism:
+        if spec.strategy == "fedavg":
+            check_local_noise(spec)
         scheme, roster = self._pipeline.scheme(spec.encryption.scheme), self._federation.roster
         plan = plan_round(
-            spec, job_id="priced", number=1, model=model, roster=roster, scheme=scheme, local_noise=_NO_NOISE
+            spec,
+            job_id="priced",
+            number=1,
+            model=model,
+            roster=roster,
+            scheme=scheme,
+            local_noise=_NO_NOISE,
+            declared_rows=declared_rows,
         )
         return round_costs(scheme, plan)["release"]
 

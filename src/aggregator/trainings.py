@@ -31,7 +31,7 @@ from .artifact import write_artifact
 from .federation import Federation
 from .held import AGGREGATOR_CAUSE, HeldJobs, ending, public_reason
 from .pipeline import AggregatorPipeline
-from .planning import Model, plan_of, plan_round, round_costs
+from .planning import Model, declarations, declared_rows_of, plan_of, plan_round, round_costs, undeclared
 from .round_row import AT_REST, Batch, BudgetSpent, Cancel, Event, RoundRow, RoundState, Settled, Step, StepFailed, Tick
 from .sessions import Sessions
 from .steps import History, RoundSteps, costs_of, lacking
@@ -90,14 +90,23 @@ class Trainings:
     # --- a turn -------------------------------------------------------------------------------------------------------
 
     def can_start(self, job: JobRow) -> bool:
-        """With a pinned roster at once: the round has a deadline. Without one, once the parties have joined."""
-        if self._federation.pinned:
-            return True
+        """With a pinned roster at once: the round has a deadline. Without one, once the parties have joined. fedsgd in
+        either case not before every invited party has declared its rows."""
         spec = FederatedTrainingSpec.from_json(job.spec)
+        if self._federation.pinned:
+            return self._all_declared(job, spec)
         joined = self._sessions.connected
         missing = sorted(set(spec.parties) - joined)
         self._stage[job.job_id] = f"waiting for {', '.join(missing) or 'at least two parties'} to join"
-        return not missing and len(joined) >= 2  # a sum over one party is that party's update
+        if missing or len(joined) < 2:  # a sum over one party is that party's update
+            return False
+        return self._all_declared(job, spec)
+
+    def _all_declared(self, job: JobRow, spec: FederatedTrainingSpec) -> bool:
+        missing = undeclared(spec, self._federation)
+        if missing:
+            self._stage[job.job_id] = f"waiting for {', '.join(missing)} to join and declare their rows"
+        return not missing
 
     async def advance(self, job: JobRow, *, paused: bool) -> None:
         """Move a job as far as it can go now.
@@ -127,7 +136,7 @@ class Trainings:
         if row is not None and (lasting or job.rounds_failed > spec.spare_rounds):
             error = BY_REASON.get(lasting, RoundFailed)(row.reason)
             await self._held.failed(job.job_id, error, stage=f"round {row.number}", parties=lacking(row))
-        else:
+        elif row is not None or self._all_declared(job, spec):
             self._stage[job.job_id] = f"planning round {number}"
             self._tasks.spawn((job.job_id, number, "plan"), partial(self._plan, job, spec, number))
 
@@ -221,9 +230,14 @@ class Trainings:
 
     async def _plan(self, job: JobRow, spec: FederatedTrainingSpec, number: int) -> None:
         try:
-            model = await self._database.run(partial(self._last_model, job_id=job.job_id))
+            model, rows = await self._database.run(partial(self._so_far, job_id=job.job_id, spec=spec))
             row = await asyncio.to_thread(
-                self._new_row, job.job_id, number, spec, model or await self._pipeline.initial_model(spec)
+                self._new_row,
+                job.job_id,
+                number,
+                spec,
+                model=model or await self._pipeline.initial_model(spec),
+                declared_rows=rows,
             )
             await self._database.run(partial(self._open_round, row=row))
         except Exception as error:
@@ -236,18 +250,37 @@ class Trainings:
         LOG.info("round %d of job %s is planned (plan %s)", row.number, job.job_id, row.plan_digest[:16])
         self._held.wake()
 
-    def _last_model(self, connection: Connection, job_id: str) -> Model | None:
-        """What the last released round of a job gave; None before the first."""
-        released = [row for row in self._rounds.of_job(connection, job_id) if row.state is RoundState.RELEASED]
-        if not released:
-            return None
-        result = released[-1].result or {}
-        return Model(result["model_sha256"], result["model_bytes"], plan_of(released[-1].plan).dimension)
+    def _so_far(
+        self, connection: Connection, job_id: str, spec: FederatedTrainingSpec
+    ) -> tuple[Model | None, dict[str, int]]:
+        """What the last released round of a job gave, None before the first; and the rows that the invited declare.
 
-    def _new_row(self, job_id: str, number: int, spec: FederatedTrainingSpec, model: Model) -> RoundRow:
+        Of a party that has not come back since a restart those count that the job's last plan names.
+        """
+        rows = self._rounds.of_job(connection, job_id)
+        declared = declared_rows_of(plan_of(rows[-1].plan)) if rows else {}
+        declared |= declarations(spec, self._federation)
+        released = [row for row in rows if row.state is RoundState.RELEASED]
+        if not released:
+            return None, declared
+        result = released[-1].result or {}
+        dimension = plan_of(released[-1].plan).dimension
+        return Model(result["model_sha256"], result["model_bytes"], dimension), declared
+
+    def _new_row(
+        self, job_id: str, number: int, spec: FederatedTrainingSpec, *, model: Model, declared_rows: dict[str, int]
+    ) -> RoundRow:
         roster = self._federation.roster
         scheme = self._pipeline.scheme(spec.encryption.scheme)
-        plan = plan_round(spec, job_id=job_id, number=number, model=model, roster=roster, scheme=scheme)
+        plan = plan_round(
+            spec,
+            job_id=job_id,
+            number=number,
+            model=model,
+            roster=roster,
+            scheme=scheme,
+            declared_rows=declared_rows,
+        )
         signed = self._federation.sign(PLAN_KIND, plan.to_statement())
         costs = {name: dict(event_to_json(event)) for name, event in round_costs(scheme, plan).items()}
         row = RoundRow(

@@ -7,7 +7,7 @@ Torch is imported only by the units that need it, so that an aggregator without 
 from __future__ import annotations
 
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, BinaryIO, Final
@@ -134,9 +134,9 @@ def fold(params: Params, context: WorkContext) -> Result:
 def open_aggregate(params: Params, context: WorkContext) -> Result:
     """Open the aggregate and apply it to the model.
 
-    {plan, plan_digest, public, aggregate, aggregate_root, contributions, updates, shares: [{party, index, sha256}],
-    private_key, optimizer, state_sha256} → {model_sha256, state_sha256}, or {wrong: {party: why}} where shares are
-    wrong: then nothing has been opened.
+    {plan, plan_digest, public, aggregate, aggregate_root, contributions, updates: [party],
+    shares: [{party, index, sha256}], private_key, optimizer, state_sha256} → {model_sha256, state_sha256}, or {wrong:
+    {party: why}} where shares are wrong: then nothing has been opened.
     """
     plan = unit_plan(params)
     scheme = unit_scheme(params, plan)
@@ -153,7 +153,20 @@ def open_aggregate(params: Params, context: WorkContext) -> Result:
         opened = scheme.combine(layout, material, shares)
     parts = list(scheme.decode(layout, opened, contributions=params["contributions"]))
     total = np.concatenate(parts).astype(np.float64)
-    return _apply(plan, total / 2.0**plan.resolution_bits / params["updates"], params, context)
+    return _apply(plan, mean_update(plan, total, params["updates"]), params, context)
+
+
+def mean_update(plan: RoundPlan, total: NDArray[np.float64], contributors: Sequence[str]) -> NDArray[np.float64]:
+    """What an opened sum (integers as float64, shape (dimension,)) says about the model's next step.
+
+    Under fedavg the mean of the contributors' updates. Under fedsgd -η times the mean gradient, over the examples that
+    the contributors' samples hold in expectation, by what they declared: the divisor is public.
+    """
+    real_sum = total / 2.0**plan.resolution_bits
+    if plan.gradient_sum is None:
+        return real_sum / len(contributors)
+    rows = sum(plan.gradient_sum.declared_rows[name] for name in contributors)
+    return -float(plan.local.learning_rate) * real_sum / (float(plan.local.sampling_rate) * rows)
 
 
 def _checked_shares(

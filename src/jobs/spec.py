@@ -74,10 +74,14 @@ class ServerOptimizer(Part):
 
 
 class FederatedTrainingSpec(Spec):
-    """A model trained by rounds of federated averaging.
+    """A model trained by rounds, in each of which the parties' contributions are added up.
 
     Attributes:
         task: short name of a registered task.
+        strategy: `fedavg`: a party trains by itself with DP-SGD and contributes an update. `fedsgd`: a round is one
+            step of DP-SGD over all parties' rows, its noise added once.
+        trusted_aggregator: under fedsgd with noise_by aggregator, which without it is refused: who runs the aggregator
+            is trusted with the exact sums.
         rounds: that release a model; spare_rounds: further ones that may replace failed rounds.
         parties: invited; empty means all that are enrolled. quorum: updates a round needs; 0 means all invited.
         seed: split, initialisation and public order only.
@@ -90,11 +94,13 @@ class FederatedTrainingSpec(Spec):
     model_field: ClassVar[str] = "initial_model"
 
     task: Name
+    strategy: Literal["fedavg", "fedsgd"] = "fedavg"
+    trusted_aggregator: bool = False
     rounds: int = Field(default=10, ge=1, le=1_000_000)
     spare_rounds: int = Field(default=2, ge=0, le=1_000_000)
     parties: tuple[Name, ...] = Field(default=(), max_length=10_000)
     quorum: int = Field(default=0, ge=0)
-    local_training: LocalTraining = LocalTraining()
+    local_training: LocalTraining = Field(default=LocalTraining(), validate_default=True)
     party_privacy: PartyPrivacy = PartyPrivacy()
     encryption: Encryption = Encryption()
     server_optimizer: ServerOptimizer = ServerOptimizer()
@@ -102,6 +108,47 @@ class FederatedTrainingSpec(Spec):
     round_timeout_s: Positive = 600.0
     initial_model_sha256: Sha256 = ""
     task_options: dict[str, JsonValue] = Field(default_factory=dict)
+
+    @field_validator("local_training", mode="before")
+    @classmethod
+    def _one_step(cls, value: Any, info: ValidationInfo) -> Any:
+        """Of fedsgd: the default of `steps` is what a round is."""
+        if info.data.get("strategy") != "fedsgd":
+            return value
+        if isinstance(value, LocalTraining) and "steps" not in value.model_fields_set:
+            return value.model_copy(update={"steps": 1})
+        return {"steps": 1, **value} if isinstance(value, dict) else value
+
+    @field_validator("trusted_aggregator")
+    @classmethod
+    def _only_of_fedsgd(cls, value: bool, info: ValidationInfo) -> bool:
+        if value and info.data.get("strategy", "fedsgd") != "fedsgd":
+            raise ValueError("only fedsgd can have a trusted aggregator")
+        return value
+
+    @field_validator("local_training")
+    @classmethod
+    def _a_round_is_a_step(cls, value: LocalTraining, info: ValidationInfo) -> LocalTraining:
+        if info.data.get("strategy") == "fedsgd" and value.steps != 1:
+            raise ValueError(f"under fedsgd a round is one step (got steps {value.steps})")
+        return value
+
+    @field_validator("party_privacy")
+    @classmethod
+    def _noise_of_fedsgd(cls, value: PartyPrivacy, info: ValidationInfo) -> PartyPrivacy:
+        if info.data.get("strategy") != "fedsgd":
+            return value
+        default = PartyPrivacy()
+        if (value.clipping_norm, value.noise_multiplier) != (default.clipping_norm, default.noise_multiplier):
+            raise ValueError(
+                "fedsgd derives norm and noise from local_training: leave clipping_norm and noise_multiplier out"
+            )
+        if (value.noise_by == "aggregator") != info.data.get("trusted_aggregator", value.noise_by == "aggregator"):
+            raise ValueError(
+                "fedsgd with noise_by aggregator is a trusted server: it takes trusted_aggregator: true, and "
+                "trusted_aggregator: true takes noise_by aggregator"
+            )
+        return value
 
     @field_validator("parties")
     @classmethod
@@ -140,6 +187,14 @@ class FederatedTrainingSpec(Spec):
         """The options as one JSON text (sorted keys, no white space): the form in which statements carry them."""
         return _compact(self.task_options)
 
+    def to_json(self) -> dict[str, Any]:
+        """Plain JSON, as the store keeps it: every field, but those of strategies only where one is chosen. So a job
+        from before there were any has the form and the digest that it had."""
+        content = super().to_json()
+        if self.strategy == "fedavg":
+            del content["strategy"], content["trusted_aggregator"]
+        return content
+
     def _hashed(self) -> dict[str, Any]:
         return {**self.to_json(), "task_options": self.task_options_text}
 
@@ -161,6 +216,8 @@ def spec_to_proto(spec: FederatedTrainingSpec, initial_model: bytes = b"") -> jo
         seed=spec.seed,
         round_timeout_s=spec.round_timeout_s,
         initial_model=initial_model,
+        strategy=spec.strategy,
+        trusted_aggregator=spec.trusted_aggregator,
     )
     if spec.task_options:
         training.task_options.update(spec.task_options)
@@ -170,7 +227,9 @@ def spec_to_proto(spec: FederatedTrainingSpec, initial_model: bytes = b"") -> jo
 def training_to_json(training: jobs_pb2.FederatedTraining) -> dict[str, Any]:
     """The fields that are set, as `FederatedTrainingSpec.from_json` takes them: zero means the default, unless the
     field has presence."""
-    content = set_fields(training, "task", "rounds", "quorum", "seed", "round_timeout_s")
+    content = set_fields(
+        training, "task", "strategy", "trusted_aggregator", "rounds", "quorum", "seed", "round_timeout_s"
+    )
     content["parties"] = list(training.parties)
     if training.HasField("spare_rounds"):
         content["spare_rounds"] = training.spare_rounds

@@ -83,8 +83,8 @@ def train_dpsgd(
         mechanism.optimizer.zero_grad()
         chosen = _sample(dataset, config, entropy)
         if len(chosen):
-            with _known_warnings():
-                mechanism.backward(_checked(loss(mechanism.model(features[chosen]), labels[chosen]), len(chosen)))
+            with known_warnings():
+                mechanism.backward(checked_losses(loss(mechanism.model(features[chosen]), labels[chosen]), len(chosen)))
         else:
             mechanism.no_gradients()
         mechanism.optimizer.step()
@@ -109,7 +109,7 @@ def train_plain(
         optimizer.zero_grad()
         chosen = _sample(dataset, config, entropy)
         if len(chosen):
-            losses = _checked(loss(model(features[chosen]), labels[chosen]), len(chosen))
+            losses = checked_losses(loss(model(features[chosen]), labels[chosen]), len(chosen))
             torch.autograd.backward(losses.sum() / config.expected_batch)
         optimizer.step()
 
@@ -209,7 +209,8 @@ def _sample(dataset: Dataset, config: LocalTraining, entropy: Entropy) -> torch.
     return torch.from_numpy(poisson_sample(len(dataset), sampling_rate=config.sampling_rate, entropy=entropy))
 
 
-def _checked(losses: torch.Tensor, examples: int) -> torch.Tensor:
+def checked_losses(losses: torch.Tensor, examples: int) -> torch.Tensor:
+    """`losses` as they are; InvalidInput unless there is one for each example, shape (examples,)."""
     # A mean over the batch would make every clipped gradient a function of the other examples.
     if losses.shape != (examples,):
         raise InvalidInput("a task's loss returns one value for each example, shape (n,), with no reduction")
@@ -223,7 +224,8 @@ def _copy_parameters(source: torch.nn.Module, target: torch.nn.Module) -> None:
 
 
 @contextmanager
-def _known_warnings() -> Iterator[None]:
+def known_warnings() -> Iterator[None]:
+    """Passes over what Opacus's hooks make torch warn of."""
     with warnings.catch_warnings():
         # The first layer's input needs no gradient; its hook fires all the same, and Opacus counts on it.
         warnings.filterwarnings("ignore", message="Full backward hook is firing", category=UserWarning)

@@ -1,23 +1,31 @@
 """A federation in one process, without encryption, network or ledger: for benchmarks and for choosing settings.
 
-It computes what a real job computes up to the rounding of encoded updates: local DP-SGD, clipping of each party's
-update, Gaussian noise on the sum, the server optimizer. It accounts for nothing and protects nobody.
+`simulate` computes what a real job of `fedavg` computes up to the rounding of encoded updates: local DP-SGD, clipping
+of each party's update, Gaussian noise on the sum, the server optimizer. `simulate_fedsgd` computes the very integers of
+a job of `fedsgd`: those that a scheme without encryption sums, and Paillier opens. Neither accounts for anything or
+protects anybody.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 from numpy.typing import NDArray
 
+from ..encryption.plaintext import PlaintextScheme
 from ..errors import ConfigError
 from ..privacy.clipping import clip
 from ..privacy.entropy import Entropy
+from ..privacy.noise import discrete_gaussian
+from ..privacy.rounding import least_resolution_bits, project, round_to_nearest
+from ..privacy.sampling import poisson_sample
+from ..protocol.derive import Derived, derive_gradient_sum
 from .dpsgd import secure_normals, train_dpsgd
 from .evaluation import evaluate
 from .flatten import flatten, load_tensors, model_to_tensors, unflatten
+from .gradients import clipped_gradient_sum
 from .server_optimizer import ServerOptimizer
 from .settings import LocalTraining
 from .task import Dataset, Task, loss_of
@@ -82,6 +90,111 @@ def simulate(
             train_dpsgd(model, data, loss=loss_of(task), config=settings.local, entropy=entropy)
             total += clip(flatten(model_to_tensors(model))[0] - parameters, settings.clipping_norm)
         parameters, state = settings.server.step(parameters, total / len(parties), state=state)
+        history.append(evaluate(task, unflatten(parameters, signature), holdout))
+        if on_round is not None:
+            on_round(number, history[-1])
+    return history
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SumSettings:
+    """What the parties and the aggregator of a job of `fedsgd` agree on.
+
+    Attributes:
+        rounds: steps, ≥ 1.
+        sampling_rate: of each party's sample, in (0, 1].
+        max_grad_norm: bound C on the L2 norm of one example's gradient, > 0.
+        noise_multiplier: standard deviation of the noise on the sum, over what one example can change; all of it drawn
+            in shares by the parties, all of whom are needed.
+        learning_rate: of the step, > 0.
+        declared_rows: of each party.
+        resolution_bits: f of the grid 2^-f; refined where rounding would cost noise.
+        server: how the step enters the model.
+
+    Raises:
+        ConfigError: a setting is out of its range; all that are get listed.
+    """
+
+    rounds: int
+    sampling_rate: float
+    max_grad_norm: float
+    noise_multiplier: float
+    learning_rate: float
+    declared_rows: Mapping[str, int]
+    resolution_bits: int = 16
+    server: ServerOptimizer = field(default_factory=ServerOptimizer)
+
+    def __post_init__(self) -> None:
+        checks = {
+            "rounds: at least 1": self.rounds >= 1,
+            "sampling_rate: above 0 and at most 1": 0 < self.sampling_rate <= 1,
+            "max_grad_norm: finite and above 0": 0 < self.max_grad_norm < float("inf"),
+            "noise_multiplier: finite and at least 0": 0 <= self.noise_multiplier < float("inf"),
+            "learning_rate: finite and above 0": 0 < self.learning_rate < float("inf"),
+            "declared_rows: at least 1 each, of at least two parties": len(self.declared_rows) > 1
+            and min(self.declared_rows.values()) >= 1,
+        }
+        problems = tuple(text for text, holds in checks.items() if not holds)
+        if problems:
+            raise ConfigError("the federation cannot be simulated", problems=problems)
+
+    def derived(self, dimension: int) -> Derived:
+        """Noise and bounds of a round, as both ends of a real one derive them."""
+        parties = len(self.declared_rows)
+        least = least_resolution_bits(self.max_grad_norm, dimension=dimension)
+        return derive_gradient_sum(
+            PlaintextScheme(2, max(2, parties)),
+            dimension=dimension,
+            max_grad_norm=self.max_grad_norm,
+            sampling_rate=self.sampling_rate,
+            resolution_bits=max(self.resolution_bits, least),
+            noise_by="parties",
+            noise_multiplier=self.noise_multiplier,
+            delta=1e-5,  # of the party level, which has no part in what is computed
+            declared_rows=self.declared_rows,
+            trusted_aggregator=False,
+            quorum=parties,
+            colluders=0,
+            priced_rounds=self.rounds,
+        )
+
+
+def simulate_fedsgd(
+    task: Task,
+    parties: Mapping[str, Dataset],
+    *,
+    holdout: Dataset,
+    settings: SumSettings,
+    seed: int,
+    entropy: Entropy,
+    on_round: OnRound | None = None,
+) -> list[dict[str, float]]:
+    """Metrics on `holdout` after each round of `fedsgd`; the arguments as in `simulate`, parties by name.
+
+    Raises:
+        ConfigError: the parties are not those of `settings.declared_rows`.
+    """
+    if set(parties) != set(settings.declared_rows):
+        raise ConfigError("every party that is simulated declares its rows, and no other")
+    parameters, signature = flatten(model_to_tensors(task.build_model(seed)))
+    derived = settings.derived(len(parameters))
+    bits = derived.resolution_bits
+    step = settings.learning_rate / (settings.sampling_rate * sum(settings.declared_rows.values()))
+    state: dict[str, NDArray[np.float64]] = {}
+    history: list[dict[str, float]] = []
+    for number in range(1, settings.rounds + 1):
+        model = task.build_model(seed)
+        load_tensors(model, unflatten(parameters, signature))
+        total = np.zeros(len(parameters), np.int64)
+        for data in parties.values():
+            chosen = poisson_sample(len(data), sampling_rate=settings.sampling_rate, entropy=entropy)
+            gradients = clipped_gradient_sum(
+                model, data, chosen, loss=loss_of(task), max_grad_norm=settings.max_grad_norm
+            )
+            total += round_to_nearest(project(gradients, derived.contribution_norm), resolution_bits=bits)
+            total += discrete_gaussian(derived.noise_plan.share_sigma2, len(parameters), entropy=entropy)
+        update = -step * (total.astype(np.float64) / 2.0**bits)
+        parameters, state = settings.server.step(parameters, update, state=state)
         history.append(evaluate(task, unflatten(parameters, signature), holdout))
         if on_round is not None:
             on_round(number, history[-1])

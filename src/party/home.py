@@ -75,6 +75,7 @@ class Home:
             verify_key=self.signing_key.verify_key,
             key_id=self._keyring.key_id if self.pinned and self._keyring else "",
             roster_digest=self._roster.digest if self.pinned and self._roster else "",
+            declared_rows={task: dataset.declared_rows for task, dataset in self.config.datasets.items()},
         )
 
     def accept(self, answer: federation_pb2.JoinResponse) -> None:

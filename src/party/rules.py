@@ -15,8 +15,9 @@ from ..config import PartyConfig
 from ..encryption.dealer import check_threshold
 from ..encryption.scheme import Scheme
 from ..errors import InvalidInput, KeyMaterialError, OpeningError, PlanError, PolicyError, SignatureError
+from ..privacy.events import NoisySum
 from ..privacy.noise_plan import NoisePlan
-from ..protocol.derive import derive_again
+from ..protocol.derive import derive_again, party_event
 from ..protocol.plan import (
     LIST_KIND,
     OPENING_KIND,
@@ -69,7 +70,7 @@ def check_plan(signed: Signed, roster: Roster, *, config: PartyConfig, scheme: S
         raise PlanError("the plan names another roster than this party's")
     _check_policy(plan, config)
     derived = derive_again(scheme, plan)
-    _check_noise_policy(derived.noise_plan, config)
+    _check_noise_policy(plan, derived.noise_plan, config)
     if derived.layout.body_bytes > config.limits.max_update_bytes:
         raise PolicyError("the plan's updates are larger than limits.max_update_bytes")
     return CheckedPlan(plan, digest, derived.noise_plan)
@@ -82,6 +83,8 @@ def _check_ranges(plan: RoundPlan) -> None:
         "round": 1 <= plan.round < 2**32,  # a batch header has four bytes for it
         "priced_rounds": 1 <= plan.priced_rounds < 2**32,
         "local.steps": 1 <= plan.local.steps <= MAX_LOCAL_STEPS,
+        "local.sampling_rate": 0 < float(plan.local.sampling_rate) <= 1,
+        "local.max_grad_norm": float(plan.local.max_grad_norm) > 0,
     }
     for field, holds in checks.items():
         if not holds:
@@ -143,8 +146,11 @@ def _check_policy(plan: RoundPlan, config: PartyConfig) -> None:
         raise PolicyError(f"a model of {plan.model_bytes} bytes is larger than limits.max_update_bytes")
 
 
-def _check_noise_policy(noise: NoisePlan, config: PartyConfig) -> None:
-    drawn, least = noise.multiplier_against_aggregator or 0.0, config.policy.min_parties_noise_multiplier
+def _check_noise_policy(plan: RoundPlan, noise: NoisePlan, config: PartyConfig) -> None:
+    """Of the noise that the parties draw, over what this party contributes: under fedsgd that is next to nothing."""
+    least = config.policy.min_parties_noise_multiplier
+    event = party_event(plan, noise, against="aggregator")
+    drawn = event.noise_multiplier if isinstance(event, NoisySum) else 0.0
     if drawn < least:
         raise PolicyError(
             f"the noise that the parties draw has multiplier {drawn:.4g}, less than this party's {least:g} "
@@ -153,12 +159,20 @@ def _check_noise_policy(noise: NoisePlan, config: PartyConfig) -> None:
 
 
 def check_contribution(plan: RoundPlan, config: PartyConfig) -> None:
-    """Raises PlanError or PolicyError unless this party is invited and has data for the task."""
+    """Raises PlanError or PolicyError unless this party is invited, has data for the task, and (fedsgd) has declared
+    as many rows as the plan says."""
     if config.name not in plan.cohort:
         raise PlanError(f"party {config.name} is not invited to this round")
     if plan.task not in config.datasets:
         raise PolicyError(
             f"this party has no data for task {plan.task!r} (datasets: {', '.join(sorted(config.datasets)) or 'none'})"
+        )
+    declared = config.datasets[plan.task].declared_rows
+    if plan.gradient_sum is not None and plan.gradient_sum.declared_rows[config.name] != declared:
+        raise PlanError(
+            f"the plan says that this party declares {plan.gradient_sum.declared_rows[config.name]} rows: it "
+            f"declares {declared}",
+            field="declared_rows",
         )
 
 
@@ -272,6 +286,7 @@ def describe(plan: RoundPlan) -> dict[str, Any]:
         "task": plan.task,
         "quorum": f"{plan.quorum}/{len(plan.cohort)}",
         "scheme": plan.scheme,
+        "strategy": plan.strategy,
         "steps": plan.local.steps,
         "noise_multiplier": plan.local.noise_multiplier,
     }

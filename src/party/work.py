@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,11 +24,15 @@ from ..privacy.clipping import clip
 from ..privacy.entropy import Entropy, SystemEntropy
 from ..privacy.noise import discrete_gaussian
 from ..privacy.noise_plan import fraction_from_json
-from ..privacy.rounding import conditional_round
+from ..privacy.rounding import conditional_round, project, round_to_nearest
+from ..privacy.sampling import poisson_sample
 from ..protocol.batches import StoredBatch, fold_batches, write_batch
 from ..protocol.keyring import load_share
 from ..protocol.plan import RoundPlan, share_binding
 from ..protocol.units import Params, unit_plan, unit_processes, unit_scheme
+
+if TYPE_CHECKING:
+    from ..learning.task import Task
 
 Result = dict[str, Any]
 
@@ -36,17 +40,17 @@ Result = dict[str, Any]
 def contribute(params: Params, context: WorkContext) -> Result:
     """Train, clip, encode, add the noise share, protect, store.
 
-    {plan, plan_digest, public, name, options, declared_rows} → the stored batch. The plaintext update lives and dies
-    in this function. What encryption needs beside it is prepared on idle cores while the model trains.
+    {plan, plan_digest, public, name, options, declared_rows} → the stored batch. The plaintext update or gradient sum
+    lives and dies in this function. What encryption needs beside it is prepared on idle cores while the model trains.
     """
     plan, entropy = unit_plan(params), SystemEntropy()
     scheme = unit_scheme(params, plan)
     with scheme.prepare(Layout.from_json(plan.layout), entropy=entropy) as prepared:
-        update = _train(plan, params, context, entropy)
+        values = contribution(plan, params, context, entropy=entropy)
         batch = write_batch(
             scheme,
             plan,
-            encode(update, plan, entropy=entropy),
+            values,
             plan_digest=params["plan_digest"],
             contributor=params["name"],
             blobs=context.blobs,
@@ -56,27 +60,78 @@ def contribute(params: Params, context: WorkContext) -> Result:
     return batch.to_json()
 
 
+def contribution(plan: RoundPlan, params: Params, context: WorkContext, *, entropy: Entropy) -> NDArray[np.int64]:
+    """What the plan asks of this party, as integers with its noise share, shape (dimension,): an update (fedavg), or
+    the sum of clipped gradients over a sample of its rows (fedsgd)."""
+    if plan.gradient_sum is None:
+        return encode(_train(plan, params, context, entropy), plan, entropy=entropy)
+    total = _sampled_gradients(plan, params, context, batch_cap=plan.gradient_sum.batch_cap, entropy=entropy)
+    return encode_sum(total, plan, entropy=entropy)
+
+
 def encode(update: NDArray[np.float32], plan: RoundPlan, *, entropy: Entropy) -> NDArray[np.int64]:
     """The update, shape (dimension,), clipped, rounded to integers, with this party's share of the noise added."""
     clipped = clip(update, float(plan.clipping_norm))
     values = conditional_round(
         clipped, resolution_bits=plan.resolution_bits, bound=float(plan.rounded_bound), entropy=entropy
     )
+    return _with_share(values, plan, entropy)
+
+
+def encode_sum(total: NDArray[np.float64], plan: RoundPlan, *, entropy: Entropy) -> NDArray[np.int64]:
+    """A sum of clipped gradients, shape (dimension,), rounded to nearest, with this party's share of the noise added.
+
+    A batch above the cap may have a sum that no slot holds. Such a sum is projected onto the ball of those that fit,
+    which takes no two sums further apart: nothing is refused, nobody sees it, and what one example can change stays
+    what it is, even for a party with more rows than it declares.
+    """
+    values = round_to_nearest(project(total, float(plan.clipping_norm)), resolution_bits=plan.resolution_bits)
+    return _with_share(values, plan, entropy)
+
+
+def _with_share(values: NDArray[np.int64], plan: RoundPlan, entropy: Entropy) -> NDArray[np.int64]:
     sigma2 = fraction_from_json(plan.noise.share_sigma2)
     return values + discrete_gaussian(sigma2, values.size, entropy=entropy) if sigma2 else values
 
 
-def _train(plan: RoundPlan, params: Params, context: WorkContext, entropy: Entropy) -> NDArray[np.float32]:
-    from ..learning.dpsgd import train_dpsgd
-    from ..learning.task import find_task, loss_of
+def _model(plan: RoundPlan, context: WorkContext) -> tuple[Task, Any, NDArray[np.float32]]:
+    """The plan's task, the global model (a torch module), and its parameters, shape (dimension,)."""
+    from ..learning.task import find_task
 
     task = find_task(plan.task)
     model = task.build_model(plan.seed)
     tensors = from_safetensors(context.blobs.read(plan.model_sha256))
     load_tensors(model, tensors)
-    before, _ = flatten(tensors)
-    if before.size != plan.dimension:
-        raise InvalidInput(f"the model has {before.size} parameters, the plan says {plan.dimension}")
+    parameters, _ = flatten(tensors)
+    if parameters.size != plan.dimension:
+        raise InvalidInput(f"the model has {parameters.size} parameters, the plan says {plan.dimension}")
+    return task, model, parameters
+
+
+def _sampled_gradients(
+    plan: RoundPlan, params: Params, context: WorkContext, *, batch_cap: int, entropy: Entropy
+) -> NDArray[np.float64]:
+    from ..learning.gradients import clipped_gradient_sum
+    from ..learning.task import loss_of
+
+    task, model, _ = _model(plan, context)
+    dataset = task.load_data(params["options"])
+    chosen = poisson_sample(len(dataset), sampling_rate=float(plan.local.sampling_rate), entropy=entropy)
+    return clipped_gradient_sum(
+        model,
+        dataset,
+        chosen,
+        loss=loss_of(task),
+        max_grad_norm=float(plan.local.max_grad_norm),
+        padded_to=batch_cap,
+    )
+
+
+def _train(plan: RoundPlan, params: Params, context: WorkContext, entropy: Entropy) -> NDArray[np.float32]:
+    from ..learning.dpsgd import train_dpsgd
+    from ..learning.task import loss_of
+
+    task, model, before = _model(plan, context)
     local = plan.local
     config = LocalTraining(
         steps=local.steps,

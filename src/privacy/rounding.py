@@ -3,6 +3,9 @@
 A coordinate x of an update becomes ⌊2^f·x⌋ or ⌈2^f·x⌉, at random with mean 2^f·x, and the whole vector is drawn again
 until its L2 norm is within a bound (their Algorithm 1, Proposition 26). The bound, not the update, is the sensitivity
 of the encoded sum. All lengths here are in integer units: one unit is the resolution 2^-f.
+
+A sum over many examples, of which one more or less is to be hidden, is rounded to nearest instead: each of d
+coordinates of two neighbouring sums moves by at most 1 on top of what they differ by: the sensitivity grows by √d.
 """
 
 from __future__ import annotations
@@ -69,6 +72,78 @@ def coordinate_bound(clipping_norm: float, *, resolution_bits: int) -> int:
     if not (math.isfinite(clipping_norm) and clipping_norm > 0):
         raise InvalidInput("a coordinate bound needs a clipping norm > 0")
     return math.ceil(math.ldexp(clipping_norm, resolution_bits))
+
+
+ROUNDING_SHARE: Final = 100
+"""Rounding may add at most 1/100 to the sensitivity of a sum of examples: then it costs at most 1 % more noise."""
+
+
+def least_resolution_bits(max_grad_norm: float, *, dimension: int) -> int:
+    """Smallest f with √d ≤ 2^f·C / `ROUNDING_SHARE`: a coarser grid would cost noise.
+
+    Args:
+        max_grad_norm: C > 0, the L2 norm that each example's gradient is clipped to.
+        dimension: d ≥ 1.
+
+    Raises:
+        InvalidInput: an argument out of its range, or none of [0, 40] is fine enough.
+    """
+    if not (math.isfinite(max_grad_norm) and max_grad_norm > 0) or dimension < 1:
+        raise InvalidInput("a resolution needs a norm > 0 and a dimension ≥ 1")
+    for bits in range(MAX_RESOLUTION_BITS + 1):
+        if (Fraction(max_grad_norm) * 2**bits) ** 2 >= ROUNDING_SHARE**2 * dimension:
+            return bits
+    raise InvalidInput(f"{dimension} parameters under a norm of {max_grad_norm:g} need a finer grid than 2^-40")
+
+
+def nearest_bound(max_grad_norm: float, *, resolution_bits: int, dimension: int) -> int:
+    """L2 sensitivity, in integer units, of a sum rounded to nearest to one example more or less: ⌈2^f·C + √d⌉.
+
+    Raises:
+        InvalidInput: an argument out of its range, or a bound above 2^50.
+    """
+    _check_resolution(resolution_bits)
+    if not (math.isfinite(max_grad_norm) and max_grad_norm > 0) or dimension < 1:
+        raise InvalidInput("a rounding bound needs a norm > 0 and a dimension ≥ 1")
+    root = math.isqrt(dimension - 1) + 1  # ⌈√d⌉
+    bound = math.ceil(math.ldexp(max_grad_norm, resolution_bits)) + root
+    if bound > _MAX_NORM:
+        raise InvalidInput("norm, resolution and dimension give an encoded norm above 2^50")
+    return bound
+
+
+def project(total: NDArray[np.float64], bound: float) -> NDArray[np.float64]:
+    """The point of the ball of radius `bound` that is nearest to `total`: `total` itself inside, scaled down outside.
+
+    A projection on a convex set brings no two points further apart: what one example changes in a sum, it changes by no
+    more in the projected sum, however many examples there are.
+
+    Args:
+        total: shape (d,), dtype float64, finite.
+        bound: > 0, finite.
+
+    Raises:
+        InvalidInput: wrong shape or dtype, a value that is not finite, or a bound out of range. No value is shown.
+    """
+    if not (math.isfinite(bound) and bound > 0):
+        raise InvalidInput("a ball has a positive radius")
+    if total.ndim != 1 or total.dtype != np.float64 or not bool(np.isfinite(total).all()):
+        raise InvalidInput("a sum of gradients must be a vector of finite float64")
+    norm = math.sqrt(float(np.dot(total, total)))
+    return total.copy() if norm <= bound else total * (bound / norm)
+
+
+def round_to_nearest(total: NDArray[np.float64], *, resolution_bits: int) -> NDArray[np.int64]:
+    """`total` in units of 2^-f, each coordinate rounded to the nearest integer (halves to even), dtype int64.
+
+    Raises:
+        InvalidInput: a value that is not finite, or above 2^50 units. No value is shown.
+    """
+    _check_resolution(resolution_bits)
+    scaled = np.ldexp(total, resolution_bits)
+    if not bool((np.abs(scaled) <= _MAX_NORM).all()):  # false for NaN too
+        raise InvalidInput("a sum of gradients must stay below 2^50 units")
+    return np.rint(scaled).astype(np.int64)
 
 
 def squared_norm(values: NDArray[np.int64]) -> int:

@@ -10,7 +10,7 @@ import hashlib
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
-from typing import Any, Final
+from typing import Any, Final, Literal
 
 from ..errors import InvalidInput
 from .canonical import real
@@ -32,9 +32,17 @@ def signed_digest(signed: Signed, kind: str) -> str:
     return hashlib.sha256(f"sotto/v1/{kind}\n".encode() + signed.statement).hexdigest()
 
 
+Strategy = Literal["fedavg", "fedsgd"]
+FEDSGD: Final = "fedsgd"
+
+
 @dataclass(frozen=True, slots=True)
 class LocalPlan:
-    """DP-SGD at each party; reals are decimal strings (`canonical.real`)."""
+    """DP-SGD at each party; reals are decimal strings (`canonical.real`).
+
+    Under `fedsgd` a round is one step of it, all parties together: `steps` is 1, `learning_rate` the aggregator's, and
+    `noise_multiplier` that of the noise which a row is charged for (`derive.example_event`).
+    """
 
     steps: int
     sampling_rate: str
@@ -65,6 +73,21 @@ class NoiseSpec:
     delta: str
 
 
+@dataclass(frozen=True, slots=True)
+class GradientSum:
+    """What only a plan of strategy `fedsgd` has.
+
+    Attributes:
+        batch_cap: rows whose gradients a slot has room for; a larger batch has its sum shortened, which nobody sees.
+        declared_rows: of each party of the cohort, its owner's public number: the divisor's terms.
+        trusted_aggregator: the job lets the aggregator alone draw the noise, as a trusted server.
+    """
+
+    batch_cap: int
+    declared_rows: dict[str, int]
+    trusted_aggregator: bool
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RoundPlan:
     """All that one round fixes.
@@ -77,12 +100,14 @@ class RoundPlan:
         model_sha256, model_bytes: the global model that the round starts from (safetensors).
         dimension: trainable parameters.
         local: DP-SGD.
-        clipping_norm: L2 bound of a party's update, a decimal string.
+        clipping_norm: L2 bound of what a party contributes, a decimal string: of its update, or (fedsgd) of its sum.
         resolution_bits: updates are encoded in multiples of 2^-resolution_bits.
-        rounded_bound: L2 bound of an encoded update, in integer units, rounded up to an integer.
+        rounded_bound: L2 bound, in integer units, rounded up: of an encoded update, or (fedsgd) of what one example
+            changes in an encoded sum.
         scheme, key_id, layout: how values are packed and protected; the layout as its canonical JSON object.
         noise: party-level noise.
         roster_digest, cohort, quorum, colluders, threshold, custody: who takes part and who may open.
+        gradient_sum: of strategy fedsgd; None, and no part of the statement, under fedavg.
     """
 
     federation: str
@@ -110,16 +135,25 @@ class RoundPlan:
     colluders: int
     threshold: int
     custody: str
+    gradient_sum: GradientSum | None = None
 
     def to_statement(self) -> dict[str, Any]:
         """Canonical-JSON-able."""
-        return asdict(self)
+        statement = asdict(self)
+        if self.gradient_sum is None:  # as plans were before there was a second strategy: their digests stay
+            del statement["gradient_sum"]
+            return statement
+        return {**statement, "strategy": FEDSGD}
 
     @classmethod
     def from_statement(cls, value: Mapping[str, Any]) -> RoundPlan:
         """Raises InvalidInput when a field is missing, unknown, or of another type."""
         try:
             content = dict(value)
+            if {"strategy", "gradient_sum"} & content.keys():  # both, or (fedavg) neither
+                if content.pop("strategy") != FEDSGD:
+                    raise ValueError("no such strategy")
+                content["gradient_sum"] = GradientSum(**content["gradient_sum"])
             content["local"] = LocalPlan(**content["local"])
             content["noise"] = NoiseSpec(**content["noise"])
             if not isinstance(content["cohort"], list | tuple):
@@ -132,6 +166,11 @@ class RoundPlan:
         return plan
 
     @property
+    def strategy(self) -> Strategy:
+        """How the parties train."""
+        return "fedavg" if self.gradient_sum is None else "fedsgd"
+
+    @property
     def aggregator_adds_noise(self) -> bool:
         """Whether the aggregator's noise batch is one of the contributions."""
         return self.noise.aggregator_sigma2.partition("/")[0] != "0"
@@ -142,7 +181,14 @@ class RoundPlan:
         return len(self.cohort) + int(self.aggregator_adds_noise)
 
 
-_TYPES: Final[dict[str, type | tuple[type, ...]]] = {"str": str, "int": int, "dict[str, Any]": dict}
+_TYPES: Final[dict[str, type]] = {
+    "str": str,
+    "int": int,
+    "bool": bool,
+    "dict[str, Any]": dict,
+    "dict[str, int]": dict,
+}
+_RECORDS: Final = (LocalPlan, NoiseSpec, GradientSum)
 _REALS: Final = frozenset(
     {"sampling_rate", "learning_rate", "max_grad_norm", "noise_multiplier", "delta", "clipping_norm"}
 )
@@ -153,14 +199,18 @@ def _check_types(record: object) -> None:
     for field in fields(record):  # type: ignore[arg-type]  # always a dataclass of this module
         value = getattr(record, field.name)
         wanted = _TYPES.get(str(field.type))
-        if wanted is not None and (not isinstance(value, wanted) or isinstance(value, bool)):
+        if wanted is not None and (not isinstance(value, wanted) or (isinstance(value, bool) and wanted is not bool)):
             raise InvalidInput(f"a round plan is malformed: {field.name} is not of type {field.type}")
         if field.name in _REALS and not _is_real(value):
             raise InvalidInput(f"a round plan is malformed: {field.name} is not a decimal number")
-        if str(field.type) in {"LocalPlan", "NoiseSpec"}:
+        if isinstance(value, _RECORDS):
             _check_types(value)
     if isinstance(record, RoundPlan) and not all(isinstance(name, str) for name in record.cohort):
         raise InvalidInput("a round plan is malformed: cohort holds something that is not a name")
+    if isinstance(record, GradientSum) and not all(
+        isinstance(name, str) and type(rows) is int for name, rows in record.declared_rows.items()
+    ):
+        raise InvalidInput("a round plan is malformed: declared_rows does not give each party a number")
 
 
 def _is_real(text: str) -> bool:

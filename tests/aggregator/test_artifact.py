@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -42,7 +43,15 @@ def make_spec(**fields: Any) -> FederatedTrainingSpec:
 def make_plan(federation: Federation, spec: FederatedTrainingSpec, number: int = 1) -> RoundPlan:
     scheme = federation.scheme(spec.encryption.scheme, allow_plaintext=True)
     model = Model("a" * 64, 4000, 97)
-    return plan_round(spec, job_id="job", number=number, model=model, roster=federation.roster, scheme=scheme)
+    return plan_round(
+        spec,
+        job_id="job",
+        number=number,
+        model=model,
+        roster=federation.roster,
+        scheme=scheme,
+        declared_rows={"a": 5000, "b": 5400, "c": 6000},
+    )
 
 
 @pytest.fixture
@@ -225,3 +234,48 @@ def test_the_manifest_says_what_holds_and_what_does_not(federation: Federation, 
     assert len(lines) == len(expected | ALWAYS)
     for words in expected | ALWAYS:
         assert any(words in line for line in lines), words
+
+
+@pytest.mark.parametrize("noise_by", ["both", "parties", "aggregator"])
+def test_under_fedsgd_every_figure_says_whom_it_holds_against_and_what_it_rests_on(
+    manifest: MakeManifest, noise_by: str
+) -> None:
+    spec = make_spec(
+        strategy="fedsgd",
+        trusted_aggregator=noise_by == "aggregator",
+        local_training={"epsilon": 2.0},
+        party_privacy={"noise_by": noise_by},
+    )
+    found, statement = manifest(spec, epsilon_party=3000.0)
+    row, party = statement["privacy"]["example"], statement["privacy"]["party"]
+    assert statement["strategy"] == "fedsgd"
+    assert 1.9 < float(row["epsilon"]) == found["epsilon_example"] <= 2.0  # three rounds, as many as were priced
+    assert row["steps"] == 3
+    release, alone = float(row["epsilon_release"]), float(row["epsilon_if_all_others_collude"])
+    lines = " ".join(statement["statements"])
+    if noise_by == "aggregator":
+        assert (release, alone) == (float(row["epsilon"]), math.inf)
+        assert row["noise_by"] == "the aggregator, as a trusted server"
+        assert "trusted with the exact sums" in row["against"]
+        assert "TRUSTED SERVER" in lines
+    else:
+        assert release <= float(row["epsilon"]) < alone < math.inf
+        assert (release < float(row["epsilon"])) is (noise_by == "both")
+        assert "share" in row["assumption"]
+        assert "TRUSTED SERVER" not in lines
+    assert float(party["noise_multiplier"]) < 0.1
+    assert float(party["clipping_norm"]) > 100  # a whole batch of gradients
+    assert "under fedsgd, whose noise hides rows" in lines
+    assert "no low bits to attack" in lines
+
+
+def test_a_manifest_of_fedavg_says_what_is_left_if_all_others_collude(manifest: MakeManifest) -> None:
+    """Of a row everything: a party adds that noise itself. Of the party one share of the noise."""
+    _, statement = manifest(make_spec(party_privacy={"noise_multiplier": 3.0}))
+    assert "strategy" not in statement
+    row, party = statement["privacy"]["example"], statement["privacy"]["party"]
+    assert row["epsilon_if_all_others_collude"] == row["epsilon"]
+    assert row["assumption"].startswith("nothing of the others")
+    assert "epsilon_release" not in row
+    assert float(party["epsilon"]) < float(party["epsilon_if_all_others_collude"]) < math.inf
+    assert "share" in party["assumption"]

@@ -55,6 +55,13 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"encryption": {"resolution_bits": 33}}, "encryption.resolution_bits"),
     ({"encryption": {"resolution_bits": -1}}, "encryption.resolution_bits"),
     ({"server_optimizer": {"name": "adam"}}, "server_optimizer.name"),
+    ({"strategy": "fedprox"}, "strategy"),
+    ({"trusted_aggregator": True}, "trusted_aggregator"),
+    ({"strategy": "fedsgd", "local_training": {"steps": 10}}, "local_training"),
+    ({"strategy": "fedsgd", "party_privacy": {"clipping_norm": 0.5}}, "party_privacy"),
+    ({"strategy": "fedsgd", "party_privacy": {"noise_multiplier": 0.0}}, "party_privacy"),
+    ({"strategy": "fedsgd", "party_privacy": {"noise_by": "aggregator"}}, "party_privacy"),
+    ({"strategy": "fedsgd", "trusted_aggregator": True}, "party_privacy"),
     ({"server_optimizer": {"learning_rate": -1.0}}, "server_optimizer.learning_rate"),
     ({"server_optimizer": {"name": "fedavgm", "momentum": 1.0}}, "server_optimizer.momentum"),
     ({"server_optimizer": {"name": "fedavg", "momentum": 0.5}}, "server_optimizer.momentum"),
@@ -130,6 +137,22 @@ def test_zero_and_unset_fields_take_the_documented_defaults() -> None:
     assert read(server_optimizer={"name": "fedavgm"}).server_optimizer.momentum == 0.9
 
 
+def test_a_round_of_fedsgd_is_one_step_whether_the_job_says_so_or_not() -> None:
+    for local in ({}, {"epsilon": 2.0}, {"steps": 1, "epsilon": 2.0}):
+        spec = read(strategy="fedsgd", local_training=local)
+        assert (spec.strategy, spec.trusted_aggregator, spec.local_training.steps) == ("fedsgd", False, 1)
+        assert spec.local_training.epsilon == local.get("epsilon", 4.0)
+    trusted = read(strategy="fedsgd", trusted_aggregator=True, party_privacy={"noise_by": "aggregator"})
+    assert trusted.trusted_aggregator
+
+
+def test_a_job_of_fedavg_has_the_form_that_it_had_before_there_was_another_strategy() -> None:
+    """So that a stored job keeps its digest, and a request that is sent again still gives the same job."""
+    assert not {"strategy", "trusted_aggregator"} & set(read(strategy="fedavg").to_json())
+    assert read(strategy="fedavg").digest == read().digest
+    assert read(strategy="fedsgd").to_json()["strategy"] == "fedsgd"
+
+
 def test_a_zero_that_means_something_is_kept() -> None:
     spec = read(
         spare_rounds=0,
@@ -163,8 +186,23 @@ SPECS = st.builds(
 )
 
 
+SUMS = st.builds(
+    lambda noise_by, **fields: FederatedTrainingSpec.from_json(
+        {
+            **fields,
+            "strategy": "fedsgd",
+            "trusted_aggregator": noise_by == "aggregator",
+            "party_privacy": {"noise_by": noise_by},
+        }
+    ),
+    task=NAMES,
+    noise_by=st.sampled_from(["both", "parties", "aggregator"]),
+    local_training=st.fixed_dictionaries({"learning_rate": REALS, "epsilon": REALS}),
+)
+
+
 @settings(deadline=None, max_examples=60)
-@given(SPECS)
+@given(SPECS | SUMS)
 def test_wire_and_store_give_back_the_same_specification_and_digest(spec: FederatedTrainingSpec) -> None:
     training = jobs_pb2.FederatedTraining.FromString(spec_to_proto(spec).SerializeToString())
     by_wire = spec_from_proto(jobs_pb2.Job(federated_training=training))
@@ -182,6 +220,7 @@ def test_the_digest_is_a_fixed_one() -> None:
     "changes",
     [
         {"rounds": 11},
+        {"strategy": "fedsgd"},
         {"seed": 1},
         {"local_training": {"epsilon": 4.000000000000001}},
         {"encryption": {"plaintext": {}}},

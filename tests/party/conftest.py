@@ -15,8 +15,9 @@ from sqlalchemy.pool import StaticPool
 from src.config import PartyConfig
 from src.encryption.plaintext import PlaintextScheme
 from src.encryption.scheme import Scheme
-from src.protocol.derive import derive
-from src.protocol.plan import LocalPlan, RoundPlan
+from src.protocol.canonical import real
+from src.protocol.derive import derive, derive_gradient_sum, example_multiplier
+from src.protocol.plan import GradientSum, LocalPlan, RoundPlan
 from src.protocol.roster import Member, Roster
 from src.protocol.signing import SigningKey
 
@@ -106,6 +107,52 @@ def make_plan(roster: Roster, scheme: Scheme) -> MakePlan:
             custody="threshold",
         )
         return replace(plan, **changes)
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def make_sum_plan(make_plan: MakePlan, scheme: Scheme) -> MakePlan:
+    """make_sum_plan(…): a plan of fedsgd whose derived fields follow; other fields are laid over it."""
+
+    def make(
+        *,
+        noise_by: str = "both",
+        noise_multiplier: float = 1.5,
+        declared_rows: dict[str, int] | None = None,
+        trusted_aggregator: bool | None = None,
+        priced_rounds: int = 5,
+        **changes: Any,
+    ) -> RoundPlan:
+        rows = declared_rows or {"a": 100, "b": 120, "c": 80}
+        trusted = noise_by == "aggregator" if trusted_aggregator is None else trusted_aggregator
+        derived = derive_gradient_sum(
+            scheme,
+            dimension=10,
+            max_grad_norm=1.0,
+            sampling_rate=0.05,
+            resolution_bits=16,
+            noise_by=noise_by,
+            noise_multiplier=noise_multiplier,
+            delta=1e-5,
+            declared_rows=rows,
+            trusted_aggregator=trusted,
+            quorum=2,
+            colluders=0,
+            priced_rounds=priced_rounds,
+        )
+        multiplier = real(example_multiplier(derived.noise_plan))
+        fields: dict[str, Any] = {
+            "cohort": tuple(rows),
+            "priced_rounds": priced_rounds,
+            "local": LocalPlan(1, "0.05", "0.1", "1.0", multiplier, "1e-05"),
+            "clipping_norm": real(derived.contribution_norm),
+            "rounded_bound": derived.rounded_bound,
+            "layout": derived.layout.to_json(),
+            "noise": derived.noise,
+            "gradient_sum": GradientSum(derived.cap, rows, trusted),
+        }
+        return make_plan(**{**fields, **changes})
 
     return make
 

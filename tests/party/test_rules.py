@@ -158,6 +158,7 @@ def test_what_a_party_logs_of_a_plan_are_public_settings(aggregator: Aggregator)
         "task": "randhie",
         "quorum": "2/3",
         "scheme": "plaintext",
+        "strategy": "fedavg",
         "steps": 10,
         "noise_multiplier": "1.1",
     }

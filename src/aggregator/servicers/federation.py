@@ -29,6 +29,7 @@ from ...errors import (
     StateError,
     VersionError,
 )
+from ...jobs.spec_base import NAME_PATTERN
 from ...protocol.batches import check_batch_header
 from ...protocol.canonical import canonical_bytes
 from ...protocol.merkle import MerkleHasher
@@ -75,6 +76,10 @@ ROLES: Final[dict[str, frozenset[str]]] = {
 SHARE_OVERHEAD_BYTES: Final = 1 << 16
 """What a share batch may hold besides its partial decryptions: header and proof."""
 LONGEST_FAILURE_TEXT: Final = 500
+MAX_DECLARED_TASKS: Final = 1000
+MAX_DECLARED_ROWS: Final = 1 << 40
+"""Far more than any party has, and small enough that a sum over all parties is exact in a float64."""
+_TASK: Final = re.compile(NAME_PATTERN)
 _ROOT: Final = re.compile(r"[0-9a-f]{64}")
 _PROOF: Final = re.compile(r"[0-9a-f]{0,8192}")  # of an 8192-bit key it has 3 212 digits
 
@@ -111,10 +116,12 @@ class FederationServicer(federation_pb2_grpc.FederationServiceServicer):
             )
         if len(request.verify_key) != 32:  # Ed25519
             raise InvalidInput("a verification key has 32 bytes", violations={"verify_key": "must have 32 bytes"})
+        declared = _declared_rows(request)
         if self._federation.pinned:
             self._check_member(name, request)
         else:
             await self._coordinator.enrol(name, request.verify_key)
+        self._federation.declare(name, declared)
         LOG.info("party %s joined (Sotto %s)", name, request.software_version)
         return federation_pb2.JoinResponse(
             protocol_version=PROTOCOL_VERSION,
@@ -318,6 +325,16 @@ class _Counter:
                 raise InvalidInput("after its header an upload holds body parts only")
             self.total += request.ByteSize()
             yield request.body
+
+
+def _declared_rows(request: federation_pb2.JoinRequest) -> dict[str, int]:
+    """What a party declares, by task: it goes into plans that everybody reads."""
+    declared = dict(request.declared_rows)
+    fine = all(_TASK.fullmatch(task) and 1 <= rows <= MAX_DECLARED_ROWS for task, rows in declared.items())
+    if not fine or len(declared) > MAX_DECLARED_TASKS:
+        text = f"at most {MAX_DECLARED_TASKS} tasks by short name, with 1 to {MAX_DECLARED_ROWS} rows each"
+        raise InvalidInput(f"a party declares {text}", violations={"declared_rows": text})
+    return declared
 
 
 def _disclosed(request: federation_pb2.CommitRootRequest, field: str) -> float | None:

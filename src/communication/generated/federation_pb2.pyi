@@ -31,11 +31,32 @@ DESCRIPTOR: _descriptor.FileDescriptor
 class JoinRequest(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
+    @_typing.final
+    class DeclaredRowsEntry(_message.Message):
+        DESCRIPTOR: _descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: _builtins.int
+        VALUE_FIELD_NUMBER: _builtins.int
+        key: _builtins.str
+        value: _builtins.int
+        def __init__(
+            self,
+            *,
+            key: _builtins.str = ...,
+            value: _builtins.int = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "value", b"value"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
     PROTOCOL_VERSION_FIELD_NUMBER: _builtins.int
     SOFTWARE_VERSION_FIELD_NUMBER: _builtins.int
     VERIFY_KEY_FIELD_NUMBER: _builtins.int
     KEY_ID_FIELD_NUMBER: _builtins.int
     ROSTER_DIGEST_FIELD_NUMBER: _builtins.int
+    DECLARED_ROWS_FIELD_NUMBER: _builtins.int
     protocol_version: _builtins.str
     """The protocol spoken; the aggregator refuses another major number with VERSION_MISMATCH."""
     software_version: _builtins.str
@@ -44,6 +65,10 @@ class JoinRequest(_message.Message):
     key_id: _builtins.str
     """What the party's kit pins; empty where it has no kit (the classic set-up)."""
     roster_digest: _builtins.str
+    @_builtins.property
+    def declared_rows(self) -> _containers.ScalarMap[_builtins.str, _builtins.int]:
+        """By task, the number of rows that the party's owner is willing to make public. A round of fedsgd needs it."""
+
     def __init__(
         self,
         *,
@@ -52,10 +77,11 @@ class JoinRequest(_message.Message):
         verify_key: _builtins.bytes = ...,
         key_id: _builtins.str = ...,
         roster_digest: _builtins.str = ...,
+        declared_rows: _abc.Mapping[_builtins.str, _builtins.int] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["key_id", b"key_id", "protocol_version", b"protocol_version", "roster_digest", b"roster_digest", "software_version", b"software_version", "verify_key", b"verify_key"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["declared_rows", b"declared_rows", "key_id", b"key_id", "protocol_version", b"protocol_version", "roster_digest", b"roster_digest", "software_version", b"software_version", "verify_key", b"verify_key"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

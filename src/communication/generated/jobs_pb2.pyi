@@ -247,7 +247,7 @@ Global___Export: _TypeAlias = Export  # noqa: Y015
 
 @_typing.final
 class FederatedTraining(_message.Message):
-    """A model trained by rounds of federated averaging. A zero or empty field takes the default named beside it."""
+    """A model trained by rounds, in each of which the parties' contributions are added up. A zero or empty field takes the default named beside it."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -264,6 +264,8 @@ class FederatedTraining(_message.Message):
     ROUND_TIMEOUT_S_FIELD_NUMBER: _builtins.int
     INITIAL_MODEL_FIELD_NUMBER: _builtins.int
     TASK_OPTIONS_FIELD_NUMBER: _builtins.int
+    STRATEGY_FIELD_NUMBER: _builtins.int
+    TRUSTED_AGGREGATOR_FIELD_NUMBER: _builtins.int
     task: _builtins.str
     """Short name of a task that the aggregator and the parties have registered."""
     rounds: _builtins.int
@@ -276,6 +278,15 @@ class FederatedTraining(_message.Message):
     """The only clock on a round. Default 600."""
     initial_model: _builtins.bytes
     """The model to start from (safetensors, at most 3 MiB). Empty: the aggregator builds the task's model from `seed`."""
+    strategy: _builtins.str
+    """fedavg (default): each party trains by itself with DP-SGD, and its update is hidden among the others'.
+    fedsgd: a round is one step of DP-SGD over the rows of all parties, with the noise of that one step, drawn in shares
+    and added under encryption. `local_training.steps` is 1 (its default then), `learning_rate` that of the step, and
+    `epsilon` and `delta` hold for each row against the aggregator too; `party_privacy.clipping_norm` and
+    `noise_multiplier` are derived, and to be left out.
+    """
+    trusted_aggregator: _builtins.bool
+    """fedsgd with `noise_by` aggregator is a trusted server: refused unless this says so."""
     @_builtins.property
     def parties(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """Parties invited (empty: all enrolled) and updates a round needs (0: all invited)."""
@@ -308,10 +319,12 @@ class FederatedTraining(_message.Message):
         round_timeout_s: _builtins.float = ...,
         initial_model: _builtins.bytes = ...,
         task_options: _struct_pb2.Struct | None = ...,
+        strategy: _builtins.str = ...,
+        trusted_aggregator: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_spare_rounds", b"_spare_rounds", "encryption", b"encryption", "local_training", b"local_training", "party_privacy", b"party_privacy", "server_optimizer", b"server_optimizer", "spare_rounds", b"spare_rounds", "task_options", b"task_options"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_spare_rounds", b"_spare_rounds", "encryption", b"encryption", "initial_model", b"initial_model", "local_training", b"local_training", "parties", b"parties", "party_privacy", b"party_privacy", "quorum", b"quorum", "round_timeout_s", b"round_timeout_s", "rounds", b"rounds", "seed", b"seed", "server_optimizer", b"server_optimizer", "spare_rounds", b"spare_rounds", "task", b"task", "task_options", b"task_options"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_spare_rounds", b"_spare_rounds", "encryption", b"encryption", "initial_model", b"initial_model", "local_training", b"local_training", "parties", b"parties", "party_privacy", b"party_privacy", "quorum", b"quorum", "round_timeout_s", b"round_timeout_s", "rounds", b"rounds", "seed", b"seed", "server_optimizer", b"server_optimizer", "spare_rounds", b"spare_rounds", "strategy", b"strategy", "task", b"task", "task_options", b"task_options", "trusted_aggregator", b"trusted_aggregator"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__spare_rounds: _TypeAlias = _typing.Literal["spare_rounds"]  # noqa: Y015
     _WhichOneofArgType__spare_rounds: _TypeAlias = _typing.Literal["_spare_rounds", b"_spare_rounds"]  # noqa: Y015
