@@ -34,6 +34,7 @@ check: $(READY)  ## ruff, mypy strict, and whether the generated stubs are up to
 	@$(BIN)/ruff format --check .
 	@$(BIN)/mypy
 	@PATH="$(CURDIR)/$(BIN):$$PATH" ./generate_grpc.sh --check
+	@$(BIN)/python scripts/generate_schemas.py --check
 
 proto: $(READY)  ## regenerate src/communication/generated from proto/
 	@PATH="$(CURDIR)/$(BIN):$$PATH" ./generate_grpc.sh

@@ -26,6 +26,8 @@ _MODULUS_LIMITS: Final = {
 NAME_PATTERN: Final = re.compile(r"[a-z][a-z0-9-]{0,31}")
 NAME_RULE: Final = "a lower-case letter, then up to 31 lower-case letters, digits or hyphens"
 RESERVED_NAMES: Final = frozenset({"aggregator", "operator"})
+USER_PATTERN: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._@-]{0,63}")
+USER_RULE: Final = "1 to 64 letters, digits and . _ @ -, the first a letter or digit"
 
 Custody = Literal["threshold", "aggregator"]
 NoiseBy = Literal["both", "parties", "aggregator"]
@@ -73,6 +75,12 @@ def _party_name(value: str) -> str:
     return _name(value)
 
 
+def _user_name(value: str) -> str:
+    if not USER_PATTERN.fullmatch(value):
+        raise ValueError(f"must be {USER_RULE}")
+    return value
+
+
 def _option(value: object) -> object:
     items = value if isinstance(value, list) else [value]
     if not all(item is None or isinstance(item, str | int | float) for item in items):
@@ -86,6 +94,8 @@ Address = Annotated[str, AfterValidator(_address)]
 PeerAddress = Annotated[str, AfterValidator(_peer_address)]
 Name = Annotated[str, AfterValidator(_name)]
 PartyName = Annotated[str, AfterValidator(_party_name)]
+UserName = Annotated[str, AfterValidator(_user_name)]
+"""Of a user: the person or group whose data is trained on."""
 Option = Annotated[Any, AfterValidator(_option)]
 
 
@@ -260,13 +270,34 @@ class AggregatorPrivacy(Section):
     colluders: int = setting(0, "corrupt parties that noise shares and thresholds must stand", ge=0)
     allow_plaintext_scheme: bool = setting(False, "true lets jobs ask for no encryption: tests, benchmarks")
     budget: Budget = section("the party-level budget of this federation", max_rounds=200)
+    per_job: Budget | None = setting(None, "quota of any one job inside that budget; null: none of its own")
+
+
+class JobQuotas(Section):
+    """What any one job may spend, inside the budgets of the data and of the party."""
+
+    example: Budget | None = setting(None, "of a row's budget; null: no quota")
+    party: Budget | None = setting(None, "of the party's budget; null: no quota")
 
 
 class PartyBudgets(Section):
-    """A party's own two budgets; it refuses what either does not allow."""
+    """A party's own budgets; it refuses what any of them does not allow.
 
-    example: Budget = section("for one row of this party's data, spent by DP-SGD", epsilon=4.0)
+    `example` and `party` are the guarantee; users and jobs have quotas inside it.
+    """
+
+    example: Budget = section(
+        "for one row of a dataset, spent by DP-SGD; a dataset may have a budget of its own", epsilon=4.0
+    )
     party: Budget = section("for this party as a whole, spent by every sum it contributes to", max_rounds=200)
+    per_job: JobQuotas = section("quotas of any one job inside these")
+    users: dict[UserName, Budget] = Field(
+        default_factory=dict, description="quotas of users (whose data is trained on), by name"
+    )
+    default_user_epsilon: float | None = setting(
+        None, "of a user who is not named above; null: such a user is refused", gt=0
+    )
+    default_user_delta: float = setting(1e-5, "the δ at which that ε is measured", gt=0, lt=1)
 
 
 class PartyPrivacy(Section):
@@ -283,12 +314,15 @@ class PartyPolicy(Section):
     min_quorum: int = setting(2, "smallest number of updates in a sum that hides this party's", ge=2)
     min_parties_noise_multiplier: float = setting(0.0, "least multiplier of the noise that the parties draw", ge=0)
     disclose_epsilon: bool = setting(True, "tell the aggregator the ε spent here; it depends on no data")
+    allow_without_dp: bool = setting(False, "true lets training here go without privacy; its ledger says so")
 
 
 class DatasetSection(Section):
     """The data that this party brings to a task."""
 
     declared_rows: int = Field(ge=1, description="a number of rows this party is willing to make public")
+    user: UserName | None = setting(None, "whose data it is: it counts against their quota too; null: nobody's")
+    budget: Budget | None = setting(None, "of its rows; null: privacy.budgets.example")
     options: dict[str, Option] = Field(default_factory=dict, description="passed to the task as they are")
 
 

@@ -26,6 +26,8 @@ from src.storage.migrations import Migrations
 ROOT = Path(__file__).resolve().parents[1]
 SMALL = ["--party", "a", "--party", "b", "--modulus-bits", "512", "--insecure-small-modulus"]
 
+COMMANDS = ("aggregator", "artifact", "audit", "budget", "demo", "jobs", "party", "provision", "status", "train")
+
 
 def sotto(*arguments: str, cwd: Path = ROOT) -> subprocess.CompletedProcess[str]:
     """The real thing, in a process of its own."""
@@ -51,7 +53,18 @@ def test_help_lists_every_command_and_imports_nothing_heavy() -> None:
         [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60, check=True
     )
     *help_text, modules = done.stdout.splitlines()
-    for command in ("aggregator", "party", "provision", "demo", "jobs", "status", "budget", "audit"):
+    for command in (
+        "aggregator",
+        "party",
+        "provision",
+        "demo",
+        "jobs",
+        "status",
+        "budget",
+        "audit",
+        "train",
+        "artifact",
+    ):
         assert any(line.startswith(f"  {command} ") for line in help_text)
     heavy = {"torch", "grpc", "numpy", "sqlalchemy", "pydantic", "yaml", "cryptography", "gmpy2", "rich", "google"}
     assert modules.startswith("0 ")
@@ -63,7 +76,9 @@ def test_the_version_is_the_packages(capsys: pytest.CaptureFixture[str]) -> None
     assert capsys.readouterr().out == f"sotto {__version__}\n"
 
 
-@pytest.mark.parametrize("command", ["aggregator", "party", "provision", "budget", "audit", "jobs", "status", "demo"])
+@pytest.mark.parametrize(
+    "command", ["aggregator", "party", "provision", "budget", "audit", "train", "artifact", "jobs", "status", "demo"]
+)
 def test_every_command_explains_itself(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.run([command, "--help"]) == 0
     assert f"sotto {command}" in capsys.readouterr().out

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from sqlalchemy import Connection
 
+from ..config_budgets import aggregator_limits
 from ..config_sections import AggregatorPrivacy
+from ..errors import BudgetError
 from ..jobs.states import utc
-from ..privacy.budget import Budget, check_affordable
+from ..privacy.budget import ANY, Account, check_affordable, subject_of
 from ..privacy.events import Event
-from ..privacy.ledger import LONGEST_TEXT, charges, finalise, give_back, reserve
+from ..storage.books import Books, Cost
 from ..storage.ledger import LedgerStore
 
 
@@ -19,49 +21,65 @@ class Accounts:
 
     def __init__(self, store: LedgerStore, privacy: AggregatorPrivacy, *, federation: str) -> None:
         self._store = store
-        self.subject = f"federation:{federation}"
-        limit = privacy.budget
-        self.budget = Budget(
-            unit="party",
-            subject=self.subject,
-            max_rounds=limit.max_rounds,
-            epsilon=limit.epsilon,
-            delta=limit.delta,
-        )
+        self.subject = subject_of("federation", federation)
+        self._account: Account = ("party", self.subject)
+        self._books = Books(store, aggregator_limits(privacy, federation=federation))
+
+    def open(self, connection: Connection, *, now: float) -> list[str]:
+        """Before the first round: verify, and enter the limits that the ledger has seen none for; returns warnings.
+
+        Raises:
+            LedgerError: the chain is broken, or an entry is not signed by this aggregator; names the first bad entry.
+        """
+        return self._books.open(connection, at=utc(now))
 
     def check(self, connection: Connection, planned: Sequence[tuple[int, Event]]) -> None:
-        """Raises BudgetError unless `planned` (rounds, what one costs) fits beside what is spent."""
-        check_affordable(self._store.entries(connection), self.budget, planned)
+        """Raises BudgetError unless `planned` (rounds, what one costs) fits beside what is spent.
+
+        Args:
+            planned: of the jobs accepted before, and last of the one that is asked for: its quota is for it alone.
+        """
+        entries = self._store.entries(connection)
+        for budget in self._books.limits.budgets(entries, self._account):
+            check_affordable(entries, budget, planned)
+        for quota in self._books.limits.budgets(entries, ("party", subject_of("job", ANY))):
+            check_affordable(entries, quota, planned[-1:])
 
     def reserve(self, connection: Connection, job_id: str, number: int, *, event: Event, now: float) -> None:
-        """Charge a round that is being planned; BudgetError when the budget does not allow it."""
-        entries = self._store.entries(connection)
-        key = self._key(job_id, number)
-        if key not in charges(entries):
-            check_affordable(entries, self.budget, [(1, event)])
-        entry = reserve(
-            entries,
-            at=utc(now),
-            job_id=job_id,
-            round=number,
-            unit="party",
-            subject=self.subject,
-            reservation_id=key,
-            event=event,
-        )
-        self._store.add(connection, entry)
+        """Charge a round that is being planned.
+
+        Raises:
+            BudgetError: the budget or the job's quota does not allow it; nothing is charged. The transaction is undone:
+                `refuse` enters it in another one.
+        """
+        self._books.reserve(connection, job_id, number, [self._cost(event)], at=utc(now))
+
+    def refuse(
+        self,
+        connection: Connection,
+        job_id: str,
+        number: int | None,
+        *,
+        event: Event,
+        error: BudgetError,
+        now: float,
+    ) -> None:
+        """Enter that a round was refused, or (job_id "", number None) a job that was asked for."""
+        self._books.refuse(connection, job_id, number, [self._cost(event)], error=error, at=utc(now))
 
     def spend(self, connection: Connection, job_id: str, number: int, *, now: float) -> None:
         """From here on the round's charge is irrevocable."""
-        entries = self._store.entries(connection)
-        key = self._key(job_id, number)
-        self._store.add(connection, finalise(entries, key, at=utc(now), reason="opening begins"))
+        self._books.spend(connection, job_id, number, at=utc(now), reason="opening begins")
 
     def return_(self, connection: Connection, job_id: str, number: int, *, now: float, reason: str) -> None:
         """Give back what a round reserved, of which nothing was opened."""
-        entries = self._store.entries(connection)
-        key = self._key(job_id, number)
-        self._store.add(connection, give_back(entries, key, at=utc(now), reason=reason[:LONGEST_TEXT]))
+        self._books.give_back(connection, job_id, number, at=utc(now), reason=reason)
+
+    def release(
+        self, connection: Connection, job_id: str, number: int, *, figures: Mapping[str, str], now: float
+    ) -> None:
+        """Enter what was shown: the transcript's digest, say. Raises LedgerError unless the round is final."""
+        self._books.release(connection, job_id, number, figures=figures, at=utc(now))
 
     def head(self, connection: Connection) -> str:
         """Digest of the ledger's last entry."""
@@ -71,5 +89,5 @@ class Accounts:
         """Raises LedgerError, which names the first bad entry, when the chain is broken."""
         self._store.verify(connection)
 
-    def _key(self, job_id: str, number: int) -> str:
-        return f"{job_id}/{number}/party/{self.subject}"
+    def _cost(self, event: Event) -> Cost:
+        return Cost(account=self._account, event=event)

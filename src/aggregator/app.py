@@ -14,26 +14,30 @@ from google.longrunning import operations_pb2_grpc
 from sqlalchemy import MetaData
 
 from .. import __version__
-from ..communication.generated import federation_pb2_grpc, jobs_pb2_grpc
+from ..communication.generated import budget_pb2_grpc, federation_pb2_grpc, jobs_pb2_grpc
 from ..communication.grpc_server import GrpcServer
 from ..communication.tls import TlsFiles
 from ..config import AggregatorConfig
+from ..config_budgets import limits_of
 from ..config_sections import split_address
 from ..jobs.admission import JobSettings
 from ..jobs.executors.pool import WorkerPool
 from ..jobs.executors.settings import PoolSettings
 from ..jobs.service import JobService
 from ..jobs.store import JobStore
+from ..protocol.ledger import EntrySigner
 from ..storage.blobs import Blobs
 from ..storage.database import Database
 from ..storage.ledger import LedgerStore
 from ..storage.location import database_location
 from ..storage.migrations import Migrations
 from .accounts import Accounts
+from .budgets import Budgets
 from .computations import Computations
 from .coordinator import Coordinator, capacity_of
 from .federation import Federation, open_federation
 from .pipeline import AggregatorPipeline
+from .servicers import budget as budget_servicer
 from .servicers import federation as federation_servicer
 from .servicers import jobs as jobs_servicer
 from .servicers import operations as operations_servicer
@@ -59,7 +63,7 @@ class App:
         jobs, rounds, ledger, enrolments = (
             JobStore(metadata),
             RoundStore(metadata),
-            LedgerStore(metadata),
+            LedgerStore(metadata, signer=EntrySigner(self.federation.signing_key)),
             EnrolmentStore(metadata),
         )
         location = database_location(config.database_path, config.database.url, config.database.password_file)
@@ -74,13 +78,14 @@ class App:
             preload=preload,
         )
         self._sessions = Sessions()
+        self._accounts = Accounts(ledger, config.privacy, federation=config.federation)
         pipeline = AggregatorPipeline(self._pool, self.federation, config, blobs)
         self._coordinator = Coordinator(
             config=config,
             database=self._database,
             jobs=jobs,
             rounds=rounds,
-            accounts=Accounts(ledger, config.privacy, federation=config.federation),
+            accounts=self._accounts,
             blobs=blobs,
             pipeline=pipeline,
             computations=Computations(self._pool, config, self.federation, blobs),
@@ -92,6 +97,14 @@ class App:
             self._database, jobs, blobs=blobs, coordinator=self._coordinator, settings=_settings(config)
         )
         self._coordinator.on_event(self._service.notify, self._service.notify_all)
+        self._budgets = Budgets(
+            self._database,
+            ledger,
+            jobs=jobs,
+            limits=limits_of(config),
+            federation=config.federation,
+            max_message_bytes=config.limits.max_message_bytes,
+        )
         self._server = self._make_server(blobs, pipeline)
         self._loop: asyncio.Task[None] | None = None
 
@@ -103,7 +116,12 @@ class App:
             tls=tls,
             insecure=server.insecure,
             federation=config.federation,
-            roles={**federation_servicer.ROLES, **jobs_servicer.ROLES, **operations_servicer.ROLES},
+            roles={
+                **federation_servicer.ROLES,
+                **jobs_servicer.ROLES,
+                **operations_servicer.ROLES,
+                **budget_servicer.ROLES,
+            },
             reflection=server.reflection,
             heartbeat_interval_s=server.heartbeat_interval_s,
             max_message_bytes=config.limits.max_message_bytes,
@@ -124,11 +142,15 @@ class App:
         grpc_server.add(jobs_pb2_grpc.add_JobServiceServicer_to_server, scientists, jobs_servicer.SERVICE)
         operations = operations_servicer.OperationsServicer(self._service)
         grpc_server.add(operations_pb2_grpc.add_OperationsServicer_to_server, operations, operations_servicer.SERVICE)
+        budgets = budget_servicer.BudgetServicer(self._budgets, verify_key=self.federation.signing_key.verify_key)
+        grpc_server.add(budget_pb2_grpc.add_BudgetServiceServicer_to_server, budgets, budget_servicer.SERVICE)
         return grpc_server
 
     async def start(self) -> str:
         """Serve; returns the bound "host:port"."""
         await self._database.open()
+        for warning in await self._database.run(lambda c: self._accounts.open(c, now=time.time())):
+            LOG.warning("%s", warning)
         await self._coordinator.restore()
         await self._pool.start()
         port = await self._server.start()

@@ -7,13 +7,14 @@ asked for once, and what a specification costs is remembered.
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Callable
 from functools import partial
 from typing import Final
 
 from sqlalchemy import Connection
 
-from ..errors import StateError
+from ..errors import BudgetError, StateError
 from ..jobs.spec import FederatedTrainingSpec
 from ..jobs.states import JobRow
 from ..jobs.store import JobStore
@@ -86,7 +87,12 @@ class Pricing:
             if price[0] > begun:
                 planned.append((price[0] - begun, price[1]))
         planned.append((rounds, cost))
-        await self._database.run(partial(self._accounts.check, planned=planned))
+        try:
+            await self._database.run(partial(self._accounts.check, planned=planned))
+        except BudgetError as error:
+            refuse = partial(self._accounts.refuse, job_id="", number=None, event=cost, error=error, now=time.time())
+            await self._database.run(refuse)
+            raise
 
     async def _price(self, digest: str, roster: str, spec: Callable[[], FederatedTrainingSpec]) -> Planned:
         """Rounds of a specification in all, and what one costs; both digests are asked for once, not for every job.

@@ -16,7 +16,7 @@ from typing import Final
 
 from sqlalchemy import Connection
 
-from ..errors import BY_REASON, RoundFailed, SottoError
+from ..errors import BY_REASON, BudgetError, RoundFailed, SottoError
 from ..jobs.service import Activity
 from ..jobs.spec import FederatedTrainingSpec
 from ..jobs.states import Event as JobEvent
@@ -32,7 +32,20 @@ from .federation import Federation
 from .held import AGGREGATOR_CAUSE, HeldJobs, ending, public_reason
 from .pipeline import AggregatorPipeline
 from .planning import Model, declarations, declared_rows_of, plan_of, plan_round, round_costs, undeclared
-from .round_row import AT_REST, Batch, BudgetSpent, Cancel, Event, RoundRow, RoundState, Settled, Step, StepFailed, Tick
+from .round_row import (
+    AT_REST,
+    Batch,
+    BudgetSpent,
+    Cancel,
+    Event,
+    Released,
+    RoundRow,
+    RoundState,
+    Settled,
+    Step,
+    StepFailed,
+    Tick,
+)
 from .sessions import Sessions
 from .steps import History, RoundSteps, costs_of, lacking
 from .store import RoundStore
@@ -166,6 +179,9 @@ class Trainings:
             after = rules.advance(before, event, now)
             if isinstance(event, BudgetSpent):
                 self._accounts.spend(connection, job_id, number, now=now)
+            if isinstance(event, Released):
+                figures = {"plan": after.plan_digest, "model_sha256": str((after.result or {})["model_sha256"])}
+                self._accounts.release(connection, job_id, number, figures=figures, now=now)
             if after != before:
                 self._held.guard(connection, job_id)
                 self._rounds.update(connection, after)
@@ -239,7 +255,12 @@ class Trainings:
                 model=model or await self._pipeline.initial_model(spec),
                 declared_rows=rows,
             )
-            await self._database.run(partial(self._open_round, row=row))
+            try:
+                await self._database.run(partial(self._open_round, row=row))
+            except BudgetError as error:
+                refuse = partial(self._accounts.refuse, job_id=job.job_id, number=number, event=costs_of(row)[0])
+                await self._database.run(partial(refuse, error=error, now=self._clock()))
+                raise
         except Exception as error:
             if not isinstance(error, SottoError):
                 LOG.exception("planning a round of job %s failed", job.job_id)

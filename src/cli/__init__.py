@@ -40,6 +40,8 @@ COMMANDS: Final = {
     "party": _Lazy(".roles", "party_app", "Run a party: a data owner's node."),
     "jobs": _Lazy(".jobs", "app", "Submit, watch and cancel jobs; fetch their results."),
     "status": _Lazy(".status", "app", "How the aggregator is: its parties, its workers, its queue."),
+    "train": _Lazy(".train", "app", "Train on this node alone, with differential privacy; prints an artifact."),
+    "artifact": _Lazy(".artifact", "app", "Verify what `sotto train` printed."),
     "budget": _Lazy(".budget", "app", "What was spent of a privacy budget, and what is left."),
     "audit": _Lazy(".audit", "app", "Attack a training configuration: how much does it give away, at least?"),
 }

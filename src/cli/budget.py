@@ -1,19 +1,21 @@
-"""`sotto budget show`: a role's ledger, read beside the running role."""
+"""`sotto budget`: a role's ledger and budgets. Here `show`; the others are in `budget_ledger` and `budget_change`."""
 
 from __future__ import annotations
 
 import json
 import math
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from . import budget_change, budget_ledger
+from .budget_source import AsJson, ConfigFile, PartyName, SubjectOption, UnitOption, head_of, load, read_entries
+
 if TYPE_CHECKING:
-    from ..config import AggregatorConfig, PartyConfig
-    from ..config_sections import Budget
-    from ..privacy.events import Unit
+    from ..privacy.budget import Account, Budget, Limits
     from ..privacy.ledger import Entry
 
 app = typer.Typer(
@@ -27,17 +29,26 @@ app = typer.Typer(
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Row:
-    """One budget of one subject. `…_left` and `epsilon_limit` are None without a limit; `epsilon_spent` if infinite."""
+    """One budget of one subject.
+
+    `…_left` and `…_limit` are None without a limit, ε is None where it is infinite. `…_ever` counts over all accounting
+    periods; `epsilon_at` is the ε spent at the δ that was asked for, converted from the mechanisms.
+    """
 
     unit: str
     subject: str
     rounds_spent: int
     rounds_left: int | None
+    rounds_limit: int | None
     epsilon_spent: float | None
     epsilon_left: float | None
     epsilon_limit: float | None
     delta: float
     entries: int
+    periods: int
+    rounds_ever: int
+    epsilon_ever: float | None
+    epsilon_at: float | None
 
 
 @app.callback()
@@ -47,112 +58,171 @@ def _group() -> None:
 
 @app.command()
 def show(
-    config: Annotated[Path, typer.Option("--config", "-c", help="aggregator.yaml or party.yaml.")],
-    name: Annotated[str | None, typer.Option("--name", help="The party, where one file serves several.")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+    config: ConfigFile,
+    name: PartyName = None,
+    unit: UnitOption = None,
+    subject: SubjectOption = None,
+    delta: Annotated[float | None, typer.Option(help="Also say the ε spent at this δ.")] = None,
+    as_json: AsJson = False,
 ) -> None:
     """Rounds and ε spent and left, from the role's own ledger, whose chain is verified first.
 
-    Reads beside the running role and writes nothing.
+    Reads beside the running role and writes nothing. A job's quota is shown when it is asked for: --subject job:ID.
     """
-    role, head, count, rows = read(config, name=name)
+    role, entries, rows, warnings = read(config, name=name, unit=unit, subject=subject, delta=delta)
     if as_json:
-        body = {"role": role, "head": head, "entries": count, "budgets": [asdict(row) for row in rows]}
+        body = {
+            "role": role,
+            "head": head_of(entries),
+            "entries": len(entries),
+            "budgets": [asdict(row) for row in rows],
+            "delta": delta,
+            "warnings": warnings,
+        }
         typer.echo(json.dumps(body, ensure_ascii=False))
-    else:
-        _print_table(role, head, count, rows)
+        return
+    _print_table(role, rows, delta=delta)
+    typer.echo(f"{len(entries)} entries, chain verified, head {head_of(entries)}")
+    for warning in warnings:
+        typer.echo(f"sotto: warning: {warning}", err=True)
 
 
-def read(path: Path, *, name: str | None = None) -> tuple[str, str, int, list[Row]]:
-    """(whose ledger, its head, number of entries, one row for each budget).
+def read(
+    path: Path,
+    *,
+    name: str | None = None,
+    unit: str | None = None,
+    subject: str | None = None,
+    delta: float | None = None,
+) -> tuple[str, list[Entry], list[Row], list[str]]:
+    """(whose ledger, its entries, one row for each budget, warnings).
 
     Raises:
         ConfigError: the file is no configuration of a role.
+        InvalidInput: a δ out of range.
         NotFoundError: the role has no database yet.
         LedgerError: the ledger's chain is broken.
     """
-    from sqlalchemy import MetaData
+    from ..errors import InvalidInput
+    from ..storage.books import difference
 
-    from ..config import AggregatorConfig
-    from ..config_yaml import read_document
-    from ..storage.database import read_only
-    from ..storage.ledger import LedgerStore
-    from ..storage.location import database_location
-    from ..storage.migrations import History, Migrations
-
-    config = _load(path, party=name is not None or "name" in read_document(path), name=name)
-    store = LedgerStore(MetaData())
-    location = database_location(config.database_path, config.database.url, config.database.password_file)
-    history: History = "aggregator" if isinstance(config, AggregatorConfig) else "party"
-    with read_only(location, schema=Migrations(history)) as connection:
-        head = store.verify(connection)
-        entries = store.entries(connection)
-    role, limits = _limits(config)
-    rows = [row for unit, limit in limits.items() for row in _rows(entries, unit, limit)]
-    return role, head, len(entries), rows
+    if delta is not None and not 0.0 < delta < 1.0:
+        raise InvalidInput("--delta must lie strictly between 0 and 1", violations={"delta": "in (0, 1)"})
+    source = load(path, name=name)
+    entries = read_entries(source)
+    asked = [
+        account
+        for account in _accounts(source.limits, entries, subject=subject)
+        if unit in (None, account[0]) and subject in (None, account[1])
+    ]
+    rows = [
+        _row(entries, budget, delta=delta) for account in asked for budget in _in_force(source.limits, entries, account)
+    ]
+    warnings = [difference(account, *both) for account, both in source.limits.differences(entries).items()]
+    return source.role, entries, rows, warnings
 
 
-def _load(path: Path, *, party: bool, name: str | None) -> AggregatorConfig | PartyConfig:
-    from ..config import load_aggregator_config, load_party_config
+def _accounts(limits: Limits, entries: list[Entry], *, subject: str | None) -> Iterator[Account]:
+    """Every account that has a limit of its own or an entry; "kind:*" only where it stands for datasets not seen yet.
 
-    return load_party_config(path, name=name) if party else load_aggregator_config(path)
+    Those at example level first.
+    """
+    from ..privacy.budget import any_of
 
-
-def _limits(config: AggregatorConfig | PartyConfig) -> tuple[str, dict[Unit, Budget]]:
-    """Who it is, and the limit at each unit."""
-    from ..config import AggregatorConfig
-
-    if isinstance(config, AggregatorConfig):
-        return f"aggregator of {config.federation}", {"party": config.privacy.budget}
-    budgets = config.privacy.budgets
-    return f"party {config.name} of {config.federation}", {"example": budgets.example, "party": budgets.party}
-
-
-def _rows(entries: list[Entry], unit: Unit, limit: Budget) -> list[Row]:
-    """A row for each subject in the ledger; one without a subject where nothing was charged at this unit."""
-    from ..privacy import budget
-
-    subjects = list(dict.fromkeys(entry.subject for entry in entries if entry.unit == unit)) or ["-"]
-    rows = []
-    for subject in subjects:
-        own = budget.Budget(
-            unit=unit, subject=subject, max_rounds=limit.max_rounds, epsilon=limit.epsilon, delta=limit.delta
-        )
-        found = budget.balance(entries, own)
-        rows.append(
-            Row(
-                unit=unit,
-                subject=subject,
-                rounds_spent=found.rounds_spent,
-                rounds_left=found.rounds_left,
-                epsilon_spent=found.epsilon_spent if math.isfinite(found.epsilon_spent) else None,
-                epsilon_left=found.epsilon_left,
-                epsilon_limit=limit.epsilon,
-                delta=limit.delta,
-                entries=sum(entry.unit == unit and entry.subject == subject for entry in entries),
-            )
-        )
-    return rows
+    seen: dict[Account, None] = dict.fromkeys(limits.rows)
+    for entry in entries:
+        seen[entry.unit, entry.subject] = None
+        if entry.user:
+            seen[entry.unit, f"user:{entry.user}"] = None
+    if subject is not None:
+        seen |= {(account[0], subject): None for account in list(seen)}
+    single = [account for account in seen if account[1] != any_of(account[1])]
+    if not any(account[1].startswith("dataset:") for account in single):
+        single += [account for account in seen if account[1] == "dataset:*"]
+    yield from sorted(single, key=lambda account: account[0])
 
 
-def _print_table(role: str, head: str, count: int, rows: list[Row]) -> None:
+def _in_force(limits: Limits, entries: list[Entry], account: Account) -> tuple[Budget, ...]:
+    """The account's budgets; one without limits where there is none any more."""
+    from ..privacy.budget import Budget
+
+    found = limits.budgets(entries, account)
+    if found:
+        return found
+    delta = next((limit.delta for (unit, _), limit in limits.rows.items() if unit == account[0]), 1e-5)
+    return (Budget(unit=account[0], subject=account[1], max_rounds=None, epsilon=None, delta=delta),)
+
+
+def _row(entries: list[Entry], budget: Budget, *, delta: float | None) -> Row:
+    from ..privacy.accounting import epsilon
+    from ..privacy.budget import balance, concerns
+
+    account = (budget.unit, budget.subject)
+    found = balance(entries, budget)
+    resets = sum(
+        entry.correction is not None and entry.correction.action == "reset"
+        for entry in entries
+        if (entry.unit, entry.subject) == account
+    )
+    ever = balance(entries, budget, ever=True) if resets else found
+    return Row(
+        unit=budget.unit,
+        subject=budget.subject,
+        rounds_spent=found.rounds_spent,
+        rounds_left=found.rounds_left,
+        rounds_limit=budget.max_rounds,
+        epsilon_spent=_finite(found.epsilon_spent),
+        epsilon_left=found.epsilon_left,
+        epsilon_limit=budget.epsilon,
+        delta=budget.delta,
+        entries=sum(concerns(entry, account) for entry in entries),
+        periods=1 + resets,
+        rounds_ever=ever.rounds_spent,
+        epsilon_ever=_finite(ever.epsilon_spent),
+        epsilon_at=None if delta is None else _finite(epsilon(found.events, delta=delta)),
+    )
+
+
+def _finite(value: float) -> float | None:
+    return value if math.isfinite(value) else None
+
+
+def _print_table(role: str, rows: list[Row], *, delta: float | None) -> None:
     from rich.console import Console
     from rich.table import Table
 
     table = Table(title=f"Privacy budget, {role}", title_justify="left")
     for column in ("unit", "subject", "rounds spent", "rounds left", "ε spent", "ε left", "at δ", "entries"):
-        table.add_column(column, justify="left" if column in {"unit", "subject"} else "right")
+        of_text = column in {"unit", "subject"}
+        table.add_column(column, justify="left" if of_text else "right", no_wrap=of_text)
     for row in rows:
         table.add_row(
             row.unit,
             row.subject,
             str(row.rounds_spent),
             "no limit" if row.rounds_left is None else str(row.rounds_left),
-            "∞" if row.epsilon_spent is None else f"{row.epsilon_spent:.4g}",
+            _epsilon(row.epsilon_spent),
             "no limit" if row.epsilon_left is None else f"{row.epsilon_left:.4g}",
             f"{row.delta:g}",
             str(row.entries),
         )
-    console = Console()
-    console.print(table)
-    console.print(f"{count} entries, chain verified, head {head}", soft_wrap=True, highlight=False)
+    Console().print(table)
+    for row in rows:
+        if delta is not None:
+            at = f"ε {_epsilon(row.epsilon_at)} at δ {delta:g}"
+            typer.echo(f"{row.subject} ({row.unit} level): {at}, converted from the mechanisms")
+        if row.periods > 1:
+            typer.echo(
+                f"{row.subject}: accounting period {row.periods}; over all periods {row.rounds_ever} rounds and "
+                f"ε {_epsilon(row.epsilon_ever)}, which is what it has really been exposed to"
+            )
+
+
+def _epsilon(value: float | None) -> str:
+    return "∞" if value is None else f"{value:.4g}"
+
+
+for command in (budget_ledger.history, budget_ledger.export, budget_ledger.verify):
+    app.command()(command)
+app.command("set")(budget_change.set_)
+app.command()(budget_change.reset)

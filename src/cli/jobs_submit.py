@@ -33,11 +33,16 @@ def submit(  # each parameter is an option of the command
     file: Annotated[Path | None, typer.Argument(help="A job in YAML or JSON.", show_default=False)] = None,
     config: ConfigOption = DEFAULT_CONFIG,
     task: Annotated[str | None, typer.Option(help="Instead of a file: the task to train.")] = None,
+    strategy: Annotated[str | None, typer.Option(help="fedavg (default), or fedsgd: a round is a step.")] = None,
+    trusted_aggregator: Annotated[
+        bool | None, typer.Option("--trusted-aggregator", help="Let the aggregator alone draw fedsgd's noise.")
+    ] = None,
     rounds: Annotated[int | None, typer.Option(min=1, help="Rounds that release a model.")] = None,
     spare_rounds: Annotated[int | None, typer.Option(min=0, help="Rounds that may replace failed ones.")] = None,
     quorum: Annotated[int | None, typer.Option(min=0, help="Updates that a round needs; 0: of all invited.")] = None,
     parties: Annotated[str | None, typer.Option(help="Invited, separated by commas; all by default.")] = None,
     steps: Annotated[int | None, typer.Option(min=1, help="Local steps a round.")] = None,
+    sampling_rate: Annotated[float | None, typer.Option(help="Probability of a row to be in a step.")] = None,
     learning_rate: Annotated[float | None, typer.Option(help="Of the local steps.")] = None,
     epsilon: Annotated[float | None, typer.Option(help="Example-level ε of the whole job, at each party.")] = None,
     noise_multiplier: Annotated[float | None, typer.Option(help="Of the party-level noise.")] = None,
@@ -59,6 +64,8 @@ def submit(  # each parameter is an option of the command
     """Submit a job, from FILE or from options; options win over the file. Prints the job's id."""
     training = {
         "task": task,
+        "strategy": strategy,
+        "trusted_aggregator": trusted_aggregator,
         "rounds": rounds,
         "spare_rounds": spare_rounds,
         "quorum": quorum,
@@ -66,7 +73,7 @@ def submit(  # each parameter is an option of the command
         "seed": seed,
         "round_timeout_s": round_timeout,
     }
-    local = {"steps": steps, "learning_rate": learning_rate, "epsilon": epsilon}
+    local = {"steps": steps, "sampling_rate": sampling_rate, "learning_rate": learning_rate, "epsilon": epsilon}
     privacy = {"noise_multiplier": noise_multiplier, "clipping_norm": clipping_norm}
     job = _make_job(file, training, sections={"local_training": local, "party_privacy": privacy})
     if build_initial_model:

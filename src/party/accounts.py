@@ -1,18 +1,19 @@
-"""A party's own two budgets: for each row of a dataset, and for the party as a whole."""
+"""A party's own budgets: for each row of a dataset, for the party as a whole, and the quotas of users and jobs."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 
 from sqlalchemy import Connection
 
 from ..config import PartyConfig
-from ..config_sections import Budget as BudgetSection
+from ..config_budgets import party_limits
+from ..errors import BudgetError
 from ..jobs.states import utc
-from ..privacy.budget import Budget, balance, check_affordable
-from ..privacy.events import Event, Unit
-from ..privacy.ledger import LONGEST_TEXT, charges, finalise, give_back, reserve
+from ..privacy.budget import Account, balance, subject_of
 from ..protocol.derive import example_event, party_event
+from ..storage.books import Books, Cost
 from ..storage.ledger import LedgerStore
 from .rules import CheckedPlan
 
@@ -21,90 +22,86 @@ class PartyAccounts:
     """The party's ledger. Every method works inside the caller's transaction."""
 
     def __init__(self, store: LedgerStore, config: PartyConfig) -> None:
+        self._books = Books(store, party_limits(config))
         self._store = store
         self._config = config
 
-    def reserve(self, connection: Connection, checked: CheckedPlan, *, now: float) -> None:
-        """Charge a round to both budgets, once the rounds that the job is still priced for are affordable.
+    def open(self, connection: Connection, *, now: float) -> list[str]:
+        """Before the first round: verify, and enter the limits that the ledger has seen none for; returns warnings.
 
         Raises:
-            BudgetError: one of the budgets does not allow the whole plan; nothing is charged.
+            LedgerError: the chain is broken, or an entry is not signed by this party; names the first bad entry.
+        """
+        return self._books.open(connection, at=utc(now))
+
+    def reserve(self, connection: Connection, checked: CheckedPlan, *, now: float) -> None:
+        """Charge a round to every account, once the rounds that the job is still priced for are affordable.
+
+        Raises:
+            BudgetError: one of the budgets does not allow the whole plan; nothing is charged. The transaction is
+                undone: `refuse` enters it in another one.
         """
         plan = checked.plan
-        known = charges(self._store.entries(connection))
-        for budget, event in self._costs(checked):
-            key = _key(plan.job_id, plan.round, budget)
-            if key in known:
-                continue
-            self._check_plan(connection, checked, budget, event)
-            entry = reserve(
-                self._store.entries(connection),
-                at=utc(now),
-                job_id=plan.job_id,
-                round=plan.round,
-                unit=budget.unit,
-                subject=budget.subject,
-                reservation_id=key,
-                event=event,
-            )
-            self._store.add(connection, entry)
+        self._books.reserve(connection, plan.job_id, plan.round, self._costs(connection, checked), at=utc(now))
 
-    def _check_plan(self, connection: Connection, checked: CheckedPlan, budget: Budget, event: Event) -> None:
-        entries = self._store.entries(connection)
-        mine = [charge for charge in charges(entries).values() if charge.entry.job_id == checked.plan.job_id]
-        same = [charge for charge in mine if (charge.entry.unit, charge.entry.subject) == (budget.unit, budget.subject)]
-        left = max(1, checked.plan.priced_rounds - len(same))
-        check_affordable(entries, budget, [(left, event)])
+    def refuse(self, connection: Connection, checked: CheckedPlan, error: BudgetError, *, now: float) -> None:
+        """Enter that a round was refused."""
+        plan, costs = checked.plan, self._costs(connection, checked)
+        self._books.refuse(connection, plan.job_id, plan.round, costs, error=error, at=utc(now))
 
     def spend(self, connection: Connection, job_id: str, number: int, *, now: float) -> None:
-        """A byte may leave: both charges are irrevocable."""
-        for key in self._keys(connection, job_id, number):
-            entry = finalise(self._store.entries(connection), key, at=utc(now), reason="the upload begins")
-            self._store.add(connection, entry)
+        """A byte may leave: the round's charges are irrevocable."""
+        self._books.spend(connection, job_id, number, at=utc(now), reason="the upload begins")
 
     def return_(self, connection: Connection, job_id: str, number: int, *, now: float, reason: str) -> None:
         """Give back what a round reserved of which no byte left."""
-        for key in self._keys(connection, job_id, number):
-            entries = self._store.entries(connection)
-            self._store.add(connection, give_back(entries, key, at=utc(now), reason=reason[:LONGEST_TEXT]))
+        self._books.give_back(connection, job_id, number, at=utc(now), reason=reason)
+
+    def release(
+        self, connection: Connection, job_id: str, number: int, *, figures: Mapping[str, str], now: float
+    ) -> None:
+        """Enter what left: the digests of what was delivered, say. Raises LedgerError unless the round is final."""
+        self._books.release(connection, job_id, number, figures=figures, at=utc(now))
 
     def example_balance(self, connection: Connection, task: str) -> tuple[float, float | None]:
-        """ε spent and left of a dataset's rows; left is None without a limit in ε, spent may be infinite."""
-        found = balance(self._store.entries(connection), self._example_budget(task))
-        return found.epsilon_spent, found.epsilon_left
+        """ε spent and left of a dataset's rows; left is None without a limit in ε, spent may be infinite.
+
+        Of two limits at two δ, the one of which less is left.
+        """
+        entries = self._store.entries(connection)
+        budgets = self._books.limits.budgets(entries, ("example", subject_of("dataset", task)))
+        found = [balance(entries, budget) for budget in budgets]
+        tightest = min(found, key=lambda each: math.inf if each.epsilon_left is None else each.epsilon_left)
+        return tightest.epsilon_spent, tightest.epsilon_left
 
     def verify(self, connection: Connection) -> None:
         """Raises LedgerError, which names the first bad entry, when the chain is broken."""
         self._store.verify(connection)
 
-    def _costs(self, checked: CheckedPlan) -> list[tuple[Budget, Event]]:
-        plan, section = checked.plan, self._config.privacy.budgets.party
-        party = _budget(section, unit="party", subject=f"federation:{plan.federation}")
+    def _costs(self, connection: Connection, checked: CheckedPlan) -> list[Cost]:
+        plan = checked.plan
+        example: Account = ("example", subject_of("dataset", plan.task))
+        party: Account = ("party", subject_of("federation", plan.federation))
+        dataset = self._config.datasets.get(plan.task)
         return [
-            (self._example_budget(plan.task), example_event(plan)),
-            (party, party_event(plan, checked.noise)),
+            Cost(
+                account=example,
+                event=example_event(plan),
+                rounds=self._rounds(connection, checked, example),
+                user=(dataset.user or "") if dataset else "",
+                stated_delta=float(plan.local.delta),
+            ),
+            Cost(
+                account=party,
+                event=party_event(plan, checked.noise),
+                rounds=self._rounds(connection, checked, party),
+            ),
         ]
 
-    def _example_budget(self, task: str) -> Budget:
-        return _budget(self._config.privacy.budgets.example, unit="example", subject=f"dataset:{task}")
-
-    def _keys(self, connection: Connection, job_id: str, number: int) -> list[str]:
-        books = charges(self._store.entries(connection))
-        return [key for key, charge in books.items() if (charge.entry.job_id, charge.entry.round) == (job_id, number)]
-
-
-def _key(job_id: str, number: int, budget: Budget) -> str:
-    return f"{job_id}/{number}/{budget.unit}/{budget.subject}"
-
-
-def _budget(section: BudgetSection, *, unit: Unit, subject: str) -> Budget:
-    return Budget(
-        unit=unit,
-        subject=subject,
-        max_rounds=section.max_rounds,
-        epsilon=section.epsilon,
-        delta=section.delta,
-    )
+    def _rounds(self, connection: Connection, checked: CheckedPlan, account: Account) -> int:
+        """That the job is still priced for."""
+        charged = self._books.of_job(connection, checked.plan.job_id, account)
+        return max(1, checked.plan.priced_rounds - len(charged))
 
 
 def finite(value: float | None) -> float | None:

@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import logging
 import signal
+import time
 
 import grpc
 from sqlalchemy import MetaData
@@ -17,6 +18,7 @@ from ..communication.tls import TlsFiles
 from ..config import PartyConfig
 from ..jobs.executors.pool import WorkerPool
 from ..jobs.executors.settings import PoolSettings
+from ..protocol.ledger import EntrySigner
 from ..storage.blobs import Blobs
 from ..storage.database import Database
 from ..storage.ledger import LedgerStore
@@ -40,7 +42,10 @@ class App:
         state.mkdir(parents=True, exist_ok=True)
         home = Home(config)
         metadata = MetaData()
-        self._memory, ledger = RoundMemory(metadata), LedgerStore(metadata)
+        self._memory, ledger = (
+            RoundMemory(metadata),
+            LedgerStore(metadata, signer=EntrySigner(home.signing_key)),
+        )
         location = database_location(config.database_path, config.database.url, config.database.password_file)
         self._database = Database(location, Migrations("party"))
         self._blobs = Blobs(state / "blobs")
@@ -77,7 +82,8 @@ class App:
         """Work until cancelled."""
         await self._database.open()
         try:
-            await self._database.run(self._accounts.verify)
+            for warning in await self._database.run(lambda c: self._accounts.open(c, now=time.time())):
+                LOG.warning("%s", warning)
             keep = await self._database.run(self._memory.blobs)
             await asyncio.to_thread(self._blobs.collect, keep)
             self._log_start()  # before the workers start, which takes seconds: whoever started this wants to see it

@@ -76,7 +76,12 @@ class RoundWorker:
         signed = signed_from_proto(work.plan)
         checked = self._check(signed, name)
         check_contribution(checked.plan, self._home.config)
-        row = await self._database.run(lambda c: self._begin(c, checked))
+        try:
+            row = await self._database.run(lambda c: self._begin(c, checked))
+        except BudgetError as error:
+            refused = error
+            await self._database.run(lambda c: self._accounts.refuse(c, checked, refused, now=self._clock()))
+            raise
         if row.stage is Stage.FAILED:
             await self._report(stub, name, "contribute", row.failure)
             return
@@ -161,8 +166,14 @@ class RoundWorker:
         row = await self._database.run(accept)
         answer = await stub.UploadUpdate(self._upload(row))
         if answer.accepted:
-            await self._database.run(lambda c: self._memory.put(c, replace(row, stage=Stage.DELIVERED)))
+            await self._database.run(lambda c: self._delivered(c, row))
             LOG.info("delivered", extra={"job": row.job_id, "round": row.number})
+
+    def _delivered(self, connection: Connection, row: PartyRound) -> None:
+        """What was shown is entered with it."""
+        figures = {"plan": row.plan, "list": row.list, "root": str((row.batch or {})["root"])}
+        self._accounts.release(connection, row.job_id, row.number, figures=figures, now=self._clock())
+        self._memory.put(connection, replace(row, stage=Stage.DELIVERED))
 
     async def _upload(self, row: PartyRound) -> AsyncIterator[federation_pb2.UploadUpdateRequest]:
         batch = StoredBatch(**(row.batch or {}))

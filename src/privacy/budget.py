@@ -1,15 +1,30 @@
-"""Budgets over a ledger: what is spent, what is left, what is refused. Pure."""
+"""Budgets over a ledger: what is spent, what is left, what is refused, and which limit is in force. Pure.
+
+An account is a unit and a subject: ("example", "dataset:randhie"), ("party", "federation:demo"). Budgets of datasets,
+parties and federations are the guarantee; those of users ("user:ada", whose data is trained on) and of jobs ("job:…")
+are quotas inside it: a charge is written once, and counts on every account that it concerns.
+
+A limit comes from the configuration, and is entered into the ledger as a correction when it is first seen. From then on
+only a correction by an operator changes it: where the configuration says something else, both hold.
+"""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Final
 
 from ..errors import BudgetError, InvalidInput
 from .accounting import epsilon as composed_epsilon
+from .entries import Entry, Limit
 from .events import RELATIONS, Event, Unit
-from .ledger import Entry, charges
+from .ledger import Charge, charges
+
+ANY: Final = "*"
+"""The name in a subject that stands for all of its kind without a limit of their own: "dataset:*"."""
+
+Account = tuple[Unit, str]
+"""Unit and subject."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -32,12 +47,18 @@ class Budget:
     def __post_init__(self) -> None:
         if self.unit not in RELATIONS:
             raise InvalidInput("the unit of a budget must be 'example' or 'party'")
-        if self.max_rounds is not None and self.max_rounds < 0:
-            raise InvalidInput("max_rounds must not be negative")
-        if self.epsilon is not None and not (math.isfinite(self.epsilon) and self.epsilon >= 0.0):
-            raise InvalidInput("the epsilon of a budget must be finite and not negative; leave it out for no limit")
-        if not 0.0 < self.delta < 1.0:
-            raise InvalidInput("the delta of a budget must lie strictly between 0 and 1")
+        _ = self.limit  # checks the figures
+
+    @property
+    def limit(self) -> Limit:
+        """Without whose it is."""
+        return Limit(max_rounds=self.max_rounds, epsilon=self.epsilon, delta=self.delta)
+
+    @classmethod
+    def of(cls, account: Account, limit: Limit) -> Budget:
+        """That limit on that account."""
+        unit, subject = account
+        return cls(unit=unit, subject=subject, max_rounds=limit.max_rounds, epsilon=limit.epsilon, delta=limit.delta)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -51,28 +72,69 @@ class Balance:
     events: tuple[Event, ...]
 
 
-def _spent(entries: Iterable[Entry], budget: Budget) -> tuple[int, tuple[Event, ...]]:
-    """Rounds and events of every charge on `budget` that was not given back."""
+# --- accounts -------------------------------------------------------------------------------------------------------
+
+
+def subject_of(kind: str, name: str) -> str:
+    """ "dataset", "randhie" → "dataset:randhie"."""
+    return f"{kind}:{name}"
+
+
+def any_of(subject: str) -> str:
+    """The subject that stands for all of this one's kind: "dataset:randhie" → "dataset:*"."""
+    return subject_of(subject.partition(":")[0], ANY)
+
+
+def concerns(entry: Entry, account: Account) -> bool:
+    """Whether an entry is about an account: by its subject, its user, or its job."""
+    unit, subject = account
+    kind, _, name = subject.partition(":")
+    by_name = name and ((kind == "user" and entry.user == name) or (kind == "job" and entry.job_id == name))
+    return entry.unit == unit and (entry.subject == subject or bool(by_name))
+
+
+def period_start(entries: Iterable[Entry], account: Account) -> int:
+    """Sequence of the last reset of an account; 0 when there was none."""
+    return max((entry.sequence for entry in entries if _resets(entry, account)), default=0)
+
+
+def _resets(entry: Entry, account: Account) -> bool:
+    corrected = entry.correction
+    return corrected is not None and corrected.action == "reset" and (entry.unit, entry.subject) == account
+
+
+def _of_period(charge: Charge, start: int) -> bool:
+    """Whether it counts since a reset: what was neither final nor an opening balance by then may still be shown."""
+    last = charge.settled or charge.entry
+    return last.sequence > start or (charge.settled is None and charge.entry.kind == "reservation")
+
+
+def _spent(entries: Sequence[Entry], account: Account, *, ever: bool = False) -> tuple[int, tuple[Event, ...]]:
+    """Rounds and events of every charge on an account that was not given back: of this accounting period, or ever."""
     rounds = 0
     events: list[Event] = []
+    start = 0 if ever else period_start(entries, account)
     for charge in charges(entries).values():
         entry = charge.entry
-        if charge.counts and (entry.unit, entry.subject) == (budget.unit, budget.subject):
+        if charge.counts and concerns(entry, account) and _of_period(charge, start):
             rounds += entry.charged_rounds
             if entry.event is not None:
                 events.append(entry.event)
     return rounds, tuple(events)
 
 
-def balance(entries: Iterable[Entry], budget: Budget) -> Balance:
+def balance(entries: Iterable[Entry], budget: Budget, *, ever: bool = False) -> Balance:
     """What is spent and left. Every reservation that was not given back counts, settled or not.
 
     ε left is the difference to the limit; because ε does not add up, more of a mechanism may fit than it suggests.
 
+    Args:
+        ever: count over all accounting periods, whatever was reset: what the data has really been exposed to.
+
     Raises:
         LedgerError: `entries` break a rule.
     """
-    rounds, events = _spent(entries, budget)
+    rounds, events = _spent(list(entries), (budget.unit, budget.subject), ever=ever)
     spent = composed_epsilon(events, delta=budget.delta)
     return Balance(
         rounds_spent=rounds,
@@ -83,9 +145,93 @@ def balance(entries: Iterable[Entry], budget: Budget) -> Balance:
     )
 
 
-def _refuse(what: str, *, asked: object, spent: object, limit: object, left: object) -> BudgetError:
+# --- which limit is in force ------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """What a role's configuration says. A subject "kind:*" stands for all of that kind without a row of their own."""
+
+    rows: Mapping[Account, Limit]
+
+    def configured(self, account: Account) -> Limit | None:
+        """By the configuration; None where it says nothing about it."""
+        unit, subject = account
+        return self.rows.get(account) or self.rows.get((unit, any_of(subject)))
+
+    def budgets(self, entries: Iterable[Entry], account: Account) -> tuple[Budget, ...]:
+        """What an account has to stay within: the smaller of the configuration's limit and that of the ledger.
+
+        Two, where these are ε at two δ, which cannot be compared: each holds by itself. None where neither says
+        anything.
+        """
+        limits = (entered(entries, account), self.configured(account))
+        return tuple(Budget.of(account, limit) for limit in _smaller(*limits))
+
+    def unentered(self, entries: Sequence[Entry]) -> dict[Account, Limit]:
+        """What the ledger has seen no limit for yet."""
+        return {account: limit for account, limit in self.rows.items() if entered(entries, account) is None}
+
+    def differences(self, entries: Sequence[Entry]) -> dict[Account, tuple[Limit | None, Limit]]:
+        """Accounts for which the configuration (first; None: nothing) says something else than the ledger."""
+        accounts = dict.fromkeys([*self.rows, *_corrected(entries)])
+        found = {}
+        for account in accounts:
+            by_ledger, by_file = entered(entries, account), self.configured(account)
+            kind, _, name = account[1].partition(":")
+            of_one_job = kind == "job" and name != ANY  # over by the time somebody reads the warning
+            if by_ledger is not None and by_ledger != by_file and not of_one_job:
+                found[account] = (by_file, by_ledger)
+        return found
+
+
+def _corrected(entries: Iterable[Entry]) -> dict[Account, Limit]:
+    """The last limit that was entered for each subject, those that stand for a kind included."""
+    found: dict[Account, Limit] = {}
+    for entry in entries:
+        if entry.correction is not None and entry.correction.limit is not None:
+            found[entry.unit, entry.subject] = entry.correction.limit
+    return found
+
+
+def entered(entries: Iterable[Entry], account: Account) -> Limit | None:
+    """By the ledger: the last limit entered for an account, or else for all of its kind; None: none ever."""
+    unit, subject = account
+    found = _corrected(entries)
+    return found.get(account) or found.get((unit, any_of(subject)))
+
+
+def _smaller(one: Limit | None, other: Limit | None) -> tuple[Limit, ...]:
+    """What both allow."""
+    given = [limit for limit in (one, other) if limit is not None]
+    if len(given) < 2 or one == other:
+        return tuple(given[:1])
+    first, second = given
+    rounds = min((limit.max_rounds for limit in given if limit.max_rounds is not None), default=None)
+    if first.epsilon is not None and second.epsilon is not None and first.delta != second.delta:
+        return (
+            Limit(max_rounds=rounds, epsilon=first.epsilon, delta=first.delta),
+            Limit(max_rounds=None, epsilon=second.epsilon, delta=second.delta),
+        )
+    epsilon = min((limit.epsilon for limit in given if limit.epsilon is not None), default=None)
+    delta = second.delta if first.epsilon is None else first.delta
+    return (Limit(max_rounds=rounds, epsilon=epsilon, delta=delta),)
+
+
+# --- what is refused --------------------------------------------------------------------------------------------------
+
+
+def _whose(budget: Budget) -> str:
+    """For a message, which may go to others than who keeps the ledger: a user is not named."""
+    kind = budget.subject.partition(":")[0]
+    whose = {"user": " of the user whose data it is", "job": " of one job"}
+    return f"at {budget.unit} level{whose.get(kind, '')}"
+
+
+def _refuse(what: str, *, unit: Unit, asked: object, spent: object, limit: object, left: object) -> BudgetError:
     return BudgetError(
         f"the {what} does not allow it: asked {asked}, spent {spent}, limit {limit}, left {left}",
+        unit=unit,
         asked=asked,
         spent=spent,
         limit=limit,
@@ -93,11 +239,19 @@ def _refuse(what: str, *, asked: object, spent: object, limit: object, left: obj
     )
 
 
-def check_affordable(entries: Iterable[Entry], budget: Budget, planned: Sequence[tuple[int, Event]]) -> None:
+def check_affordable(
+    entries: Iterable[Entry],
+    budget: Budget,
+    planned: Sequence[tuple[int, Event]],
+    *,
+    stated_delta: float | None = None,
+) -> None:
     """Return if `budget` allows all of `planned` on top of what is spent.
 
     Args:
         planned: (rounds, what one such round does).
+        stated_delta: the δ that whoever asks counts with. Where it is not the budget's, a refusal says what is asked
+            at either; what counts is the budget's.
 
     Raises:
         BudgetError: it does not; says asked, spent, limit and left, in the message and as metadata. For ε, asked is
@@ -108,10 +262,11 @@ def check_affordable(entries: Iterable[Entry], budget: Budget, planned: Sequence
     if any(event.unit != budget.unit for _, event in planned):
         raise InvalidInput("a planned event is of another unit than the budget")
     asked_rounds = sum(rounds for rounds, _ in planned)
-    spent_rounds, events = _spent(entries, budget)
+    spent_rounds, events = _spent(list(entries), (budget.unit, budget.subject))
     if budget.max_rounds is not None and spent_rounds + asked_rounds > budget.max_rounds:
         raise _refuse(
-            f"round budget at {budget.unit} level",
+            f"round budget {_whose(budget)}",
+            unit=budget.unit,
             asked=asked_rounds,
             spent=spent_rounds,
             limit=budget.max_rounds,
@@ -125,8 +280,13 @@ def check_affordable(entries: Iterable[Entry], budget: Budget, planned: Sequence
     if composed_epsilon([*events, *additional], delta=budget.delta) > budget.epsilon:
         spent = composed_epsilon(events, delta=budget.delta)
         asked = composed_epsilon(additional, delta=budget.delta)
+        elsewhere = ""
+        if stated_delta is not None and stated_delta != budget.delta:
+            elsewhere = f"; asked at the job's own delta {stated_delta!r}: "
+            elsewhere += f"{composed_epsilon(additional, delta=stated_delta):.6g}"
         raise _refuse(
-            f"epsilon budget at {budget.unit} level (delta {budget.delta!r})",
+            f"epsilon budget {_whose(budget)} (delta {budget.delta!r}{elsewhere})",
+            unit=budget.unit,
             asked=f"{asked:.6g}",
             spent=f"{spent:.6g}",
             limit=f"{budget.epsilon:.6g}",

@@ -2,19 +2,21 @@
 
 A row is the entry's canonical line and nothing that could contradict it. Triggers make the table append-only; the chain
 of digests (`privacy.ledger`) shows what got past them. Every reading of entries verifies the whole chain: nothing is
-priced, reserved or released on top of a broken ledger.
+priced, reserved or released on top of a broken ledger. (Lines that are, letter for letter, those of the reading before
+were verified then.)
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from typing import Any, Final
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, Final, Protocol
 
 from sqlalchemy import DDL, Column, Connection, Integer, MetaData, Table, event, insert, select
 
 from ..errors import LedgerError
 from ..privacy import ledger
-from ..privacy.ledger import GENESIS, Entry
+from ..privacy.ledger import GENESIS, Entry, Replay
 from .columns import text
 
 TRIGGERS: Final[Mapping[str, tuple[str, ...]]] = {
@@ -47,10 +49,36 @@ TRIGGERS: Final[Mapping[str, tuple[str, ...]]] = {
 """What makes the table append-only, by SQLAlchemy's name of the dialect; run once the table is made."""
 
 
-class LedgerStore:
-    """Adds the table `ledger` to `metadata`; its methods take the connection of the caller's transaction."""
+class Signer(Protocol):
+    """Whoever keeps the ledger, as `protocol.ledger.EntrySigner`."""
 
-    def __init__(self, metadata: MetaData) -> None:
+    def sign(self, entry: Entry) -> str:
+        """The signature over the entry's digest."""
+
+    def check(self, entries: Iterable[Entry]) -> None:
+        """Raises LedgerError, which names the first entry that this signer did not sign."""
+
+
+@dataclass(slots=True)
+class _Read:
+    """What was read and verified last."""
+
+    rows: list[tuple[int, str, str]] = field(default_factory=list)
+    entries: list[Entry] = field(default_factory=list)
+    replay: Replay = field(default_factory=Replay)
+
+
+class LedgerStore:
+    """Adds the table `ledger` to `metadata`; its methods take the connection of the caller's transaction.
+
+    Args:
+        metadata: of the role's database.
+        signer: signs what is written, and checks on `verify` that it signed all of it. None: entries are not signed.
+    """
+
+    def __init__(self, metadata: MetaData, *, signer: Signer | None = None) -> None:
+        self._signer = signer
+        self._read = _Read()
         self._table = Table(
             "ledger",
             metadata,
@@ -73,19 +101,21 @@ class LedgerStore:
         return self.add(connection, ledger.append(self._last(connection), **fields))
 
     def add(self, connection: Connection, entry: Entry) -> Entry:
-        """Writes what `reserve`, `finalise`, `give_back` or `refuse` returned: a new entry, or one that is there.
+        """Writes what the rules of `privacy.ledger` returned: a new entry, or one that is there. Returns it, signed.
 
         Raises:
             LedgerError: it is neither the ledger's next entry nor one of its entries.
         """
         table = self._table
-        held = connection.scalar(select(table.c.digest).where(table.c.sequence == entry.sequence))
-        if held == entry.digest:
-            return entry
+        held = connection.execute(select(table).where(table.c.sequence == entry.sequence)).first()
+        if held is not None and held.digest == entry.digest:
+            return ledger.from_line(held.line, number=entry.sequence)
         last = self._last(connection)
         follows = entry.sequence == (last.sequence + 1 if last else 1)
         if held is not None or not follows or entry.previous != (last.digest if last else GENESIS):
             raise LedgerError(f"ledger entry {entry.sequence} does not follow the last one", entry=entry.sequence)
+        if self._signer is not None:
+            entry = replace(entry, signature=self._signer.sign(entry))
         connection.execute(
             insert(table).values(sequence=entry.sequence, digest=entry.digest, line=ledger.to_line(entry))
         )
@@ -99,7 +129,7 @@ class LedgerStore:
         """
         return [
             entry
-            for entry in self._verified(connection)
+            for entry in self._verified(connection).entries
             if unit in (None, entry.unit) and subject in (None, entry.subject)
         ]
 
@@ -109,21 +139,36 @@ class LedgerStore:
         return last.digest if last else GENESIS
 
     def verify(self, connection: Connection, *, known_heads: Iterable[str] = ()) -> str:
-        """Verifies the whole chain and that each of `known_heads` was once its head; returns the head.
+        """Verifies the whole chain, its signatures where there is a signer, and that each of `known_heads` was once its
+        head; returns the head. Nothing of it is taken from a reading before.
 
         Raises:
             LedgerError: names the first bad entry, or says that a known head is missing.
         """
-        return ledger.verify_chain(self._verified(connection), known_heads=known_heads)
+        self._read = _Read()
+        read = self._verified(connection)
+        read.replay.check_heads(known_heads)
+        if self._signer is not None:
+            self._signer.check(read.entries)
+        return read.replay.head
 
-    def _verified(self, connection: Connection) -> list[Entry]:
+    def _verified(self, connection: Connection) -> _Read:
         table = self._table
-        rows = connection.execute(select(table).order_by(table.c.sequence)).all()
-        entries = ledger.verify_lines(row.line for row in rows)
-        for row, entry in zip(rows, entries, strict=True):
-            if (row.sequence, row.digest) != (entry.sequence, entry.digest):
+        rows: Sequence[Any] = connection.execute(select(table).order_by(table.c.sequence)).all()
+        found = [(row.sequence, row.digest, row.line) for row in rows]
+        read, self._read = self._read, _Read()
+        if found[: len(read.rows)] != read.rows:
+            read = _Read()
+        for row in found[len(read.rows) :]:
+            number = len(read.entries) + 1
+            entry = ledger.from_line(row[2], number=number)
+            read.replay.add(entry)
+            if (row[0], row[1]) != (entry.sequence, entry.digest):
                 raise LedgerError(f"ledger entry {entry.sequence}: its row says otherwise", entry=entry.sequence)
-        return entries
+            read.entries.append(entry)
+        read.rows = found
+        self._read = read  # only once all of it is verified
+        return read
 
     def _last(self, connection: Connection) -> Entry | None:
         table = self._table

@@ -123,7 +123,7 @@ def test_a_killed_party_forgets_nothing_that_it_reserved(killed: Killed) -> None
         before, after = killed.ledgers[name], killed.federation.ledger(name)
         assert after[: len(before)] == before
         mine = [entry.kind for entry in after if entry.job_id == killed.job_id]
-        assert mine == ["reservation", "reservation", "final", "final"]
+        assert mine == [*["reservation"] * 2, *["final"] * 2, *["release"] * 2]
         assert [entry.kind for entry in before if entry.job_id == killed.job_id] == ["reservation", "reservation"]
 
 

@@ -238,3 +238,113 @@ def test_the_same_round_at_another_price_is_not_charged_again(make_books: MakeBo
 )
 def test_only_a_finite_epsilon_travels(value: float | None, shown: float | None) -> None:
     assert finite(value) == shown
+
+
+# --- quotas, and budgets of single datasets ---------------------------------------------------------------------------
+
+
+def of_user(user: str | None, *, budget: dict[str, Any] | None = None) -> dict[str, Any]:
+    """Datasets of which the first is that user's."""
+    first = {"declared_rows": 100, **({"user": user} if user else {}), **({"budget": budget} if budget else {})}
+    return {"randhie": first, "another": {"declared_rows": 100, "user": "ada"}}
+
+
+@pytest.fixture
+def make_own(engine: Engine, make_config: MakeConfig, scheme: Scheme) -> MakeBooks:
+    """make_own(datasets, **budgets): with room for 99 rounds where nothing else is said."""
+
+    def make(datasets: dict[str, Any], **budgets: Any) -> Books:
+        wide = {"example": {"max_rounds": 99}, "party": {"max_rounds": 99}}
+        return Books(engine, make_config(datasets=datasets, privacy={"budgets": {**wide, **budgets}}), scheme)
+
+    return make
+
+
+def test_a_dataset_may_have_a_budget_of_its_own(make_own: MakeBooks, make_plan: MakePlan) -> None:
+    books = make_own(of_user(None, budget={"max_rounds": 1}))
+    books.reserve(make_plan(priced_rounds=1))
+    with pytest.raises(BudgetError, match=r"round budget at example level does not allow it.*limit 1"):
+        books.reserve(make_plan(job_id="second", priced_rounds=1))
+
+
+def test_a_users_quota_spans_their_datasets_and_does_not_name_them(make_own: MakeBooks, make_plan: MakePlan) -> None:
+    books = make_own(of_user("ada"), users={"ada": {"max_rounds": 2}}, default_user_epsilon=1e9)
+    books.reserve(make_plan(priced_rounds=1))
+    books.reserve(make_plan(job_id="second", priced_rounds=1, task="another"))
+    with pytest.raises(BudgetError, match="at example level of the user whose data it is does not allow it") as caught:
+        books.reserve(make_plan(job_id="third", priced_rounds=1))
+    assert "ada" not in caught.value.message
+    assert books.spent("example") == books.spent("party") == 2
+    with books.engine.begin() as connection:
+        users = {entry.user for entry in books.store.entries(connection) if entry.unit == "example"}
+    assert users == {"ada"}
+
+
+def test_a_user_who_is_not_known_is_refused_unless_strangers_have_a_quota(
+    make_own: MakeBooks, make_plan: MakePlan
+) -> None:
+    with pytest.raises(BudgetError, match="has no budget here") as caught:
+        make_own(of_user("eve"), users={"ada": {"max_rounds": 2}}).reserve(make_plan(priced_rounds=1))
+    assert "eve" not in caught.value.message
+    cost = epsilon([example_event(make_plan())], delta=1e-5)
+    books = make_own(of_user("eve"), default_user_epsilon=cost)
+    books.reserve(make_plan(priced_rounds=1))
+    with pytest.raises(BudgetError, match="epsilon budget at example level of the user"):
+        books.reserve(make_plan(job_id="second", priced_rounds=1))
+
+
+@pytest.mark.parametrize("unit", ["example", "party"])
+def test_a_job_has_a_quota_inside_the_budgets(make_own: MakeBooks, make_plan: MakePlan, unit: str) -> None:
+    books = make_own(of_user(None), per_job={unit: {"max_rounds": 2}})
+    with pytest.raises(BudgetError, match=f"round budget at {unit} level of one job does not allow it: asked 3"):
+        books.reserve(make_plan(priced_rounds=3))
+    for number in (1, 2):
+        books.reserve(make_plan(round=number, priced_rounds=2))
+    with pytest.raises(BudgetError, match="of one job"):
+        books.reserve(make_plan(round=3, priced_rounds=2))
+    books.reserve(make_plan(job_id="another", priced_rounds=2))
+
+
+def test_a_budget_that_grew_in_the_configuration_alone_does_not_count_and_one_that_shrank_does(
+    make_books: MakeBooks, make_plan: MakePlan
+) -> None:
+    """The first start enters what it finds; a later one warns, and names the command that changes it."""
+    first = make_books(example={"max_rounds": 2}, party={"max_rounds": 9})
+    with first.engine.begin() as connection:
+        assert first.accounts.open(connection, now=0.0) == []
+    assert first.kinds() == ["correction example", "correction party"]
+    grown = make_books(example={"max_rounds": 3}, party={"max_rounds": 1})
+    with grown.engine.begin() as connection:
+        warnings = grown.accounts.open(connection, now=0.0)
+        assert grown.accounts.open(connection, now=0.0) == warnings
+    assert [warning.partition(":")[0] for warning in warnings] == ["the budget of dataset", "the budget of federation"]
+    assert all("the smaller of both counts" in each and "sotto budget set" in each for each in warnings)
+    assert len(grown.kinds()) == 2
+    grown.reserve(make_plan(priced_rounds=1))
+    with pytest.raises(BudgetError, match=r"party level.*limit 1"):
+        grown.reserve(make_plan(round=2, priced_rounds=2))
+
+
+def test_a_refused_round_is_entered_in_a_transaction_of_its_own(make_books: MakeBooks, make_plan: MakePlan) -> None:
+    books = make_books(example={"max_rounds": 9}, party={"max_rounds": 4})
+    plan = make_plan(priced_rounds=5)
+    checked = CheckedPlan(plan, "d" * 64, derive_again(books.scheme, plan).noise_plan)
+    with pytest.raises(BudgetError) as caught:
+        books.reserve(plan)
+    for _ in range(2):
+        with books.engine.begin() as connection:
+            books.accounts.refuse(connection, checked, caught.value, now=0.0)
+    assert books.kinds() == ["refusal party"]
+
+
+def test_what_was_delivered_is_entered_for_both_units(make_books: MakeBooks, make_plan: MakePlan) -> None:
+    books, plan = make_books(example={"max_rounds": 9}, party={"max_rounds": 9}), make_plan()
+    books.reserve(plan)
+    books.spend(plan)
+    with books.engine.begin() as connection:
+        books.accounts.release(connection, plan.job_id, plan.round, figures={"root": "ab"}, now=0.0)
+        last = books.store.entries(connection)[-2:]
+    assert [(entry.kind, entry.unit, entry.figures) for entry in last] == [
+        ("release", "example", (("root", "ab"),)),
+        ("release", "party", (("root", "ab"),)),
+    ]

@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 from src.errors import BudgetError, InvalidInput
 from src.privacy import ledger
 from src.privacy.accounting import epsilon
-from src.privacy.budget import Budget, balance, check_affordable
+from src.privacy.budget import Account, Budget, Limits, balance, check_affordable, entered
 from src.privacy.events import DpSgdSteps, Event, NoisySum, NonPrivate, Unit
-from src.privacy.ledger import Entry
+from src.privacy.ledger import Action, Entry, Limit
 
 AT = "2025-06-01T12:00:00Z"
 DELTA = 1e-6
@@ -81,7 +81,7 @@ def test_a_refusal_says_asked_spent_limit_and_left() -> None:
     spend(entries, limit, SUM)
     with pytest.raises(BudgetError) as caught:
         check_affordable(entries, limit, [(2, SUM), (1, SUM)])
-    assert caught.value.metadata == {"asked": "3", "spent": "1", "limit": "3", "left": "2"}
+    assert caught.value.metadata == {"unit": "party", "asked": "3", "spent": "1", "limit": "3", "left": "2"}
     assert "asked 3, spent 1, limit 3, left 2" in caught.value.message
     with pytest.raises(BudgetError) as caught:
         check_affordable(entries, budget(epsilon=1.5), [(1, NonPrivate(unit="party", reason="no noise"))])
@@ -169,3 +169,216 @@ def test_a_plan_of_another_unit_or_of_no_rounds_is_refused() -> None:
         check_affordable([], budget(), [(1, STEPS)])
     with pytest.raises(InvalidInput):
         check_affordable([], budget(), [(0, SUM)])
+
+
+# --- who an entry concerns ------------------------------------------------------------------------------------------
+
+
+def charge(entries: list[Entry], number: int, *, job_id: str = "j", user: str = "", dataset: str = "d") -> None:
+    entries.append(
+        ledger.reserve(
+            entries,
+            at=AT,
+            job_id=job_id,
+            round=number,
+            unit="example",
+            subject=f"dataset:{dataset}",
+            reservation_id=f"{job_id}/{number}/{dataset}",
+            event=STEPS,
+            user=user,
+        )
+    )
+
+
+def rounds(entries: list[Entry], subject: str, *, unit: Unit = "example", ever: bool = False) -> int:
+    return balance(entries, budget(unit=unit, subject=subject), ever=ever).rounds_spent
+
+
+def test_one_charge_counts_on_its_dataset_its_user_and_its_job() -> None:
+    entries: list[Entry] = []
+    charge(entries, 1, job_id="j1", user="ada", dataset="d1")
+    charge(entries, 2, job_id="j1", user="ada", dataset="d2")
+    charge(entries, 1, job_id="j2", user="bob", dataset="d1")
+    charge(entries, 1, job_id="j3")
+    subjects = ("dataset:d1", "dataset:d2", "dataset:d", "user:ada", "user:bob", "user:", "job:j1", "job:j3", "job:")
+    assert [rounds(entries, each) for each in subjects] == [2, 1, 1, 2, 1, 0, 2, 1, 0]
+    assert rounds(entries, "user:ada", unit="party") == 0
+
+
+def test_a_quota_is_refused_without_naming_the_user() -> None:
+    entries: list[Entry] = []
+    charge(entries, 1, user="ada")
+    for subject, words in (("user:ada", "of the user whose data it is"), ("job:j", "of one job")):
+        with pytest.raises(BudgetError, match=f"round budget at example level {words} does not allow it") as caught:
+            check_affordable(entries, budget(unit="example", subject=subject, max_rounds=1), [(1, STEPS)])
+        assert "ada" not in caught.value.message + str(caught.value.metadata)
+
+
+def test_what_a_job_asks_at_its_own_delta_is_said_and_what_counts_is_the_budgets() -> None:
+    limit = budget(unit="example", epsilon=0.01)
+    with pytest.raises(BudgetError) as caught:
+        check_affordable([], limit, [(2, STEPS)], stated_delta=1e-3)
+    here, there = (epsilon([STEPS.repeated(2)], delta=delta) for delta in (DELTA, 1e-3))
+    assert f"delta 1e-06; asked at the job's own delta 0.001: {there:.6g}" in caught.value.message
+    assert f"asked {here:.6g}" in caught.value.message
+    with pytest.raises(BudgetError) as caught:
+        check_affordable([], limit, [(2, STEPS)], stated_delta=DELTA)
+    assert "own delta" not in caught.value.message
+
+
+# --- accounting periods ---------------------------------------------------------------------------------------------
+
+
+def reset(entries: list[Entry], subject: str) -> None:
+    entries.append(
+        ledger.correct(
+            entries, at=AT, unit="example", subject=subject, action="reset", limit=None, reason="new consent"
+        )
+    )
+
+
+def test_a_reset_forgets_what_was_final_and_nothing_that_may_still_be_shown() -> None:
+    entries: list[Entry] = []
+    for number in range(1, 5):
+        charge(entries, number)
+    entries.append(ledger.finalise(entries, "j/1/d", at=AT))
+    entries.append(ledger.give_back(entries, "j/2/d", at=AT, reason="failed"))
+    reset(entries, "dataset:d")
+    assert rounds(entries, "dataset:d") == 2  # of rounds 3 and 4 it is open what becomes
+    entries.append(ledger.finalise(entries, "j/3/d", at=AT))
+    entries.append(ledger.give_back(entries, "j/4/d", at=AT, reason="failed"))
+    assert rounds(entries, "dataset:d") == 1
+    assert rounds(entries, "dataset:d", ever=True) == 2
+    assert rounds(entries, "job:j") == 2  # another account
+
+
+def test_an_opening_balance_belongs_to_the_period_it_was_written_in() -> None:
+    entries: list[Entry] = []
+    for name in ("before", "after"):
+        entries.append(
+            ledger.open_balance(
+                entries,
+                at=AT,
+                unit="example",
+                subject="dataset:d",
+                reservation_id=name,
+                event=STEPS,
+                charged_rounds=3,
+                reason="carried over",
+            )
+        )
+        if name == "before":
+            reset(entries, "dataset:d")
+    assert (rounds(entries, "dataset:d"), rounds(entries, "dataset:d", ever=True)) == (3, 6)
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    operations=st.lists(
+        st.tuples(st.sampled_from(["reserve", "final", "return", "reset"]), st.integers(1, 5)), max_size=25
+    )
+)
+def test_since_a_reset_never_less_counts_than_became_final_after_it(operations: list[tuple[str, int]]) -> None:
+    entries: list[Entry] = []
+    state: dict[int, str] = {}
+    final_since: set[int] = set()
+    for operation, number in operations:
+        key = f"j/{number}/d"
+        if operation == "reserve" and number not in state:
+            charge(entries, number)
+            state[number] = "open"
+        elif operation == "reset":
+            reset(entries, "dataset:d")
+            final_since.clear()
+        elif operation == "final" and state.get(number) == "open":
+            entries.append(ledger.finalise(entries, key, at=AT))
+            state[number] = "final"
+            final_since.add(number)
+        elif operation == "return" and state.get(number) == "open":
+            entries.append(ledger.give_back(entries, key, at=AT, reason="failed"))
+            state[number] = "returned"
+        may_be_shown = final_since | {each for each, now in state.items() if now == "open"}
+        assert rounds(entries, "dataset:d") == len(may_be_shown)
+        assert rounds(entries, "dataset:d", ever=True) == sum(each != "returned" for each in state.values())
+
+
+# --- which limit is in force ------------------------------------------------------------------------------------------
+
+RANDHIE: Account = ("example", "dataset:randhie")
+ANY_DATASET: Account = ("example", "dataset:*")
+
+
+def limit(max_rounds: int | None = None, epsilon: float | None = None, delta: float = DELTA) -> Limit:
+    return Limit(max_rounds=max_rounds, epsilon=epsilon, delta=delta)
+
+
+def enter(entries: list[Entry], account: Account, new: Limit | None, *, action: Action = "set") -> None:
+    unit, subject = account
+    entries.append(
+        ledger.correct(entries, at=AT, unit=unit, subject=subject, action=action, limit=new, reason="because")
+    )
+
+
+def in_force(limits: Limits, entries: list[Entry], account: Account = RANDHIE) -> list[Limit]:
+    return [each.limit for each in limits.budgets(entries, account)]
+
+
+def test_a_limit_of_its_own_goes_before_that_of_its_kind() -> None:
+    limits = Limits({ANY_DATASET: limit(5), RANDHIE: limit(3)})
+    assert in_force(limits, []) == [limit(3)]
+    assert in_force(limits, [], ("example", "dataset:other")) == [limit(5)]
+    assert in_force(limits, [], ("example", "user:ada")) == []
+    assert in_force(limits, [], ("party", "dataset:randhie")) == []
+
+
+def test_the_first_sight_of_a_limit_is_entered_once() -> None:
+    limits, entries = Limits({ANY_DATASET: limit(5), RANDHIE: limit(3)}), list[Entry]()
+    for account, new in limits.unentered(entries).items():
+        enter(entries, account, new, action="configured")
+    assert limits.unentered(entries) == {}
+    assert limits.differences(entries) == {}
+    assert entered(entries, RANDHIE) == limit(3)
+    later = Limits({**limits.rows, ("example", "dataset:late"): limit(9), ("party", "job:*"): limit(1)})
+    assert later.unentered(entries) == {("party", "job:*"): limit(1)}  # of every dataset something is entered
+
+
+@pytest.mark.parametrize(
+    ("written", "by_file", "expected"),
+    [
+        (limit(5, 1.0), limit(5, 1.0), [limit(5, 1.0)]),
+        (limit(5, 1.0), limit(9, 2.0), [limit(5, 1.0)]),
+        (limit(5, 1.0), limit(2, 0.5), [limit(2, 0.5)]),
+        (limit(5, 1.0), limit(9, 0.5), [limit(5, 0.5)]),
+        (limit(5), limit(None, 0.5), [limit(5, 0.5)]),
+        (limit(5, delta=1e-9), limit(None, 0.5), [limit(5, 0.5)]),
+        (limit(None, 1.0), limit(5, delta=1e-9), [limit(5, 1.0)]),
+        (limit(5, 1.0, 1e-5), limit(3, 2.0, 1e-7), [limit(3, 1.0, 1e-5), limit(None, 2.0, 1e-7)]),
+    ],
+)
+def test_of_ledger_and_configuration_the_smaller_counts_and_epsilons_at_two_deltas_are_not_mixed(
+    written: Limit, by_file: Limit, expected: list[Limit]
+) -> None:
+    limits, entries = Limits({RANDHIE: by_file}), list[Entry]()
+    enter(entries, RANDHIE, written)
+    assert in_force(limits, entries) == expected
+    assert limits.differences(entries) == ({} if written == by_file else {RANDHIE: (by_file, written)})
+
+
+def test_an_operator_raises_a_limit_by_an_entry_and_a_reset_leaves_it() -> None:
+    limits, entries = Limits({ANY_DATASET: limit(9)}), list[Entry]()
+    enter(entries, ANY_DATASET, limit(3), action="configured")
+    assert in_force(limits, entries) == [limit(3)]
+    enter(entries, RANDHIE, limit(7))
+    assert in_force(limits, entries) == [limit(7)]
+    assert in_force(limits, entries, ("example", "dataset:other")) == [limit(3)]
+    enter(entries, RANDHIE, None, action="reset")
+    assert in_force(limits, entries) == [limit(7)]
+
+
+def test_what_the_configuration_no_longer_names_keeps_the_limit_that_was_entered() -> None:
+    entries: list[Entry] = []
+    enter(entries, RANDHIE, limit(3), action="configured")
+    enter(entries, ("example", "job:j"), limit(2))
+    limits = Limits({})
+    assert in_force(limits, entries) == [limit(3)]
+    assert limits.differences(entries) == {RANDHIE: (None, limit(3))}

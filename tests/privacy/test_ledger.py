@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
@@ -14,9 +16,11 @@ from src.errors import ConflictError, InvalidInput, LedgerError, NotFoundError
 from src.privacy import ledger
 from src.privacy.budget import Budget, balance
 from src.privacy.events import DpSgdSteps, NoisySum
-from src.privacy.ledger import GENESIS, Entry, from_line, to_line, verify_chain, verify_lines
+from src.privacy.ledger import GENESIS, Entry, Limit, charges, from_line, to_line, verify_chain, verify_lines
 
 AT = "2025-06-01T12:00:00+00:00"
+OLD: list[str] = json.loads((Path(__file__).parents[1] / "vectors/ledger.json").read_text("utf-8"))["lines"]
+"""As version 1 wrote them."""
 SUM = NoisySum(noise_multiplier=1.5, dimension=10)
 STEPS = DpSgdSteps(sampling_rate=0.01, noise_multiplier=1.1, steps=40)
 SUBJECT = "federation:demo"
@@ -43,7 +47,7 @@ def name(number: int) -> str:
 
 @pytest.fixture
 def entries() -> list[Entry]:
-    """Six entries, one of each kind."""
+    """Six entries, one of each kind that version 1 had."""
     book: list[Entry] = []
     book.append(
         ledger.open_balance(
@@ -91,10 +95,11 @@ def test_a_ledger_verifies_and_survives_its_export(entries: list[Entry]) -> None
 
 
 def test_the_digest_can_be_recomputed_with_a_shell(entries: list[Entry]) -> None:
-    """A second implementation from the description: domain, then the sorted JSON without `digest`."""
+    """A second implementation from the description: domain, then the sorted JSON without digest and signature."""
     for line in map(to_line, entries):
         fields = json.loads(line)
-        digest = fields.pop("digest")
+        digest, signature = fields.pop("digest"), fields.pop("signature")
+        assert (fields["version"], signature) == (2, "")
         body = json.dumps(fields, sort_keys=True, separators=(",", ":"))
         assert hashlib.sha256(b"sotto.v1.ledger-entry\0" + body.encode()).hexdigest() == digest
         assert not any(isinstance(value, float) for value in fields.values())
@@ -217,14 +222,22 @@ REJECTED: dict[str, str | bytes] = {
     "not an object": "[]",
     "deep": "[" * 100_000,
     "huge number": LINE.replace('"sequence":1', '"sequence":' + "9" * 5_000),
-    "field missing": LINE.replace('"version":1,', "").replace(',"version":1', ""),
+    "field missing": LINE.replace(',"version":2', ""),
     "field unknown": LINE.replace('{"at"', '{"aa":1,"at"'),
     "field twice": LINE.replace('{"at"', '{"at":"x","at"'),
     "space": LINE.replace(":", ": ", 1),
-    "version": LINE.replace('"version":1', '"version":2'),
+    "version": LINE.replace('"version":2', '"version":3'),
+    "a version that is no number": LINE.replace('"version":2', '"version":"2"'),
+    "the fields of another version": LINE.replace('"version":2', '"version":1'),
+    "another relation": LINE.replace("REPLACE_SPECIAL", "ADD_OR_REMOVE_ONE"),
+    "figures that are no object": LINE.replace('"figures":{}', '"figures":[]'),
+    "a figure that is no text": LINE.replace('"figures":{}', '"figures":{"a":1}'),
+    "a correction without a limit": LINE.replace('"correction":null', '"correction":{"action":"set"}'),
     "real for an integer": LINE.replace('"sequence":1', '"sequence":1.0'),
     "bool for an integer": LINE.replace('"sequence":1', '"sequence":true'),
     "text for an integer": LINE.replace('"round":1', '"round":"1"'),
+    "another type of user": LINE.replace('"user":""', '"user":null'),
+    "another type of signature": LINE.replace('"signature":""', '"signature":0'),
     "event unknown": LINE.replace("noisy_sum", "noisy_sun"),
     "two line feeds": LINE + "\n\n",
     "carriage return": LINE + "\r\n",
@@ -353,3 +366,129 @@ def test_what_was_reserved_and_not_returned_is_spent_whatever_happens(operations
     seen = balance(book, BUDGET)
     assert seen.rounds_spent == model.spent
     assert sum(event.rounds for event in seen.events if isinstance(event, NoisySum)) == model.spent
+
+
+# --- what version 2 added ------------------------------------------------------------------------------------------
+
+
+LIMIT = Limit(max_rounds=7, epsilon=4.0, delta=1e-5)
+
+
+def correct(entries: list[Entry], **changes: object) -> Entry:
+    fields: dict[str, object] = {
+        "at": AT,
+        "unit": "example",
+        "subject": "dataset:randhie",
+        "action": "set",
+        "limit": LIMIT,
+        "reason": "the board said so",
+        **changes,
+    }
+    return ledger.correct(entries, **fields)  # type: ignore[arg-type]
+
+
+@pytest.fixture
+def newer(entries: list[Entry]) -> list[Entry]:
+    """And what version 2 added: a release, corrections, a charge with a user."""
+    book = [*entries, ledger.release(entries, name(1), at=AT, figures={"root": "ab", "contributors": "3"})]
+    book.append(correct(book, subject="dataset:*", action="configured", reason=""))
+    book.append(correct(book, limit=Limit(max_rounds=None, epsilon=0.5, delta=1e-6)))
+    book.append(correct(book, action="reset", limit=None))
+    book.append(reserve(book, 9, unit="example", subject="dataset:randhie", event=STEPS, user="ada"))
+    return book
+
+
+def test_what_version_2_added_survives_its_export_and_is_chained(newer: list[Entry]) -> None:
+    lines = [to_line(entry) for entry in newer]
+    assert verify_lines(lines, known_heads=[newer[-1].digest]) == newer
+    release, correction = json.loads(lines[6]), json.loads(lines[8])
+    assert (release["figures"], release["relation"]) == ({"root": "ab", "contributors": "3"}, "REPLACE_SPECIAL")
+    assert correction["correction"] == {
+        "action": "set",
+        "limit": {"max_rounds": None, "epsilon": "0.5", "delta": "1e-06"},
+    }
+    assert json.loads(lines[10])["user"] == "ada"
+
+
+def test_any_byte_of_a_line_of_version_2_is_detected_when_it_changes(newer: list[Entry]) -> None:
+    """Every position of the lines with something new in them; a signature's bytes are the verifier's of signatures."""
+    lines = [to_line(entry).encode() for entry in newer]
+    for number in (7, 9, 11):
+        line = lines[number - 1]
+        for position in range(len(line)):
+            bent = bytearray(line)
+            bent[position] ^= 1 << (position % 7)
+            with pytest.raises(LedgerError) as caught:
+                verify_lines([*lines[: number - 1], bytes(bent), *lines[number:]])
+            assert caught.value.metadata["entry"] == str(number)
+
+
+def test_lines_of_version_1_are_read_and_written_as_they_are_and_never_follow_newer_ones(entries: list[Entry]) -> None:
+    old = [from_line(line) for line in OLD]
+    assert [to_line(entry) for entry in old] == OLD
+    assert verify_chain(old) == old[-1].digest
+    assert {(entry.version, entry.user, entry.figures, entry.signature) for entry in old} == {(1, "", (), "")}
+    book = [*old, reserve(old, 9)]
+    verify_chain(book)
+    known = charges(book)["job-1/1"].entry
+    assert known.event is not None
+    again = reserve(book, 1, subject=known.subject, reservation_id="job-1/1", event=known.event)
+    assert again is known
+    downgraded = replace(book[-1], version=1, sequence=book[-1].sequence + 1, previous=book[-1].digest)
+    downgraded = replace(downgraded, reservation_id="another", digest="")
+    downgraded = replace(downgraded, digest=ledger.entry_digest(downgraded))
+    with pytest.raises(LedgerError, match="older version"):
+        verify_chain([*book, downgraded])
+
+
+def test_nothing_is_released_that_is_not_final(entries: list[Entry]) -> None:
+    book = [*entries, reserve(entries, 3)]
+    for key, why in ((name(3), "not final"), ("job-1/2/example", "not final"), ("before", "not final")):
+        with pytest.raises(LedgerError, match=why):
+            ledger.release(book, key, at=AT, figures={})
+    with pytest.raises(NotFoundError):
+        ledger.release(book, "job-2/1", at=AT, figures={})
+    released = ledger.release(book, name(1), at=AT, figures={"root": "ab"})
+    book.append(released)
+    assert ledger.release(book, name(1), at=AT, figures={"root": "cd"}) is released
+    assert charges(book)[name(1)].released is released
+    fields = {"at": AT, "job_id": "job-1", "unit": "party", "subject": SUBJECT, "reason": ""}
+    for number, key in ((3, name(3)), (1, name(1))):
+        forged = ledger.append(book[-1], kind="release", round=number, reservation_id=key, **fields)  # type: ignore[arg-type]
+        with pytest.raises(LedgerError, match="is not final, or was released before"):
+            verify_chain([*book, forged])
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"reason": ""},
+        {"reason": "  "},
+        {"action": "raise"},
+        {"limit": None},
+        {"action": "reset", "subject": "dataset:*", "limit": None},
+        {"subject": ""},
+        {"unit": "user"},
+    ],
+)
+def test_a_correction_that_no_ledger_accepts_is_refused(changes: dict[str, object]) -> None:
+    with pytest.raises(InvalidInput):
+        correct([], **changes)
+
+
+@pytest.mark.parametrize(
+    "figures",
+    [{"Root": "x"}, {"": "x"}, {"root": "x" * 501}, {f"f{number}": "" for number in range(33)}],
+)
+def test_figures_that_no_ledger_accepts_are_refused(entries: list[Entry], figures: dict[str, str]) -> None:
+    with pytest.raises(InvalidInput):
+        ledger.release(entries, name(1), at=AT, figures=figures)
+
+
+@pytest.mark.parametrize(
+    ("max_rounds", "epsilon", "delta"),
+    [(-1, None, 0.5), (None, -1.0, 0.5), (None, math.inf, 0.5), (None, math.nan, 0.5), (1, 1.0, 0.0), (1, 1.0, 1.0)],
+)
+def test_a_limit_out_of_range_is_refused(max_rounds: int | None, epsilon: float | None, delta: float) -> None:
+    with pytest.raises(InvalidInput):
+        Limit(max_rounds=max_rounds, epsilon=epsilon, delta=delta)

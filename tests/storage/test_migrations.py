@@ -93,7 +93,7 @@ async def test_a_partys_database_of_version_0_1_is_read(tmp_path: Path) -> None:
     await _in(path, "party", look)
     with read_only(path, schema=Migrations("party")) as reader:
         look(reader)
-        assert reader.exec_driver_sql("SELECT version_num FROM alembic_version").scalar() == "party_0001"
+        assert reader.exec_driver_sql("SELECT version_num FROM alembic_version").scalar() == "party_0002"
 
 
 async def test_before_an_upgrade_a_copy_is_laid_beside_the_database_and_never_after(tmp_path: Path) -> None:
@@ -101,7 +101,7 @@ async def test_before_an_upgrade_a_copy_is_laid_beside_the_database_and_never_af
     with closing(sqlite3.connect(path)) as before:
         expected = list(before.iterdump())
     await _in(path, "aggregator", lambda connection: None)
-    copy = tmp_path / "aggregator.sqlite.before-0002"
+    copy = tmp_path / "aggregator.sqlite.before-0003"
     with closing(sqlite3.connect(copy)) as kept:
         assert list(kept.iterdump()) == expected
         assert kept.execute("PRAGMA user_version").fetchone() == (1,)

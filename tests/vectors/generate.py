@@ -41,7 +41,7 @@ from src.protocol.plan import (
 from src.protocol.roster import AGGREGATOR, OPERATOR, Member, Roster, sign_roster
 from src.protocol.signing import Signed, SigningKey
 
-from .generate_forms import forms_vector, ledger_entries, ledger_vector
+from .generate_forms import forms_vector, ledger_entries, ledger_vector, ledger_vector_2
 
 HERE: Final = Path(__file__).parent
 Json = dict[str, Any]
@@ -423,7 +423,7 @@ def pretty(value: Any, indent: str = "") -> str:
 def build() -> dict[str, str]:
     """Every file's text by its name."""
     vectors = {case.name: Played(case).vector() for case in CASES}
-    vectors |= {"ledger": ledger_vector(), "forms": forms_vector()}
+    vectors |= {"ledger": ledger_vector(), "ledger_2": ledger_vector_2(), "forms": forms_vector()}
     return {f"{name}.json": pretty(vector) + "\n" for name, vector in vectors.items()}
 
 

@@ -3,69 +3,95 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import struct
-from typing import Any, Final
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Final, cast
 
 from src.privacy import ledger
-from src.privacy.events import DpSgdSteps, NoisySum
+from src.privacy.events import SampledNoisySum
 from src.protocol.canonical import canonical_bytes, digest, real
+from src.protocol.ledger import EntrySigner
 from src.protocol.merkle import MerkleHasher
+from src.protocol.signing import SigningKey
 
 Json = dict[str, Any]
 
 
+HERE: Final = Path(__file__).parent
+LEDGER_KEY: Final = SigningKey.from_bytes(b"ledger vector".ljust(32, b"-"))
+
+
 def ledger_entries() -> list[ledger.Entry]:
-    """One entry of every kind, with text beyond ASCII."""
-    sum_event = NoisySum(noise_multiplier=0.5, rounds=1, tau=1e-300, dimension=60)
-    entries = [
-        ledger.open_balance(
-            [],
-            at="2026-01-01T00:00:00+00:00",
-            unit="example",
-            subject="dataset:randhie",
-            reservation_id="before",
-            event=DpSgdSteps(sampling_rate=0.05, noise_multiplier=1.1, steps=40),
-            charged_rounds=4,
-            reason="spent before this ledger: ε ≈ 1",
-        )
-    ]
-    for number in (1, 2):
-        common = {"unit": "party", "subject": "federation:vectors", "reservation_id": f"job-1/{number}"}
-        entries.append(
-            ledger.reserve(
-                entries,
-                at=f"2026-01-02T00:00:0{number}+00:00",
-                job_id="job-1",
-                round=number,
-                event=sum_event,
-                **common,  # type: ignore[arg-type]  # the literal "party" is a Unit
-            )
-        )
-    entries.append(ledger.finalise(entries, "job-1/1", at="2026-01-02T00:01:00.250000+00:00"))
-    entries.append(ledger.give_back(entries, "job-1/2", at="2026-01-02T00:02:00+00:00", reason="failed"))
-    entries.append(
-        ledger.refuse(
-            entries,
-            at="2026-01-02T00:03:00+00:00",
-            job_id="job-2",
-            round=None,
-            unit="party",
-            subject="federation:vectors",
-            reservation_id="job-2",
-            event=sum_event,
-            reason='no "budget" left \u2028\U0001f600',
-        )
-    )
-    return entries
+    """Lines of version 1, with text beyond ASCII: recorded when they were written, which nothing does any more."""
+    return ledger.verify_lines(json.loads((HERE / "ledger.json").read_text(encoding="utf-8"))["lines"])
 
 
 def ledger_vector() -> Json:
-    """Lines as `sotto budget export` writes them."""
+    """Lines of version 1."""
     entries = ledger_entries()
     return {
         "format": "sotto-ledger-vector/1",
         "lines": [ledger.to_line(entry) for entry in entries],
         "head": entries[-1].digest,
+    }
+
+
+class _Written:
+    """A ledger that goes on from the lines of version 1, signed entry by entry."""
+
+    def __init__(self) -> None:
+        self.entries = ledger_entries()
+        self._signer = EntrySigner(LEDGER_KEY)
+
+    def add(self, entry: ledger.Entry) -> None:
+        self.entries.append(replace(entry, signature=self._signer.sign(entry)))
+
+
+def ledger_entries_2() -> list[ledger.Entry]:
+    """What `ledger_entries` has, and after it one entry of every kind of version 2."""
+    book = _Written()
+    at = "2026-02-01T00:00:00.5+00:00"
+    limit = ledger.Limit(max_rounds=None, epsilon=4.0, delta=1e-05)
+    book.add(
+        ledger.correct(
+            book.entries, at=at, unit="example", subject="dataset:*", action="configured", limit=limit, reason=""
+        )
+    )
+    key, event = "job-3/1", SampledNoisySum(sampling_rate=0.01, noise_multiplier=1.1, dimension=60)
+    of_round: Json = {"at": at, "job_id": "job-3", "round": 1, "unit": "example", "subject": "dataset:randhie"}
+    book.add(ledger.reserve(book.entries, reservation_id=key, event=event, user="ada", **of_round))
+    book.add(ledger.finalise(book.entries, key, at=at))
+    figures = {"transcript": hashlib.sha256(b"transcript").hexdigest(), "contributors": "3"}
+    book.add(ledger.release(book.entries, key, at=at, figures=figures))
+    book.add(ledger.reserve(book.entries, reservation_id="job-3/2", event=event, **{**of_round, "round": 2}))
+    book.add(ledger.give_back(book.entries, "job-3/2", at=at, reason="no quorum: \u00e9"))
+    why = "round budget"
+    book.add(ledger.refuse(book.entries, reservation_id="job-3/3", event=None, reason=why, **{**of_round, "round": 3}))
+    for action, changed in (("set", ledger.Limit(max_rounds=7, epsilon=None, delta=1e-06)), ("reset", None)):
+        book.add(
+            ledger.correct(
+                book.entries,
+                at=at,
+                unit="example",
+                subject="dataset:randhie",
+                action=cast("ledger.Action", action),
+                limit=changed,
+                reason="asked for by \U0001f600",
+            )
+        )
+    return book.entries
+
+
+def ledger_vector_2() -> Json:
+    """Lines as `sotto budget export` writes them, and whose signatures they carry."""
+    entries = ledger_entries_2()
+    return {
+        "format": "sotto-ledger-vector/2",
+        "lines": [ledger.to_line(entry) for entry in entries],
+        "head": entries[-1].digest,
+        "verify_key": LEDGER_KEY.verify_key.hex(),
     }
 
 

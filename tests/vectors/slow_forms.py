@@ -290,31 +290,65 @@ LEDGER_FIELDS: Final = names_in(
 EVENT_FIELDS: Final = {
     "dp_sgd_steps": {"sampling_rate", "noise_multiplier", "steps"},
     "noisy_sum": {"noise_multiplier", "tau", "failure_probability", "rounds", "dimension"},
+    "sampled_noisy_sum": {
+        *names_in("sampling_rate noise_multiplier tau failure_probability rounds dimension"),
+    },
     "non_private": {"unit", "reason"},
 }
 REALS: Final = {"sampling_rate", "noise_multiplier", "tau", "failure_probability"}
 
 
+LEDGER_FIELDS_2: Final = [*LEDGER_FIELDS, "relation", "user", "figures", "correction", "signature"]
+RELATIONS: Final = {"example": "ADD_OR_REMOVE_ONE", "party": "REPLACE_SPECIAL"}
+
+
 def verify_ledger(vector: Json) -> Iterator[str]:
     """Form, numbers, chain and head."""
     fields(vector, "format", "lines", "head")
-    head = "0" * 64
-    for place, line in enumerate(vector["lines"], 1):
-        entry = parse(line, ascii_only=True)
-        fields(entry, *LEDGER_FIELDS)
-        require((entry["version"], entry["sequence"]) == (1, place), f"line {place} is in its place")
-        require(entry["previous"] == head, f"line {place} follows from the line before")
-        head = entry.pop("digest")
-        body = canonical(entry, ascii_only=True).encode("ascii")
-        require(sha256(b"sotto.v1.ledger-entry\x00" + body) == head, f"line {place} has its digest")
-        if entry["event"] is not None:
-            event = dict(entry["event"])
-            require(event.pop("version") == 1, "an event's version")
-            fields(event, *EVENT_FIELDS[event.pop("type")])
-            for name in REALS & set(event):
-                real(event[name])
+    head = ledger_head(vector["lines"], key=None)
     require(head == vector["head"], "the head is the digest of the last line")
     yield f"ledger: {len(vector['lines'])} lines chain to their head"
+
+
+def verify_ledger_2(vector: Json) -> Iterator[str]:
+    """The same where lines of version 2 follow those of version 1, with their signatures."""
+    fields(vector, "format", "lines", "head", "verify_key")
+    head = ledger_head(vector["lines"], key=vector["verify_key"])
+    require(head == vector["head"], "the head is the digest of the last line")
+    yield f"ledger: {len(vector['lines'])} lines chain to their head; those of version 2 are signed"
+
+
+def ledger_head(lines: list[str], *, key: str | None) -> str:
+    head, versions = "0" * 64, {1} if key is None else {1, 2}
+    for place, line in enumerate(lines, 1):
+        entry = parse(line, ascii_only=True)
+        version = entry["version"]
+        require(version in versions, f"line {place} is of a version that may stand here")
+        versions = {each for each in versions if each >= version}
+        fields(entry, *(LEDGER_FIELDS if version == 1 else LEDGER_FIELDS_2))
+        require(entry["sequence"] == place, f"line {place} is in its place")
+        require(entry["previous"] == head, f"line {place} follows from the line before")
+        head = entry.pop("digest")
+        signature = entry.pop("signature", "")
+        body = canonical(entry, ascii_only=True).encode("ascii")
+        require(sha256(b"sotto.v1.ledger-entry\x00" + body) == head, f"line {place} has its digest")
+        if version == 2:
+            require(entry["relation"] == RELATIONS[entry["unit"]], f"line {place} has the relation of its unit")
+            require(signature[:64] == key and len(signature) == 192, f"line {place} is signed by the ledger's key")
+            require(signature == signature.lower(), "hex digits are lower-case")
+            signed = message_of("ledger-entry", canonical({"digest": head, "kind": "ledger-entry"}))
+            check_signature(bytes.fromhex(signature[:64]), signed, bytes.fromhex(signature[64:]))
+        ledger_event(entry["event"])
+    return head
+
+
+def ledger_event(value: Json | None) -> None:
+    if value is not None:
+        event = dict(value)
+        require(event.pop("version") == 1, "an event's version")
+        fields(event, *EVENT_FIELDS[event.pop("type")])
+        for name in REALS & set(event):
+            real(event[name])
 
 
 def verify_forms(vector: Json) -> Iterator[str]:

@@ -18,7 +18,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import pytest
@@ -34,6 +34,7 @@ from src.privacy import ledger
 from src.protocol.batches import check_batch_header, check_knowledge
 from src.protocol.canonical import canonical_bytes, digest, parse_canonical, real
 from src.protocol.derive import derive, derive_again
+from src.protocol.ledger import check_signatures
 from src.protocol.merkle import MerkleHasher, batch_root
 from src.protocol.plan import RoundPlan, signed_digest
 from src.protocol.roster import Roster
@@ -46,7 +47,7 @@ from tests.vectors.verify_slow import derived, verify
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
 ROUNDS = [case.name for case in generate.CASES]
-EVERY = [*ROUNDS, "ledger", "forms"]
+EVERY = [*ROUNDS, "ledger", "ledger_2", "forms"]
 
 
 def test_the_generator_writes_these_very_bytes() -> None:
@@ -248,13 +249,23 @@ def test_what_a_plan_derives_is_what_exact_arithmetic_gives(data: st.DataObject,
         assert expected[name] == getattr(found.layout, name)
 
 
-def test_ledger_lines_verify() -> None:
-    vector = load("ledger")
+@pytest.mark.parametrize("name", ["ledger", "ledger_2"])
+def test_ledger_lines_verify(name: str) -> None:
+    vector = load(name)
     entries = ledger.verify_lines(vector["lines"], known_heads=[vector["head"]])
     assert [ledger.to_line(entry) for entry in entries] == vector["lines"]
     assert entries[-1].digest == vector["head"]
     with pytest.raises(LedgerError):
         ledger.verify_lines([flipped(line) for line in vector["lines"]])
+
+
+def test_signatures_on_ledger_lines_verify() -> None:
+    vector = load("ledger_2")
+    entries = ledger.verify_lines(vector["lines"])
+    keys = [bytes.fromhex(vector["verify_key"])]
+    assert check_signatures(entries, verify_keys=keys) == sum(entry.version == 2 for entry in entries) == 9
+    assert [entry.version for entry in entries] == [1] * 6 + [2] * 9
+    assert {entry.kind for entry in entries} == set(get_args(ledger.Kind))
 
 
 def test_forms_are_the_ones_recorded() -> None:
@@ -279,7 +290,7 @@ def test_forms_are_the_ones_recorded() -> None:
 
 PLACES = [
     pytest.param(name, path, id=f"{name}:{where}")
-    for name in ("round_512_2of3", "ledger", "forms")
+    for name in ("round_512_2of3", "ledger", "ledger_2", "forms")
     for where, path in places(name).items()
 ]
 

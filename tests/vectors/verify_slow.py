@@ -43,6 +43,7 @@ from .slow_forms import (
     verify_forms,
     verify_key_of,
     verify_ledger,
+    verify_ledger_2,
 )
 from .slow_knowledge import check_knowledge
 
@@ -466,6 +467,7 @@ def verify_round(vector: Json) -> Iterator[str]:
 KINDS: Final = {
     "sotto-round-vector/1": verify_round,
     "sotto-ledger-vector/1": verify_ledger,
+    "sotto-ledger-vector/2": verify_ledger_2,
     "sotto-forms-vector/1": verify_forms,
 }
 

@@ -16,7 +16,9 @@ from .. import sqlite
 from ..schema import something_else
 from .aggregator import v0001 as aggregator_v0001
 from .aggregator import v0002 as aggregator_v0002
+from .aggregator import v0003 as aggregator_v0003
 from .party import v0001 as party_v0001
+from .party import v0002 as party_v0002
 
 if TYPE_CHECKING:
     from types import ModuleType
@@ -37,8 +39,8 @@ class Revision(Protocol):
 
 
 HISTORIES: Final[dict[History, tuple[Revision, ...]]] = {
-    "aggregator": (cast(Revision, aggregator_v0001), cast(Revision, aggregator_v0002)),
-    "party": (cast(Revision, party_v0001),),
+    "aggregator": tuple(cast(Revision, each) for each in (aggregator_v0001, aggregator_v0002, aggregator_v0003)),
+    "party": tuple(cast(Revision, each) for each in (party_v0001, party_v0002)),
 }
 """Revisions, oldest first."""
 

@@ -1,0 +1,95 @@
+"""`sotto artifact verify`: whether an artifact of `sotto train` is what it says."""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+from pathlib import Path
+from typing import Annotated, Final
+
+import typer
+
+app = typer.Typer(
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    no_args_is_help=True,
+    help="Verify what `sotto train` printed.",
+)
+
+MAX_ARTIFACT_BYTES: Final = 16 << 20
+"""More than twice what a model of `standalone_artifact.MAX_INLINE_BYTES` takes in base64."""
+_STDIN: Final = "-"
+_KEY_BYTES: Final = 32
+
+
+@app.callback()
+def _group() -> None:
+    """Verify what `sotto train` printed."""
+
+
+@app.command()
+def verify(
+    file: Annotated[Path, typer.Argument(help="The artifact, one JSON object; - is stdin.", show_default=False)],
+    verify_key: Annotated[
+        str | None, typer.Option("--verify-key", help="It must be signed with this key: 64 hex digits.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+) -> None:
+    """Check form, hash, model, ε and signature. A mock is refused. The exit code is the answer."""
+    from ..learning.standalone_artifact import verify_artifact
+
+    stdin = str(file) == _STDIN
+    found = verify_artifact(_read(file), directory=None if stdin else file.parent, verify_key=_key(verify_key))
+    if as_json:
+        body = {
+            "job_id": found.job_id,
+            "hash": found.hash,
+            "epsilon": found.epsilon if math.isfinite(found.epsilon) else "inf",
+            "delta": found.delta,
+            "signer": found.signer or None,
+            "verify_key": found.verify_key or None,
+        }
+        typer.echo(json.dumps(body, ensure_ascii=False))
+        return
+    private = math.isfinite(found.epsilon)
+    costs = f"ε = {found.epsilon:.6g} at δ = {found.delta:g} for each row" if private else "NO PRIVACY: ε is infinite"
+    typer.echo(f"job {found.job_id}: {costs}")
+    typer.echo(f"hash {found.hash}: form, hash, model and ε are in order")
+    if not found.signer:
+        typer.echo("not signed: the hash shows damage, not who made it")
+    elif verify_key is None:
+        typer.echo(f"signed by {found.signer!r} with key {found.verify_key}: name it (--verify-key) to rely on it")
+    else:
+        typer.echo(f"signed by {found.signer!r} with the key that was named")
+
+
+def _read(file: Path) -> bytes:
+    from ..errors import LimitError, NotFoundError
+
+    if str(file) == _STDIN:
+        data = sys.stdin.buffer.read(MAX_ARTIFACT_BYTES + 1)
+    else:
+        try:
+            with file.open("rb") as stream:
+                data = stream.read(MAX_ARTIFACT_BYTES + 1)
+        except OSError as error:
+            raise NotFoundError(f"the artifact {file} cannot be read: {error.strerror}") from error
+    if len(data) > MAX_ARTIFACT_BYTES:
+        raise LimitError(f"an artifact has at most {MAX_ARTIFACT_BYTES} bytes", limit=MAX_ARTIFACT_BYTES)
+    return data
+
+
+def _key(text: str | None) -> bytes | None:
+    from ..errors import InvalidInput
+
+    if text is None:
+        return None
+    try:
+        key = bytes.fromhex(text)
+    except ValueError:
+        key = b""
+    if len(key) != _KEY_BYTES:
+        raise InvalidInput("--verify-key is not 64 hex digits", violations={"--verify-key": "must be 64 hex digits"})
+    return key

@@ -1,0 +1,218 @@
+"""`sotto budget set | reset`: changes of a budget by its operator, each an entry with a reason in the ledger."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import time
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Annotated, Any, Final
+
+import typer
+
+from .budget_ledger import as_object, describe
+from .budget_source import AsJson, ConfigFile, PartyName, SubjectOption, UnitOption, account_of, load, read_entries
+
+if TYPE_CHECKING:
+    from ..privacy.budget import Account, Budget, Limits
+    from ..privacy.ledger import Action, Entry, Limit
+    from .budget_source import Source
+
+Reason = Annotated[str, typer.Option("--reason", help="Why: it stays in the ledger, for everybody who reads it.")]
+
+NO_LIMIT: Final = "none"
+DEFAULT_DELTA: Final = 1e-5
+"""Where neither ledger nor configuration names one: what a budget has by default."""
+
+
+def set_(
+    config: ConfigFile,
+    reason: Reason,
+    name: PartyName = None,
+    unit: UnitOption = None,
+    subject: SubjectOption = None,
+    epsilon: Annotated[str | None, typer.Option(help='ε, or "none" for no limit in ε.')] = None,
+    max_rounds: Annotated[str | None, typer.Option(help='Rounds, or "none" for no limit in rounds.')] = None,
+    delta: Annotated[float | None, typer.Option(help="The δ at which ε is measured.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Enter a budget into the ledger, which is the only way to raise one. The role must be stopped meanwhile.
+
+    Without --epsilon, --max-rounds and --delta the configuration's value is entered. What is not said stays as it was.
+    Where configuration and ledger differ afterwards, the smaller of both counts.
+    """
+    source, account = load(config, name=name), account_of(unit, subject)
+    given = {"epsilon": epsilon, "max_rounds": max_rounds, "delta": delta}
+
+    def choose(entries: list[Entry]) -> Limit:
+        return chosen(source.limits, entries, account, given=given)
+
+    entry, entries = _correct(source, account, action="set", choose=choose, reason=reason)
+    _report(source, account, entry=entry, entries=entries, as_json=as_json)
+
+
+def reset(
+    config: ConfigFile,
+    reason: Reason,
+    name: PartyName = None,
+    unit: UnitOption = None,
+    subject: SubjectOption = None,
+    as_json: AsJson = False,
+) -> None:
+    """Begin a new accounting period: what was spent before counts no longer. The role must be stopped meanwhile.
+
+    The history stays in the ledger, and the limit as it is. Whoever's data it is has been exposed to all periods
+    together: that figure is shown from now on beside the new one.
+    """
+    source, account = load(config, name=name), account_of(unit, subject, one=True)
+    entry, entries = _correct(source, account, action="reset", choose=lambda _: None, reason=reason)
+    _report(source, account, entry=entry, entries=entries, as_json=as_json)
+
+
+def chosen(limits: Limits, entries: list[Entry], account: Account, *, given: dict[str, Any]) -> Limit:
+    """The limit that the options ask for.
+
+    Raises:
+        InvalidInput: an option is out of range, nothing is limited, or no option is given and the configuration says
+            nothing.
+    """
+    from ..errors import InvalidInput
+    from ..privacy.budget import entered
+    from ..privacy.ledger import Limit
+
+    configured = limits.configured(account)
+    if all(value is None for value in given.values()):
+        if configured is None:
+            raise InvalidInput(
+                f"the configuration sets no budget for {account[1]} at {account[0]} level: "
+                "say --epsilon or --max-rounds"
+            )
+        return configured
+    known = entered(entries, account) or configured or Limit(max_rounds=None, epsilon=None, delta=DEFAULT_DELTA)
+    values = asdict(known)
+    for option, text in given.items():
+        if text is not None:
+            values[option] = _number(option, text)
+    if values["max_rounds"] is None and values["epsilon"] is None:
+        raise InvalidInput("a budget must limit something: --epsilon, --max-rounds or both")
+    return Limit(**values)
+
+
+def _number(option: str, text: str | float) -> float | int | None:
+    from ..errors import InvalidInput
+
+    if isinstance(text, float):
+        return text
+    if text.strip().lower() == NO_LIMIT:
+        return None
+    try:
+        return int(text) if option == "max_rounds" else float(text)
+    except ValueError:
+        name = option.replace("_", "-")
+        raise InvalidInput(f'--{name} must be a number or "none"', violations={option: "a number"}) from None
+
+
+def _correct(
+    source: Source, account: Account, *, action: Action, choose: Any, reason: str
+) -> tuple[Entry, list[Entry]]:
+    """Enter a correction, signed by the role's key, with the role's database locked.
+
+    Raises:
+        ConflictError: the role is running.
+        InvalidInput: no reason, or what `choose` raises.
+        NotFoundError: the role has never run, or has no key.
+        LedgerError: the ledger is broken.
+    """
+    from ..errors import InvalidInput, NotFoundError
+
+    if not reason.strip():
+        raise InvalidInput("a change of a budget needs a reason", violations={"reason": "must not be empty"})
+    if not source.config.keys.signing_key.is_file():
+        raise NotFoundError("this role has no signing key yet: it has never run", private="keys.signing_key")
+    read_entries(source)  # a database that is not there is not made here
+    return asyncio.run(_write(source, account, action=action, choose=choose, reason=reason))
+
+
+async def _write(
+    source: Source, account: Account, *, action: Action, choose: Any, reason: str
+) -> tuple[Entry, list[Entry]]:
+    from sqlalchemy import Connection, MetaData
+
+    from ..errors import ConflictError
+    from ..jobs.states import utc
+    from ..protocol.ledger import EntrySigner
+    from ..protocol.signing import SigningKey
+    from ..storage.books import Books
+    from ..storage.database import Database
+    from ..storage.ledger import LedgerStore
+    from ..storage.migrations import Migrations
+
+    store = LedgerStore(MetaData(), signer=EntrySigner(SigningKey.load(source.config.keys.signing_key)))
+    books = Books(store, source.limits)
+
+    def work(connection: Connection) -> tuple[Entry, list[Entry]]:
+        at = utc(time.time())
+        books.open(connection, at=at)
+        limit = choose(store.entries(connection))
+        entry = books.correct(connection, account, action=action, limit=limit, at=at, reason=reason.strip())
+        return entry, store.entries(connection)
+
+    database = Database(source.location, Migrations(source.history))
+    try:
+        await database.open()
+    except ConflictError as error:
+        raise ConflictError(
+            f"a budget is changed while its role is stopped, and the {source.role} is running. Stop it, run this "
+            f"again, start it again: what was under way goes on from there. ({error.message})"
+        ) from error
+    try:
+        return await database.run(work)
+    finally:
+        await database.close()
+
+
+def _report(source: Source, account: Account, *, entry: Entry, entries: list[Entry], as_json: bool) -> None:
+    from ..privacy.budget import balance
+    from ..storage.books import difference
+
+    budgets = source.limits.budgets(entries, account)
+    differs = source.limits.differences(entries)
+    warnings = [difference(each, *both) for each, both in differs.items() if each == account]
+    warnings += _what_a_reset_means(entries, account, budgets) if entry.kind == "correction" and _resets(entry) else []
+    if as_json:
+        in_force = [{**asdict(budget.limit), "rounds_left": _left(entries, budget)} for budget in budgets]
+        body = {"role": source.role, "entry": as_object(entry), "in_force": in_force, "warnings": warnings}
+        typer.echo(json.dumps(body, ensure_ascii=False))
+        return
+    typer.echo(describe(entry))
+    for budget in budgets:
+        found = balance(entries, budget)
+        typer.echo(f"in force: {budget.limit}; spent {found.rounds_spent} rounds, ε {found.epsilon_spent:.4g}")
+    for warning in warnings:
+        typer.echo(f"sotto: warning: {warning}", err=True)
+
+
+def _resets(entry: Entry) -> bool:
+    return entry.correction is not None and entry.correction.action == "reset"
+
+
+def _left(entries: list[Entry], budget: Budget) -> int | None:
+    from ..privacy.budget import balance
+
+    return balance(entries, budget).rounds_left
+
+
+def _what_a_reset_means(entries: list[Entry], account: Account, budgets: tuple[Budget, ...]) -> list[str]:
+    from ..privacy.budget import Budget as PureBudget
+    from ..privacy.budget import balance
+
+    some = budgets or (
+        PureBudget(unit=account[0], subject=account[1], max_rounds=None, epsilon=None, delta=DEFAULT_DELTA),
+    )
+    ever = balance(entries, some[0], ever=True)
+    return [
+        f"A NEW ACCOUNTING PERIOD HAS BEGUN for {account[1]} at {account[0]} level. What was released before is not "
+        f"undone: so far it has been exposed to {ever.rounds_spent} rounds and ε {ever.epsilon_spent:.4g} at δ "
+        f"{some[0].delta:g}, and all that is spent from here on comes on top of that. The budget no longer bounds the "
+        "whole, only this period. The history stays in the ledger, and `sotto budget show` says both figures."
+    ]

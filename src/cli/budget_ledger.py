@@ -1,0 +1,270 @@
+"""`sotto budget history | export | verify`: the entries of a ledger, out of its database and after that."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from .budget_source import (
+    AsJson,
+    ConfigFile,
+    PartyName,
+    SubjectOption,
+    UnitOption,
+    head_of,
+    load,
+    read_entries,
+    verify_key_of,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from ..privacy.ledger import Entry
+
+WORTH_SEEING = 50
+"""Entries that `history` shows unless asked for more."""
+
+
+def history(
+    config: ConfigFile,
+    name: PartyName = None,
+    unit: UnitOption = None,
+    subject: SubjectOption = None,
+    job: Annotated[str | None, typer.Option("--job", help="Of this job only.")] = None,
+    kind: Annotated[str | None, typer.Option("--kind", help="reservation, final, release, refusal, …")] = None,
+    limit: Annotated[int, typer.Option("--limit", min=1, help="The newest so many.")] = WORTH_SEEING,
+    as_json: AsJson = False,
+) -> None:
+    """The ledger's entries, oldest first. Reads beside the running role and writes nothing."""
+    source = load(config, name=name)
+    entries = read_entries(source)
+    found = [
+        entry
+        for entry in entries
+        if _asked(entry, unit=unit, subject=subject) and job in (None, entry.job_id) and kind in (None, entry.kind)
+    ]
+    shown = found[-limit:]
+    if as_json:
+        body = {
+            "role": source.role,
+            "head": head_of(entries),
+            "found": len(found),
+            "entries": [as_object(entry) for entry in shown],
+        }
+        typer.echo(json.dumps(body, ensure_ascii=False))
+        return
+    for entry in shown:
+        typer.echo(describe(entry))
+    earlier = f"; the {len(shown)} newest of {len(found)}: --limit shows more" if len(shown) < len(found) else ""
+    typer.echo(f"{len(entries)} entries, chain verified, head {head_of(entries)}{earlier}")
+
+
+def _asked(entry: Entry, *, unit: str | None, subject: str | None) -> bool:
+    from ..privacy.budget import concerns
+
+    if subject is not None:
+        return unit in (None, entry.unit) and concerns(entry, (entry.unit, subject))
+    return unit in (None, entry.unit)
+
+
+def as_object(entry: Entry) -> dict[str, Any]:
+    """An entry as its line has it."""
+    from ..privacy.ledger import to_line
+
+    found: dict[str, Any] = json.loads(to_line(entry))
+    return found
+
+
+def describe(entry: Entry) -> str:
+    """One line for people: when, what, for whom."""
+    where = f"job {entry.job_id}" if entry.job_id else ""
+    where += f" round {entry.round}" if entry.round is not None else ""
+    parts = [
+        f"{entry.sequence:>5}  {entry.at[:19]}  {entry.kind:<15} {entry.unit:<7} {entry.subject}",
+        f"user {entry.user}" if entry.user else "",
+        where.strip(),
+        _mechanism(entry),
+        " ".join(f"{figure}={value}" for figure, value in entry.figures),
+        f"{entry.correction.action}: {entry.correction.limit or 'a new accounting period'}" if entry.correction else "",
+        json.dumps(entry.reason, ensure_ascii=False) if entry.reason else "",
+    ]
+    return "  ".join(part for part in parts if part)
+
+
+def _mechanism(entry: Entry) -> str:
+    from ..privacy.events import event_to_json
+
+    if entry.event is None:
+        return ""
+    fields = {key: value for key, value in event_to_json(entry.event).items() if key not in {"type", "version"}}
+    return f"{entry.event.type}({', '.join(f'{key}={value}' for key, value in fields.items())})"
+
+
+def export(
+    config: ConfigFile,
+    name: PartyName = None,
+    out: Annotated[Path | None, typer.Option("--out", "-o", help="A new file; stdout if left out.")] = None,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="With --out: print one JSON object. (Lines are JSON anyway.)")
+    ] = False,
+) -> None:
+    """The whole ledger as JSON lines, which `sotto budget verify FILE` replays anywhere.
+
+    Reads beside the running role and writes nothing to its database.
+    """
+    from ..errors import ConflictError
+    from ..privacy.ledger import to_line
+
+    entries = read_entries(load(config, name=name))
+    text = "".join(f"{to_line(entry)}\n" for entry in entries)
+    if out is None:
+        typer.echo(text, nl=False)
+        return
+    try:
+        descriptor = os.open(out, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+        with os.fdopen(descriptor, "w", encoding="ascii") as file:
+            file.write(text)
+    except FileExistsError:
+        raise ConflictError(f"{out} exists: an export does not overwrite") from None
+    if as_json:
+        typer.echo(json.dumps({"file": str(out), "entries": len(entries), "head": head_of(entries)}))
+    else:
+        typer.echo(f"{len(entries)} entries in {out}, head {head_of(entries)}")
+
+
+def verify(
+    file: Annotated[Path | None, typer.Argument(help="What `sotto budget export` wrote.", show_default=False)] = None,
+    config: Annotated[
+        Path | None, typer.Option("--config", "-c", help="Instead: the ledger of this role, and its key.")
+    ] = None,
+    name: PartyName = None,
+    verify_key: Annotated[
+        str | None, typer.Option("--verify-key", help="Who must have signed: 64 hex digits of an Ed25519 public key.")
+    ] = None,
+    roster: Annotated[
+        Path | None, typer.Option("--roster", help="roster.json of a kit: the key of --signer is taken from it.")
+    ] = None,
+    signer: Annotated[
+        str, typer.Option("--signer", help="With --roster: aggregator, or a party's name.")
+    ] = "aggregator",
+    head: Annotated[
+        list[str] | None,
+        typer.Option("--head", help="A head that was recorded elsewhere (manifest, transcript): must be in it."),
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Replay a ledger: its form, its chain, its rules, its signatures, and heads recorded elsewhere.
+
+    Needs no server. The first bad entry is named, by its line. FILE by itself: signatures must hold, whoever made them.
+    """
+    entries, key = _ledger_of(file, config, name=name)
+    key = _key(verify_key, roster, signer=signer) or key
+    heads = [_hex(each, "--head") for each in head or []]
+    report = replay(entries, key=key, heads=heads)
+    if as_json:
+        typer.echo(json.dumps(report, ensure_ascii=False))
+        return
+    typer.echo(f"{report['entries']} entries, chain verified, head {report['head']}")
+    for line in _about_signatures(report):
+        typer.echo(line)
+    if heads:
+        typer.echo(f"{len(heads)} heads recorded elsewhere are in it")
+
+
+def _about_signatures(report: dict[str, Any]) -> list[str]:
+    signed, old = report["signed"], report["version_1"]
+    lines = [f"{signed} signatures hold, by {', '.join(report['signed_by']) or 'nobody'}"]
+    if not report["whose_is_checked"]:
+        lines.append("whose key that is was not checked: say --config, --roster or --verify-key")
+    if old:
+        lines.append(f"{old} entries of version 1 carry no signature; a signed entry after them vouches for them")
+    if report["entries"] > old + signed or (old and not signed):
+        lines.append("the last entry is not signed: compare the head with one that was recorded elsewhere (--head)")
+    return lines
+
+
+def replay(entries: Sequence[str | bytes], *, key: bytes | None, heads: list[str]) -> dict[str, Any]:
+    """Verify the lines of a ledger; what was found.
+
+    Raises:
+        LedgerError: names the first bad line, or says that a head is missing.
+    """
+    from ..errors import LedgerError
+    from ..privacy.ledger import Entry, Replay, from_line
+    from ..protocol.ledger import check_signatures, signed_by
+
+    chain, sound, problem = Replay(), list[Entry](), None
+    for number, line in enumerate(entries, start=1):
+        try:
+            entry = from_line(line, number=number)
+            chain.add(entry)
+        except LedgerError as error:
+            problem = error
+            break
+        sound.append(entry)
+    signed = check_signatures(sound, verify_keys=[key] if key else [])  # of an earlier line, maybe: that one is named
+    if problem is not None:
+        raise problem
+    chain.check_heads(heads)
+    return {
+        "entries": len(sound),
+        "head": chain.head,
+        "signed": signed,
+        "signed_by": list(signed_by(sound)),
+        "whose_is_checked": key is not None,
+        "version_1": sum(entry.version == 1 for entry in sound),
+        "heads": heads,
+    }
+
+
+def _ledger_of(
+    file: Path | None, config: Path | None, *, name: str | None
+) -> tuple[Sequence[str | bytes], bytes | None]:
+    """Lines, and the key of the role whose configuration it is."""
+    from ..errors import InvalidInput, NotFoundError
+
+    source = load(config, name=name) if config is not None else None
+    key = verify_key_of(source) if source is not None else None
+    if file is None:
+        if source is None:
+            raise InvalidInput("say what to verify: FILE, or --config")
+        return _rows(source), key
+    try:
+        content = file.read_bytes()
+    except OSError as error:
+        raise NotFoundError(f"{file} cannot be read: {error.strerror}") from error
+    lines = content.split(b"\n")
+    return lines[:-1] if not lines[-1] else lines, key
+
+
+def _rows(source: Any) -> list[str]:
+    from ..privacy.ledger import to_line
+
+    return [to_line(entry) for entry in read_entries(source)]
+
+
+def _key(verify_key: str | None, roster: Path | None, *, signer: str) -> bytes | None:
+    from ..errors import NotFoundError
+    from ..protocol.roster import load_roster
+
+    if verify_key is not None:
+        return bytes.fromhex(_hex(verify_key, "--verify-key"))
+    if roster is None:
+        return None
+    if not roster.is_file():
+        raise NotFoundError(f"there is no file {roster}")
+    _, found = load_roster(roster)
+    return found.verify_key(signer)
+
+
+def _hex(text: str, option: str) -> str:
+    from ..errors import InvalidInput
+
+    if len(text) != 64 or not set(text) <= set("0123456789abcdef"):
+        raise InvalidInput(f"{option} must be 64 hex digits, in lower case", violations={option: "64 hex digits"})
+    return text

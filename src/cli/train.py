@@ -1,0 +1,255 @@
+"""`sotto train`: one training on this node, without a federation; the artifact is one JSON object on stdout."""
+
+from __future__ import annotations
+
+import json
+import math
+import secrets
+import sys
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Final
+
+import typer
+
+if TYPE_CHECKING:
+    from sqlalchemy import URL
+
+    from ..config import PartyConfig
+    from ..learning.standalone import Configured, Plan
+    from ..privacy.budget import Limits
+    from ..protocol.signing import SigningKey
+    from .train_ledger import LedgerPurse
+
+app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
+
+_STDIN: Final = "-"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Node:
+    """This node, as far as training on it goes.
+
+    Attributes:
+        name: what it signs artifacts as.
+        location: of the database that has the ledger.
+        key_file: of the key that signs ledger and artifacts; made where there is none.
+        datasets: by name.
+        users: whose data a dataset is, by its name, where the configuration says it.
+        limits: of budgets.
+        allow_without_dp: the policy.
+    """
+
+    name: str
+    location: Path | str | URL
+    key_file: Path
+    datasets: Mapping[str, Configured]
+    users: Mapping[str, str]
+    limits: Limits
+    allow_without_dp: bool
+
+
+@app.command()
+def train(
+    user: Annotated[str, typer.Option("--user", help="Whose data it is: the run is charged to their budget.")],
+    file: Annotated[
+        Path | None, typer.Argument(help="The job, one JSON object; stdin without it, or for -.", show_default=False)
+    ] = None,
+    json_file: Annotated[Path | None, typer.Option("--json-file", help="The same as FILE.")] = None,
+    config: Annotated[
+        Path | None,
+        typer.Option("--config", "-c", help="party.yaml: datasets, budgets, ledger; else the user's own ledger."),
+    ] = None,
+    name: Annotated[str | None, typer.Option("--name", help="The party, where one file serves several.")] = None,
+    out: Annotated[
+        Path | None, typer.Option("--out", help="Write artifact.json and model.safetensors into this directory.")
+    ] = None,
+    mock: Annotated[
+        bool, typer.Option("--mock", envvar="MOCK_DP", help="Train nothing, charge nothing; the artifact says so.")
+    ] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Report errors as JSON, and nothing else on stderr.")] = False,
+) -> None:
+    """Train on this node alone, with differential privacy, and print the artifact as one JSON object.
+
+    The job is checked and priced, the price reserved, the model trained, the charge made final; then it is shown.
+    """
+    from ..jobs.states import utc
+    from ..learning.standalone import find_source, plan_run, require_packages
+    from ..learning.standalone_artifact import build_mock
+    from ..learning.standalone_job import parse_job
+
+    job = parse_job(_read_job(file, json_file))
+    node = _node(config, name=name)
+    _check_user(user, node.users.get(job.dataset))
+    plan = plan_run(job, find_source(job, node.datasets), allow_without_dp=node.allow_without_dp)
+    target = None if out is None else _Target(out)
+    if mock:
+        artifact, model = build_mock(plan, created_at=utc(time.time())), None
+        _say("MOCK: nothing was trained and nothing charged", quiet=as_json)
+    else:
+        require_packages()
+        artifact, model = _train(plan, node, user, inline=target is None, quiet=as_json)
+    text = json.dumps(artifact, ensure_ascii=False)
+    if target is not None:
+        target.write(text, model)
+    typer.echo(text)
+
+
+def _train(plan: Plan, node: Node, user: str, *, inline: bool, quiet: bool) -> tuple[dict[str, Any], bytes]:
+    """The artifact and the model of a run that was paid for."""
+    from ..jobs.states import utc
+    from ..learning.standalone import run_plan
+    from ..learning.standalone_artifact import MAX_INLINE_BYTES, build_artifact
+    from ..privacy.entropy import SystemEntropy
+    from ..protocol.signing import SigningKey
+
+    node.key_file.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+    key = SigningKey.load_or_make(node.key_file)
+    purse = _purse(node, plan, user, key)
+    limit = MAX_INLINE_BYTES if inline else None
+    trained = run_plan(plan, purse=purse, entropy=SystemEntropy(), max_model_bytes=limit)
+    artifact = build_artifact(
+        plan, trained, created_at=utc(time.time()), in_file=not inline, signing_key=key, signer=node.name
+    )
+    for warning in purse.warnings:
+        _say(warning, quiet=quiet)
+    for each in purse.spent():
+        _say(_balance(each.subject, each.epsilon, limit=each.limit, delta=each.delta), quiet=quiet)
+    return artifact, trained.model
+
+
+def _read_job(file: Path | None, json_file: Path | None) -> bytes:
+    from ..errors import InvalidInput, NotFoundError
+    from ..learning.standalone_job import MAX_JOB_BYTES
+
+    if file is not None and json_file is not None:
+        raise InvalidInput("a job comes from FILE or from --json-file, not from both")
+    path = json_file if file is None else file
+    if path is not None and str(path) != _STDIN:
+        try:
+            with path.open("rb") as stream:
+                return stream.read(MAX_JOB_BYTES + 1)
+        except OSError as error:
+            raise NotFoundError(f"the job {path} cannot be read: {error.strerror}") from error
+    if sys.stdin.isatty():
+        raise InvalidInput("no job: name a file, or pipe one JSON object into stdin")
+    return sys.stdin.buffer.read(MAX_JOB_BYTES + 1)
+
+
+def _check_user(user: str, owner: str | None) -> None:
+    """Raise InvalidInput for a name that is none, and for another than the dataset's owner."""
+    from ..config_sections import USER_PATTERN, USER_RULE
+    from ..errors import InvalidInput
+
+    problem = ""
+    if not USER_PATTERN.fullmatch(user):
+        problem = f"must be {USER_RULE}"
+    elif owner not in (None, user):
+        problem = f"the dataset is configured as the data of {owner!r}"
+    if problem:
+        raise InvalidInput(f"--user: {problem}", violations={"--user": problem})
+
+
+def _node(config: Path | None, *, name: str | None) -> Node:
+    """The node of a party's configuration; without one, a node that has generated rows and the default budget."""
+    from ..errors import InvalidInput
+    from .train_ledger import DATABASE_FILE, DEFAULT_LIMITS, KEY_FILE, default_state_dir
+
+    if config is not None:
+        from ..config import load_party_config
+
+        return _configured(load_party_config(config, name=name))
+    if name is not None:
+        raise InvalidInput("--name says which party of a configuration: it needs --config")
+    state = default_state_dir()
+    return Node(
+        name="standalone",
+        location=state / DATABASE_FILE,
+        key_file=state / KEY_FILE,
+        datasets={},
+        users={},
+        limits=DEFAULT_LIMITS,
+        allow_without_dp=False,
+    )
+
+
+def _configured(config: PartyConfig) -> Node:
+    from ..config_budgets import party_limits
+    from ..learning.standalone import Configured
+    from ..storage.location import database_location
+
+    return Node(
+        name=config.name,
+        location=database_location(config.database_path, config.database.url, config.database.password_file),
+        key_file=config.keys.signing_key,
+        datasets={
+            task: Configured(declared_rows=dataset.declared_rows, options=dataset.options)
+            for task, dataset in config.datasets.items()
+        },
+        users={task: dataset.user for task, dataset in config.datasets.items() if dataset.user is not None},
+        limits=party_limits(config),
+        allow_without_dp=config.policy.allow_without_dp,
+    )
+
+
+def _purse(node: Node, plan: Plan, user: str, key: SigningKey) -> LedgerPurse:
+    """What the run spends: the budget of the rows and the user's; of generated rows, which are nobody's, the latter."""
+    from ..privacy.budget import subject_of
+    from .train_ledger import LedgerPurse
+
+    dataset = plan.source.dataset
+    subject = subject_of("dataset", dataset) if dataset in node.datasets else subject_of("user", user)
+    return LedgerPurse(
+        node.location,
+        key=key,
+        limits=node.limits,
+        account=("example", subject),
+        user=user,
+        stated_delta=plan.job.delta,
+    )
+
+
+class _Target:
+    """The directory that an artifact goes to; checked before anything is charged."""
+
+    def __init__(self, directory: Path) -> None:
+        from ..errors import ConflictError, StorageError
+        from ..learning.standalone_artifact import ARTIFACT_FILE, MODEL_FILE
+
+        self._artifact, self._model = directory / ARTIFACT_FILE, directory / MODEL_FILE
+        try:
+            directory.mkdir(parents=True, exist_ok=True)
+            probe = directory / f".{secrets.token_hex(4)}"
+            probe.touch()
+            probe.unlink()
+        except OSError as error:
+            raise StorageError(f"nothing can be written into {directory}: {error.strerror}") from error
+        for path in (self._artifact, self._model):
+            if path.exists():
+                raise ConflictError(f"{path} is there already: it is not overwritten")
+
+    def write(self, artifact: str, model: bytes | None) -> None:
+        """The model first: an artifact that is there vouches for a model that is there."""
+        if model is not None:
+            _write(self._model, model)
+        _write(self._artifact, artifact.encode() + b"\n")
+
+
+def _write(path: Path, content: bytes) -> None:
+    """Whole or not at all."""
+    part = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
+    part.write_bytes(content)
+    part.replace(path)
+
+
+def _balance(subject: str, epsilon: float, *, limit: float | None, delta: float) -> str:
+    spent = f"{epsilon:.4g}" if math.isfinite(epsilon) else "∞"
+    of = "" if limit is None else f" of {limit:g}"
+    return f"{subject}: ε = {spent}{of} spent at δ = {delta:g}"
+
+
+def _say(text: str, *, quiet: bool) -> None:
+    if not quiet:
+        typer.echo(f"sotto: {text}", err=True)

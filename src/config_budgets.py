@@ -1,0 +1,57 @@
+"""The budgets that a role's configuration sets, by account: what `privacy.budget.Limits` compares with the ledger."""
+
+from __future__ import annotations
+
+from .config import AggregatorConfig, PartyConfig
+from .config_sections import AggregatorPrivacy, Budget
+from .privacy.budget import ANY, Account, Limits, subject_of
+from .privacy.ledger import Limit
+
+
+def aggregator_limits(privacy: AggregatorPrivacy, *, federation: str) -> Limits:
+    """The federation's party-level budget, and the quota of any one job."""
+    return _limits(
+        {
+            ("party", subject_of("federation", federation)): privacy.budget,
+            ("party", subject_of("job", ANY)): privacy.per_job,
+        }
+    )
+
+
+def party_limits(config: PartyConfig) -> Limits:
+    """Of its datasets, of the party in its federation, and the quotas of users and jobs.
+
+    A user without a row is one whom this party does not know: nothing of theirs is trained on.
+    """
+    budgets = config.privacy.budgets
+    stranger = budgets.default_user_epsilon
+    return _limits(
+        {
+            ("example", subject_of("dataset", ANY)): budgets.example,
+            **{("example", subject_of("dataset", task)): each.budget for task, each in config.datasets.items()},
+            ("party", subject_of("federation", config.federation)): budgets.party,
+            ("example", subject_of("user", ANY)): None
+            if stranger is None
+            else Budget(epsilon=stranger, delta=budgets.default_user_delta),
+            **{("example", subject_of("user", name)): budget for name, budget in budgets.users.items()},
+            ("example", subject_of("job", ANY)): budgets.per_job.example,
+            ("party", subject_of("job", ANY)): budgets.per_job.party,
+        }
+    )
+
+
+def limits_of(config: AggregatorConfig | PartyConfig) -> Limits:
+    """Of either role."""
+    if isinstance(config, AggregatorConfig):
+        return aggregator_limits(config.privacy, federation=config.federation)
+    return party_limits(config)
+
+
+def _limits(sections: dict[Account, Budget | None]) -> Limits:
+    return Limits(
+        {
+            account: Limit(max_rounds=section.max_rounds, epsilon=section.epsilon, delta=section.delta)
+            for account, section in sections.items()
+            if section is not None
+        }
+    )

@@ -1,0 +1,282 @@
+"""`sotto train`: one training on one node, without a federation, paid for before data is touched.
+
+The order is the guarantee: settle what it costs, reserve, touch the data, train, make the charge final, show the model.
+Between the reservation and its final entry nothing is given back: a crash, or a failure of any kind, counts as spent.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from importlib.util import find_spec
+from typing import Any, Final, Protocol
+
+from ..errors import ConfigError, InvalidInput, JobFailed, LimitError, PolicyError, Refused
+from ..privacy.accounting import calibrate_dp_sgd, epsilon
+from ..privacy.entropy import Entropy
+from ..privacy.events import DpSgdSteps, Event, NonPrivate
+from .settings import LocalTraining
+from .standalone_job import SYNTHETIC, TrainJob, default
+from .synthetic import ROWS, SyntheticTask
+from .task import Dataset, Options, Task, find_task, holdout_of, loss_of
+
+PACKAGES: Final = ("torch", "opacus", "sklearn")
+"""What the extra `party` installs and training imports."""
+
+MAX_STEPS: Final = 1_000_000
+"""Of one run: an hour or more even of the smallest model."""
+
+
+class Purse(Protocol):
+    """Where a training is paid for: the node's ledger."""
+
+    def reserve(self, job_id: str, event: Event) -> None:
+        """Charge a run to every budget that it spends.
+
+        Raises:
+            BudgetError: one of them does not allow it; nothing is charged, and the ledger has a refusal.
+        """
+        ...
+
+    def finalise(self, figures: Mapping[str, str]) -> str:
+        """Make the charge irrevocable, and enter what is shown now: names and digests. Returns the ledger's head."""
+        ...
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Source:
+    """The rows of a dataset, not loaded yet.
+
+    Attributes:
+        dataset: its name.
+        task: what is learnt from it.
+        options: of the task.
+        n: the number of rows that may be known: that of generated rows, or the one the owner declared.
+        n_is: "generated rows" or "declared by the owner".
+    """
+
+    dataset: str
+    task: Task
+    options: Options
+    n: int
+    n_is: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Plan:
+    """What a run does and costs, settled before anything is charged.
+
+    Attributes:
+        local: the training.
+        batch_size: rows that a step sees in expectation.
+        event: what is charged.
+        epsilon: at `job.delta`; infinite without DP.
+    """
+
+    job: TrainJob
+    source: Source
+    local: LocalTraining
+    batch_size: int
+    event: Event
+    epsilon: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Trained:
+    """A model that may be shown: its charge is final.
+
+    Attributes:
+        model: safetensors.
+        metrics: exact, of public rows; None where the task has none.
+        holdout_rows, holdout: how many these are, and what.
+        ledger_head: after the final entry.
+    """
+
+    model: bytes
+    metrics: dict[str, float] | None
+    holdout_rows: int
+    holdout: str
+    ledger_head: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Configured:
+    """A dataset that the node's configuration offers: for the task of the same name."""
+
+    declared_rows: int
+    options: Options = field(default_factory=dict)
+
+
+def require_packages() -> None:
+    """Raise ConfigError where this installation cannot train."""
+    missing = [name for name in PACKAGES if find_spec(name) is None]
+    if missing:
+        raise ConfigError(
+            f"training needs the extra `party`, and {', '.join(missing)} is not installed: "
+            "pip install 'sotto-fl[party]'"
+        )
+
+
+def find_source(job: TrainJob, configured: Mapping[str, Configured]) -> Source:
+    """The rows that a job asks for.
+
+    Raises:
+        InvalidInput: the node has no such dataset, or has it for another task.
+        NotFoundError: a configured dataset's task is not installed.
+    """
+    if job.dataset == SYNTHETIC:
+        source = Source(
+            dataset=SYNTHETIC, task=SyntheticTask(), options={"seed": job.seed}, n=ROWS, n_is="generated rows"
+        )
+    elif job.dataset in configured:
+        offer = configured[job.dataset]
+        # An option that is null is one that the owner leaves to a federation's job.
+        options = {key: value for key, value in offer.options.items() if value is not None}
+        source = Source(
+            dataset=job.dataset,
+            task=find_task(job.dataset),
+            options=options,
+            n=offer.declared_rows,
+            n_is="declared by the owner",
+        )
+    else:
+        known = ", ".join([SYNTHETIC, *sorted(configured)])
+        raise _unusable(dataset=f"this node has no dataset {job.dataset!r}; it has: {known}")
+    if job.task not in (None, source.task.name):
+        raise _unusable(task=f"dataset {job.dataset!r} is for task {source.task.name!r}, not for {job.task!r}")
+    return source
+
+
+def steps_of(epochs: int, n: int, *, batch_size: int) -> int:
+    """⌈epochs · n / batch_size⌉: every row is seen at least `epochs` times in expectation."""
+    return -(-epochs * n // batch_size)
+
+
+def plan_run(job: TrainJob, source: Source, *, allow_without_dp: bool) -> Plan:
+    """Steps, noise and ε of a run.
+
+    Args:
+        allow_without_dp: the node's policy.
+
+    Raises:
+        InvalidInput: batch size or δ do not go with the number of rows, the run is too long, or no noise reaches ε.
+        Refused: the noise multiplier costs more than the ε asked for.
+        PolicyError: the job asks for no privacy and the node does not allow that.
+    """
+    batch_size = min(default("batch_size"), source.n) if job.batch_size is None else job.batch_size
+    steps = steps_of(job.epochs, source.n, batch_size=batch_size)
+    problems = {}
+    if batch_size > source.n:
+        problems["batch_size"] = f"must be at most n = {source.n}"
+    if steps > MAX_STEPS:
+        problems["epochs"] = f"epochs * n / batch_size gives {steps} steps, at most {MAX_STEPS} are allowed"
+    if job.private and job.delta * source.n >= 1:
+        problems["dp.delta"] = f"must be below 1/n (n = {source.n}): at 1/n a row may be published as it is"
+    if problems:
+        raise _unusable(**problems)
+    rate = batch_size / source.n
+    event = _event(job, rate, steps, allow_without_dp=allow_without_dp)
+    return Plan(
+        job=job,
+        source=source,
+        local=LocalTraining(
+            steps=steps,
+            sampling_rate=rate,
+            learning_rate=job.learning_rate,
+            max_grad_norm=job.clip,
+            noise_multiplier=event.noise_multiplier if isinstance(event, DpSgdSteps) else 0.0,
+            declared_rows=source.n,
+        ),
+        batch_size=batch_size,
+        event=event,
+        epsilon=epsilon([event], delta=job.delta),
+    )
+
+
+def run_plan(plan: Plan, *, purse: Purse, entropy: Entropy, max_model_bytes: int | None = None) -> Trained:
+    """Reserve, train, make final, evaluate on public rows.
+
+    Args:
+        entropy: of sampling and noise.
+        max_model_bytes: refuse a larger model before anything is charged; None for no limit.
+
+    Raises:
+        BudgetError: nothing was charged and no data touched.
+        LimitError: the model is too large; nothing was charged.
+        InvalidInput: DP-SGD cannot train the task's model (found after the reservation: it counts as spent).
+        JobFailed: the parameters are not finite numbers; charged.
+    """
+    from .dpsgd import train_dpsgd, train_plain
+    from .evaluation import evaluate
+    from .flatten import flatten, model_to_tensors, to_safetensors
+
+    task, options = plan.source.task, plan.source.options
+    model = task.build_model(plan.job.seed)
+    size = len(to_safetensors(model_to_tensors(model)))
+    if max_model_bytes is not None and size > max_model_bytes:
+        raise LimitError(
+            f"the model takes {size} bytes, more than the {max_model_bytes} that are printed: "
+            "name a directory for it (--out)",
+            limit=max_model_bytes,
+        )
+    holdout = _holdout(task, options)  # public; also shows whether data can be loaded, before that is paid for
+    purse.reserve(plan.job.job_id, plan.event)
+    train = train_dpsgd if plan.job.private else train_plain
+    train(model, task.load_data(options), loss=loss_of(task), config=plan.local, entropy=entropy)
+    tensors = model_to_tensors(model)
+    content = to_safetensors(tensors)
+    head = purse.finalise({"model_sha256": hashlib.sha256(content).hexdigest()})
+    if not math.isfinite(float(abs(flatten(tensors)[0]).sum(dtype=float))):
+        raise JobFailed("the training diverged: a smaller learning_rate may help; what it cost is charged")
+    metrics = None if holdout is None else _finite(evaluate(task, tensors, holdout))
+    return Trained(
+        model=content,
+        metrics=metrics,
+        holdout_rows=_rows(holdout),
+        holdout="" if holdout is None else holdout.description,
+        ledger_head=head,
+    )
+
+
+def _event(job: TrainJob, rate: float, steps: int, *, allow_without_dp: bool) -> Event:
+    if not job.private:
+        if not allow_without_dp:
+            raise PolicyError("this node does not train without differential privacy (policy.allow_without_dp)")
+        return NonPrivate(unit="example", reason="dp.enabled: false")
+    multiplier = job.noise_multiplier
+    if multiplier is None:
+        assert job.epsilon is not None  # the schema has one of them
+        multiplier = calibrate_dp_sgd(epsilon=job.epsilon, delta=job.delta, sampling_rate=rate, steps=steps)
+    event = DpSgdSteps(sampling_rate=rate, noise_multiplier=multiplier, steps=steps)
+    costs = epsilon([event], delta=job.delta)
+    if math.isinf(costs):
+        raise _unusable(**{"dp.noise_multiplier": "so little noise gives no finite epsilon"})
+    if job.epsilon is not None and costs > job.epsilon:
+        raise Refused(
+            f"dp.noise_multiplier {multiplier:g} costs epsilon {costs:.6g} at delta {job.delta:g}, "
+            f"more than dp.epsilon {job.epsilon:g}",
+            epsilon=costs,
+        )
+    return event
+
+
+def _finite(metrics: Mapping[str, float]) -> dict[str, float]:
+    """Without `n`, which the artifact has elsewhere."""
+    return {name: float(value) for name, value in metrics.items() if name != "n" and math.isfinite(value)}
+
+
+def _holdout(task: Task, options: Options) -> Dataset | None:
+    try:
+        return holdout_of(task, options)
+    except ModuleNotFoundError as error:
+        raise ConfigError(f"the data of task {task.name!r} needs {error.name}, which is not installed") from error
+
+
+def _rows(holdout: Dataset | None) -> int:
+    return 0 if holdout is None else len(holdout)
+
+
+def _unusable(**violations: Any) -> InvalidInput:
+    return InvalidInput("the job cannot be used", violations=violations)

@@ -1,0 +1,84 @@
+"""Signatures on ledger entries: the role that keeps a ledger signs the digest of every entry it writes.
+
+A signature holds the public key beside the signature, so that a changed byte is found without knowing whose key it
+is; whose it is, is for the reader to compare: with the roster of a kit, or a key that was written down. Entries of
+version 1 carry none: the first signed entry after them vouches for them, as its digest covers all before.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable
+from typing import Final
+
+from ..errors import InvalidInput, LedgerError, SignatureError
+from ..privacy.entries import Entry
+from .canonical import canonical_bytes
+from .signing import Signed, SigningKey, open_signed
+
+ENTRY_KIND: Final = "ledger-entry"
+_KEY_DIGITS: Final = 64
+
+
+def _statement(entry: Entry) -> dict[str, str]:
+    return {"digest": entry.digest}
+
+
+class EntrySigner:
+    """Signs the entries of one ledger, and checks that nobody else signed any of them."""
+
+    def __init__(self, key: SigningKey) -> None:
+        self._key = key
+
+    def sign(self, entry: Entry) -> str:
+        """192 hex digits: the public key (32 bytes) and the signature (64 bytes) over the entry's digest."""
+        signed = self._key.sign(ENTRY_KIND, _statement(entry), signer="")
+        return (self._key.verify_key + signed.signature).hex()
+
+    def check(self, entries: Iterable[Entry]) -> None:
+        """Raises LedgerError as `check_signatures`, with this key as the only one."""
+        check_signatures(entries, verify_keys=[self._key.verify_key])
+
+
+def check_signatures(entries: Iterable[Entry], *, verify_keys: Collection[bytes] = ()) -> int:
+    """Check every signature of a ledger whose chain was verified; returns how many entries are signed.
+
+    Args:
+        entries: in order.
+        verify_keys: Ed25519 public keys (32 bytes), one of which must have signed each entry of version 2. Empty:
+            signatures must hold, whoever made them, and after a signed entry none may lack one.
+
+    Raises:
+        LedgerError: names the first entry whose signature is missing, wrong, or by another key.
+    """
+    signed = 0
+    for entry in entries:
+        if entry.version == 1:
+            continue
+        if not entry.signature:
+            if verify_keys or signed:
+                raise LedgerError(f"ledger entry {entry.sequence}: it is not signed", entry=entry.sequence)
+            continue
+        _check(entry, verify_keys)
+        signed += 1
+    return signed
+
+
+def _check(entry: Entry, verify_keys: Collection[bytes]) -> None:
+    key = bytes.fromhex(entry.signature[:_KEY_DIGITS])
+    signature = bytes.fromhex(entry.signature[_KEY_DIGITS:])
+    body = canonical_bytes({**_statement(entry), "kind": ENTRY_KIND})
+    try:
+        open_signed(Signed(body, "the ledger's role", signature), ENTRY_KIND, verify_key=key)
+    except (SignatureError, InvalidInput) as error:
+        raise LedgerError(
+            f"ledger entry {entry.sequence}: its signature does not verify", entry=entry.sequence
+        ) from error
+    if verify_keys and key not in verify_keys:
+        raise LedgerError(
+            f"ledger entry {entry.sequence}: it is signed by another key ({key.hex()[:16]}…)", entry=entry.sequence
+        )
+
+
+def signed_by(entries: Iterable[Entry]) -> tuple[str, ...]:
+    """The public keys, hex, that signed some of these, in the order of their first signature."""
+    return tuple(dict.fromkeys(entry.signature[:_KEY_DIGITS] for entry in entries if entry.signature))

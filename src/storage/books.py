@@ -1,0 +1,227 @@
+"""A role's accounts: its ledger and its budgets together. Every method works inside the caller's transaction.
+
+A charge is one entry, on the account of what is protected (a dataset, the party in its federation); it counts on the
+quotas of its user and of its job as well. All of these are checked before anything is written.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Final
+
+from sqlalchemy import Connection
+
+from ..errors import BudgetError, NotFoundError
+from ..privacy import ledger
+from ..privacy.budget import ANY, Account, Budget, Limits, check_affordable, subject_of
+from ..privacy.events import Event
+from ..privacy.ledger import LONGEST_TEXT, Charge, Entry, Limit, charges
+from .ledger import LedgerStore
+
+REFUSALS_A_DAY: Final = 200
+"""As many are entered: whoever may ask could otherwise fill the ledger, which is read as a whole, for nothing."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Cost:
+    """What one round costs one account.
+
+    Attributes:
+        account: of what is protected.
+        event: what one round does.
+        rounds: as many are priced: this one, and those of its job that are still to come.
+        user: whose data it is; "" for nobody who is named.
+        stated_delta: the δ that the job counts with; None: it names none at this unit.
+    """
+
+    account: Account
+    event: Event
+    rounds: int = 1
+    user: str = ""
+    stated_delta: float | None = None
+
+
+class Books:
+    """A ledger with its budgets.
+
+    Args:
+        store: of the role's database.
+        limits: of the role's configuration.
+    """
+
+    def __init__(self, store: LedgerStore, limits: Limits) -> None:
+        self.store = store
+        self.limits = limits
+
+    # --- budgets ------------------------------------------------------------------------------------------------------
+
+    def open(self, connection: Connection, *, at: str) -> list[str]:
+        """Verify the ledger, and enter the limits that it has seen none for; returns warnings for the operator.
+
+        Raises:
+            LedgerError: the chain is broken, or an entry is not signed as it must be; names the first bad entry.
+        """
+        self.store.verify(connection)
+        for (unit, subject), limit in self.limits.unentered(self.store.entries(connection)).items():
+            self.correct(connection, (unit, subject), action="configured", limit=limit, at=at, reason="")
+        found = self.limits.differences(self.store.entries(connection))
+        return [difference(account, *both) for account, both in found.items()]
+
+    def correct(
+        self,
+        connection: Connection,
+        account: Account,
+        *,
+        action: ledger.Action,
+        limit: Limit | None,
+        at: str,
+        reason: str,
+    ) -> Entry:
+        """Enter a change of a budget. Raises InvalidInput as `privacy.ledger.correct`."""
+        unit, subject = account
+        entries = self.store.entries(connection)
+        entry = ledger.correct(entries, at=at, unit=unit, subject=subject, action=action, limit=limit, reason=reason)
+        return self.store.add(connection, entry)
+
+    def budgets(self, entries: Sequence[Entry], cost: Cost, *, job_id: str) -> tuple[Budget, ...]:
+        """All that a cost has to stay within.
+
+        Raises:
+            BudgetError: its user is not known here.
+        """
+        unit, _ = cost.account
+        found = self.limits.budgets(entries, cost.account)
+        if cost.user:
+            quota = self.limits.budgets(entries, (unit, subject_of("user", cost.user)))
+            if not quota:
+                raise BudgetError(
+                    "the user whose data it is has no budget here (privacy.budgets.users or default_user_epsilon)",
+                    unit=unit,
+                )
+            found += quota
+        if job_id and job_id != ANY:
+            found += self.limits.budgets(entries, (unit, subject_of("job", job_id)))
+        return found
+
+    def check(self, entries: Sequence[Entry], cost: Cost, *, job_id: str) -> None:
+        """Raises BudgetError unless every budget allows all rounds that are priced."""
+        for budget in self.budgets(entries, cost, job_id=job_id):
+            planned = [(cost.rounds, cost.event)]
+            check_affordable(entries, budget, planned, stated_delta=cost.stated_delta)
+
+    # --- charges ------------------------------------------------------------------------------------------------------
+
+    def reserve(self, connection: Connection, job_id: str, number: int, costs: Sequence[Cost], *, at: str) -> None:
+        """Charge a round to every account, or to none. What is charged already is not charged again.
+
+        Raises:
+            BudgetError: some budget does not allow it; nothing is written.
+        """
+        entries = self.store.entries(connection)
+        known = charges(entries)
+        fresh = [cost for cost in costs if reservation_id(job_id, number, cost.account) not in known]
+        for cost in fresh:
+            self.check(entries, cost, job_id=job_id)
+        for cost in fresh:
+            unit, subject = cost.account
+            entry = ledger.reserve(
+                self.store.entries(connection),
+                at=at,
+                job_id=job_id,
+                round=number,
+                unit=unit,
+                subject=subject,
+                reservation_id=reservation_id(job_id, number, cost.account),
+                event=cost.event,
+                user=cost.user,
+            )
+            self.store.add(connection, entry)
+
+    def spend(self, connection: Connection, job_id: str, number: int, *, at: str, reason: str) -> None:
+        """From here on the round's charges are irrevocable. Raises NotFoundError when it was never charged."""
+        for key in self._charged(connection, job_id, number):
+            self.store.add(connection, ledger.finalise(self.store.entries(connection), key, at=at, reason=reason))
+
+    def give_back(self, connection: Connection, job_id: str, number: int, *, at: str, reason: str) -> None:
+        """Give back what a round reserved, of which nothing left. Raises LedgerError once it is final."""
+        for key in self._of_round(connection, job_id, number):
+            entries = self.store.entries(connection)
+            self.store.add(connection, ledger.give_back(entries, key, at=at, reason=reason[:LONGEST_TEXT]))
+
+    def release(self, connection: Connection, job_id: str, number: int, *, figures: Mapping[str, str], at: str) -> None:
+        """Enter what was shown of a round. Raises LedgerError unless it is final, NotFoundError if never charged."""
+        for key in self._charged(connection, job_id, number):
+            self.store.add(connection, ledger.release(self.store.entries(connection), key, at=at, figures=figures))
+
+    def refuse(
+        self,
+        connection: Connection,
+        job_id: str,
+        number: int | None,
+        costs: Sequence[Cost],
+        *,
+        error: BudgetError,
+        at: str,
+    ) -> None:
+        """Enter that `costs` were refused with `error`; in a transaction of its own, as that of the charge is undone.
+
+        The same refusal is entered once, and no more than `REFUSALS_A_DAY` in a day.
+        """
+        entries = self.store.entries(connection)
+        reason = error.message[:LONGEST_TEXT]
+        for cost in costs:
+            unit, subject = cost.account
+            key = reservation_id(job_id, number or 0, cost.account)
+            refused = [entry for entry in entries if entry.kind == "refusal"]
+            again = any((entry.reservation_id, entry.reason) == (key, reason) for entry in refused)
+            today = sum(entry.at[:10] == at[:10] for entry in refused)
+            if again or today >= REFUSALS_A_DAY or error.metadata.get("unit", unit) != unit:
+                continue
+            entry = ledger.refuse(
+                entries,
+                at=at,
+                job_id=job_id,
+                round=number,
+                unit=unit,
+                subject=subject,
+                reservation_id=key,
+                event=cost.event,
+                reason=reason,
+                user=cost.user,
+            )
+            entries.append(self.store.add(connection, entry))
+
+    def of_job(self, connection: Connection, job_id: str, account: Account) -> list[Charge]:
+        """What a job was charged on an account."""
+        books = charges(self.store.entries(connection)).values()
+        return [
+            each for each in books if (each.entry.job_id, each.entry.unit, each.entry.subject) == (job_id, *account)
+        ]
+
+    def _charged(self, connection: Connection, job_id: str, number: int) -> list[str]:
+        keys = self._of_round(connection, job_id, number)
+        if not keys:
+            raise NotFoundError(f"round {number} of job {job_id} was never charged")
+        return keys
+
+    def _of_round(self, connection: Connection, job_id: str, number: int) -> list[str]:
+        books = charges(self.store.entries(connection))
+        return [key for key, charge in books.items() if (charge.entry.job_id, charge.entry.round) == (job_id, number)]
+
+
+def reservation_id(job_id: str, number: int, account: Account) -> str:
+    """Names the charge of a round on an account."""
+    unit, subject = account
+    return f"{job_id}/{number}/{unit}/{subject}"
+
+
+def difference(account: Account, by_file: Limit | None, by_ledger: Limit) -> str:
+    """A warning: the configuration says something else than the ledger, and how to change that."""
+    unit, subject = account
+    said = "nothing" if by_file is None else str(by_file)
+    return (
+        f"the budget of {subject} at {unit} level was entered as {by_ledger}, the configuration says {said}: the "
+        "smaller of both counts. To change what is entered, stop this role and run: "
+        f"sotto budget set --config … --unit {unit} --subject {subject!r} --reason …"
+    )

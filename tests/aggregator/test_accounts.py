@@ -1,0 +1,94 @@
+"""The federation's budget, and the quota of any one job inside it: at submission, and at each round."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import sqlalchemy
+from sqlalchemy import Connection, MetaData
+from sqlalchemy.pool import StaticPool
+
+from src.aggregator.accounts import Accounts
+from src.config_sections import AggregatorPrivacy
+from src.errors import BudgetError, NotFoundError
+from src.privacy.events import NoisySum
+from src.storage.ledger import LedgerStore
+
+SUM = NoisySum(noise_multiplier=4.0)
+
+
+@pytest.fixture
+def connection() -> Iterator[Connection]:
+    """One transaction on an empty ledger in memory."""
+    engine = sqlalchemy.create_engine("sqlite://", poolclass=StaticPool)
+    metadata = MetaData()
+    LedgerStore(metadata)
+    metadata.create_all(engine)
+    with engine.begin() as connection:
+        yield connection
+    engine.dispose()
+
+
+def accounts(**privacy: Any) -> Accounts:
+    return Accounts(LedgerStore(MetaData()), AggregatorPrivacy.model_validate(privacy), federation="demo")
+
+
+def reserve(own: Accounts, connection: Connection, *, job: str = "j", number: int = 1) -> None:
+    own.reserve(connection, job, number, event=SUM, now=0.0)
+
+
+def test_a_job_is_checked_as_a_whole_beside_those_accepted_before(connection: Connection) -> None:
+    own = accounts(budget={"max_rounds": 5})
+    reserve(own, connection)
+    own.check(connection, [(3, SUM), (1, SUM)])
+    with pytest.raises(BudgetError, match="asked 5, spent 1, limit 5, left 4"):
+        own.check(connection, [(3, SUM), (2, SUM)])
+
+
+def test_the_quota_of_a_job_is_for_it_alone(connection: Connection) -> None:
+    own = accounts(budget={"max_rounds": 9}, per_job={"max_rounds": 2})
+    own.check(connection, [(5, SUM), (2, SUM)])
+    with pytest.raises(BudgetError, match="round budget at party level of one job does not allow it: asked 3"):
+        own.check(connection, [(1, SUM), (3, SUM)])
+    for number in (1, 2):
+        reserve(own, connection, number=number)
+    with pytest.raises(BudgetError, match="of one job"):
+        reserve(own, connection, number=3)
+    reserve(own, connection, job="another")
+
+
+def test_a_round_goes_its_way_once(connection: Connection) -> None:
+    own, store = accounts(budget={"max_rounds": 1}), LedgerStore(MetaData())
+    for _ in range(2):
+        reserve(own, connection)
+        own.spend(connection, "j", 1, now=0.0)
+        own.release(connection, "j", 1, figures={"transcript": "ab"}, now=0.0)
+    assert [entry.kind for entry in store.entries(connection)] == ["reservation", "final", "release"]
+    assert own.head(connection) == store.entries(connection)[-1].digest
+    with pytest.raises(BudgetError) as caught:
+        reserve(own, connection, number=2)
+    own.refuse(connection, "j", 2, event=SUM, error=caught.value, now=0.0)
+    own.refuse(connection, "", None, event=SUM, error=caught.value, now=0.0)
+    assert [entry.job_id for entry in store.entries(connection)[3:]] == ["j", ""]
+
+
+def test_nothing_is_spent_that_was_not_reserved(connection: Connection) -> None:
+    own = accounts(budget={"max_rounds": 1})
+    with pytest.raises(NotFoundError, match="never charged"):
+        own.spend(connection, "j", 1, now=0.0)
+    reserve(own, connection)
+    own.return_(connection, "j", 1, now=0.0, reason="no quorum " * 100)
+    reserve(own, connection, number=2)
+    with pytest.raises(BudgetError):
+        reserve(own, connection, number=3)
+
+
+def test_the_first_start_enters_the_budget_and_a_later_one_does_not_raise_it(connection: Connection) -> None:
+    assert accounts(budget={"max_rounds": 1}).open(connection, now=0.0) == []
+    own = accounts(budget={"max_rounds": 200})
+    (warning,) = own.open(connection, now=0.0)
+    assert "federation:demo" in warning
+    with pytest.raises(BudgetError, match="limit 1"):
+        own.check(connection, [(2, SUM)])

@@ -1,0 +1,371 @@
+"""`sotto budget`: what is shown, what is exported and verified anywhere, and what an operator changes with a reason."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+from sqlalchemy import Connection, MetaData
+
+from src import cli
+from src.cli.budget_ledger import replay
+from src.config import PartyConfig, load_party_config
+from src.config_budgets import party_limits
+from src.errors import CATALOGUE, ConflictError, InvalidInput, LedgerError, NotFoundError
+from src.privacy.accounting import epsilon
+from src.privacy.events import DpSgdSteps, NoisySum
+from src.privacy.ledger import Limit
+from src.protocol.ledger import EntrySigner
+from src.protocol.roster import Member, Roster, save_roster, sign_roster
+from src.protocol.signing import SigningKey
+from src.storage.books import Books, Cost
+from src.storage.database import Database
+from src.storage.ledger import LedgerStore
+from src.storage.migrations import Migrations
+
+AT = "2026-01-01T00:00:00Z"
+STEPS = DpSgdSteps(sampling_rate=0.01, noise_multiplier=1.1, steps=40)
+CONFIG = """
+version: 1
+name: a
+federation: demo
+state_dir: state
+server: {insecure: true}
+keys: {custody: aggregator}
+datasets: {randhie: {declared_rows: 100}}
+privacy: {budgets: {example: {epsilon: 4.0}, party: {max_rounds: 9}, default_user_epsilon: 10.0}}
+"""
+RANDHIE = ("--unit", "example", "--subject", "dataset:randhie")
+
+
+@dataclass
+class Role:
+    """A party that has run one round of job j, for a row of ada's."""
+
+    file: Path
+    capsys: pytest.CaptureFixture[str]
+
+    @property
+    def config(self) -> PartyConfig:
+        return load_party_config(self.file)
+
+    @property
+    def key(self) -> SigningKey:
+        return SigningKey.load_or_make(self.config.keys.signing_key)
+
+    def books(self) -> Books:
+        return Books(LedgerStore(MetaData(), signer=EntrySigner(self.key)), party_limits(self.config))
+
+    def write(self, *work: Callable[[Connection], Any]) -> None:
+        async def run() -> None:
+            database = Database(self.config.database_path, Migrations("party"))
+            await database.open()
+            for each in work:
+                await database.run(each)
+            await database.close()
+
+        asyncio.run(run())
+
+    def spend(self, number: int, job_id: str = "j") -> None:
+        books = self.books()
+        example = Cost(account=("example", "dataset:randhie"), event=STEPS, user="ada")
+        party = Cost(account=("party", "federation:demo"), event=NoisySum(noise_multiplier=4.0))
+        self.write(
+            lambda c: books.open(c, at=AT),
+            lambda c: books.reserve(c, job_id, number, [example, party], at=AT),
+            lambda c: books.spend(c, job_id, number, at=AT, reason="the upload begins"),
+        )
+
+    def run(self, *arguments: str) -> tuple[int, str, str]:
+        """(exit code, stdout, stderr)."""
+        self.capsys.readouterr()
+        code = cli.run(["budget", *arguments])
+        done = self.capsys.readouterr()
+        return code, done.out, done.err
+
+    def read(self, command: str, *arguments: str) -> dict[str, Any]:
+        """What the command prints as JSON."""
+        code, out, err = self.run(command, "--config", str(self.file), "--json", *arguments)
+        assert (code, err) == (0, "")
+        found: dict[str, Any] = json.loads(out)
+        return found
+
+    def change(self, command: str, *arguments: str) -> dict[str, Any]:
+        return self.read(command, "--reason", "the ethics board, minutes of 3 May", *arguments)
+
+    def row(self, subject: str = "dataset:randhie") -> dict[str, Any]:
+        (row,) = self.read("show", "--unit", "example", "--subject", subject)["budgets"]
+        found: dict[str, Any] = row
+        return found
+
+
+@pytest.fixture
+def role(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Role:
+    file = tmp_path / "party.yaml"
+    file.write_text(CONFIG)
+    made = Role(file, capsys)
+    made.spend(1)
+    return made
+
+
+def test_the_shipped_party_gives_a_user_whom_it_does_not_know_ten_at_1e_5() -> None:
+    shipped = load_party_config(Path(__file__).parents[2] / "config/party.yaml", environ={})
+    assert party_limits(shipped).configured(("example", "user:user_456")) == Limit(
+        max_rounds=None, epsilon=10.0, delta=1e-5
+    )
+
+
+# --- show, history --------------------------------------------------------------------------------------------------
+
+
+def test_show_says_what_every_account_has_seen_and_converts_to_another_delta(role: Role) -> None:
+    shown = role.read("show", "--delta", "1e-7")
+    rows = {(row["unit"], row["subject"]): row for row in shown["budgets"]}
+    assert list(rows) == [("example", "dataset:randhie"), ("example", "user:ada"), ("party", "federation:demo")]
+    spent = epsilon([STEPS], delta=1e-5)
+    for subject, limit in (("dataset:randhie", 4.0), ("user:ada", 10.0)):
+        row = rows["example", subject]
+        assert (row["epsilon_spent"], row["epsilon_limit"], row["epsilon_ever"]) == (spent, limit, spent)
+        assert row["epsilon_at"] == epsilon([STEPS], delta=1e-7)
+    assert (rows["party", "federation:demo"]["rounds_left"], shown["warnings"]) == (8, [])
+    assert role.row("job:j")["rounds_spent"] == 1
+    code, out, _ = role.run("show", "--config", str(role.file), "--delta", "1e-7")
+    assert code == 0
+    converted = f"ε {epsilon([STEPS], delta=1e-7):.4g} at δ 1e-07, converted from the mechanisms"
+    assert f"dataset:randhie (example level): {converted}" in out
+
+
+def test_history_is_narrowed_and_says_what_it_leaves_out(role: Role) -> None:
+    role.spend(2)
+    kinds = [entry["kind"] for entry in role.read("history")["entries"]]
+    assert kinds == [*["correction"] * 3, *["reservation"] * 2, *["final"] * 2, *["reservation"] * 2, *["final"] * 2]
+    for arguments, count in (
+        (("--kind", "final"), 4),
+        (("--subject", "user:ada"), 4),
+        (("--job", "j", "--unit", "party"), 4),
+        (("--subject", "dataset:randhie", "--kind", "refusal"), 0),
+    ):
+        assert len(role.read("history", *arguments)["entries"]) == count
+    code, out, _ = role.run("history", "--config", str(role.file), "--limit", "2")
+    assert code == 0
+    assert len(out.splitlines()) == 3
+    assert "the 2 newest of 11" in out
+    assert 'final           example dataset:randhie  user ada  job j round 2  "the upload begins"' in out
+
+
+# --- export, verify -------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def export(role: Role, tmp_path: Path) -> Path:
+    """An exported ledger."""
+    file = tmp_path / "ledger.jsonl"
+    assert role.run("export", "--config", str(role.file), "--out", str(file))[0] == 0
+    return file
+
+
+def test_an_export_is_the_same_on_stdout_and_does_not_overwrite(role: Role, export: Path) -> None:
+    assert role.run("export", "--config", str(role.file))[1] == export.read_text()
+    assert export.stat().st_mode & 0o777 == 0o600
+    before = export.read_bytes()
+    assert role.run("export", "--config", str(role.file), "--out", str(export))[0] == CATALOGUE[ConflictError].exit_code
+    assert export.read_bytes() == before
+
+
+def test_an_export_verifies_without_a_server_a_configuration_or_the_key(role: Role, export: Path) -> None:
+    code, out, _ = role.run("verify", str(export), "--json")
+    report = json.loads(out)
+    assert code == 0
+    assert (report["entries"], report["signed"], report["version_1"]) == (7, 7, 0)
+    assert (report["signed_by"], report["whose_is_checked"]) == ([role.key.verify_key.hex()], False)
+    code, out, _ = role.run("verify", str(export), "--verify-key", role.key.verify_key.hex(), "--head", report["head"])
+    assert code == 0
+    assert out.splitlines()[0] == f"7 entries, chain verified, head {report['head']}"
+    assert "1 heads recorded elsewhere are in it" in out
+
+
+def test_the_key_comes_from_a_roster_too_and_another_is_refused(role: Role, export: Path, tmp_path: Path) -> None:
+    operator = SigningKey.generate()
+    roster = Roster(
+        federation="demo",
+        key_id="",
+        custody="aggregator",
+        threshold=0,
+        colluders=0,
+        aggregator_verify_key=operator.verify_key,
+        members=(Member("a", role.key.verify_key),),
+        created_at=AT,
+    )
+    file = tmp_path / "roster.json"
+    save_roster(file, sign_roster(roster, operator), operator_verify_key=operator.verify_key)
+    assert role.run("verify", str(export), "--roster", str(file), "--signer", "a")[0] == 0
+    code, _, err = role.run("verify", str(export), "--roster", str(file))
+    assert code == CATALOGUE[LedgerError].exit_code
+    assert "ledger entry 1: it is signed by another key" in err
+
+
+def test_every_byte_of_an_export_that_changes_is_found_and_its_line_named(export: Path) -> None:
+    content = export.read_bytes()
+    lines = content.splitlines(keepends=True)
+    content = b"".join(lines[:3])
+    owner = [number for number, line in enumerate(lines[:3], start=1) for _ in line]
+    for position, number in enumerate(owner):
+        bent = bytearray(content)
+        bent[position] ^= 1 << (position % 7)
+        parts = bytes(bent).split(b"\n")
+        with pytest.raises(LedgerError) as caught:
+            replay(parts[:-1] if not parts[-1] else parts, key=None, heads=[])
+        assert caught.value.metadata["entry"] == str(number)
+
+
+def test_a_damaged_export_is_refused_by_the_command_with_its_line(role: Role, export: Path) -> None:
+    export.write_bytes(export.read_bytes().replace(b'"round":1', b'"round":2', 1))
+    code, _, err = role.run("verify", str(export), "--json")
+    assert code == CATALOGUE[LedgerError].exit_code
+    assert json.loads(err)["error"]["metadata"] == {"entry": "4"}
+
+
+def test_a_database_that_was_rolled_back_is_found_by_the_head_that_was_kept_elsewhere(
+    role: Role, tmp_path: Path
+) -> None:
+    state = role.config.state_dir
+    shutil.copytree(state, tmp_path / "backup")
+    role.spend(2)
+    head = role.read("show")["head"]
+    assert role.read("verify", "--head", head)["heads"] == [head]
+    shutil.rmtree(state)
+    shutil.copytree(tmp_path / "backup", state)
+    assert role.read("verify")["whose_is_checked"] is True  # by itself it is whole
+    code, _, err = role.run("verify", "--config", str(role.file), "--head", head)
+    assert code == CATALOGUE[LedgerError].exit_code
+    assert "it was cut or rewritten" in err
+
+
+def test_an_export_of_version_1_says_that_nothing_is_signed(role: Role, tmp_path: Path) -> None:
+    vector = json.loads((Path(__file__).parents[1] / "vectors/ledger.json").read_text("utf-8"))
+    file = tmp_path / "old.jsonl"
+    file.write_text("\n".join(vector["lines"]))  # the last line feed is missing, and may be
+    code, out, _ = role.run("verify", str(file))
+    assert code == 0
+    assert "0 signatures hold, by nobody" in out
+    assert "the last entry is not signed" in out
+
+
+# --- set, reset -----------------------------------------------------------------------------------------------------
+
+
+def test_a_budget_grows_once_configuration_and_ledger_say_so(role: Role) -> None:
+    role.file.write_text(CONFIG.replace("{epsilon: 4.0}", "{epsilon: 8.0}"))
+    assert role.row()["epsilon_limit"] == 4.0
+    (warning,) = role.read("show")["warnings"]
+    assert "--unit example --subject 'dataset:*'" in warning
+    changed = role.change("set", "--unit", "example", "--subject", "dataset:*")
+    assert changed["warnings"] == []
+    assert changed["entry"]["reason"] == "the ethics board, minutes of 3 May"
+    assert role.row()["epsilon_limit"] == 8.0
+    assert role.read("show")["warnings"] == []
+    assert role.read("verify")["signed"] == 8
+
+
+def test_a_budget_that_is_raised_in_the_ledger_alone_says_what_still_counts(role: Role) -> None:
+    changed = role.change("set", *RANDHIE, "--epsilon", "8", "--max-rounds", "5")
+    assert changed["in_force"] == [{"max_rounds": 5, "epsilon": 4.0, "delta": 1e-5, "rounds_left": 4}]
+    (warning,) = changed["warnings"]
+    assert "entered as 5 rounds, ε 8 at δ 1e-05, the configuration says no limit in rounds, ε 4" in warning
+    code, out, err = role.run("set", "--config", str(role.file), *RANDHIE, "--max-rounds", "none", "--reason", "again")
+    assert code == 0
+    assert "in force: no limit in rounds, ε 4 at δ 1e-05; spent 1 rounds" in out
+    assert "the smaller of both counts" in err
+
+
+def test_a_budget_at_another_delta_is_enforced_beside_the_first_and_not_mixed(role: Role) -> None:
+    role.change("set", *RANDHIE, "--epsilon", "6", "--delta", "1e-7")
+    rows = role.read("show", *RANDHIE)["budgets"]
+    assert [(row["epsilon_limit"], row["delta"]) for row in rows] == [(6.0, 1e-7), (4.0, 1e-5)]
+    assert [row["epsilon_spent"] for row in rows] == [epsilon([STEPS], delta=delta) for delta in (1e-7, 1e-5)]
+
+
+def test_a_reset_begins_a_new_period_loudly_and_keeps_the_history(role: Role) -> None:
+    before = role.read("history")["entries"]
+    code, _, err = role.run("reset", "--config", str(role.file), *RANDHIE, "--reason", "consent was asked again")
+    assert code == 0
+    assert "A NEW ACCOUNTING PERIOD HAS BEGUN for dataset:randhie" in err
+    spent = epsilon([STEPS], delta=1e-5)
+    assert f"exposed to 1 rounds and ε {spent:.4g}" in err
+    assert role.read("history")["entries"][: len(before)] == before
+    row = role.row()
+    assert (row["rounds_spent"], row["epsilon_spent"], row["epsilon_left"]) == (0, 0.0, 4.0)
+    assert (row["periods"], row["rounds_ever"], row["epsilon_ever"]) == (2, 1, spent)
+    assert role.row("user:ada")["rounds_spent"] == 1
+    role.spend(2)
+    assert (role.row()["rounds_spent"], role.row()["rounds_ever"]) == (1, 2)
+    assert "accounting period 2; over all periods 2 rounds" in role.run("show", "--config", str(role.file))[1]
+
+
+def test_a_budget_is_not_changed_while_its_role_runs_and_the_refusal_says_what_to_do(role: Role) -> None:
+    async def beside() -> tuple[int, str, str]:
+        database = Database(role.config.database_path, Migrations("party"))
+        await database.open()
+        arguments = ("set", "--config", str(role.file), *RANDHIE, "--epsilon", "8", "--reason", "more")
+        found = await asyncio.to_thread(role.run, *arguments)
+        await database.close()
+        return found
+
+    head = role.read("show")["head"]
+    code, _, err = asyncio.run(beside())
+    assert code == CATALOGUE[ConflictError].exit_code
+    assert "the party a of demo is running. Stop it, run this again, start it again" in err
+    assert role.read("show")["head"] == head
+
+
+WRONG: list[tuple[str, tuple[str, ...], type[Exception]]] = [
+    ("no reason", ("set", *RANDHIE, "--epsilon", "8", "--reason", " "), InvalidInput),
+    ("no unit", ("set", "--subject", "dataset:randhie", "--reason", "x"), InvalidInput),
+    ("another unit", ("set", "--unit", "user", "--subject", "dataset:randhie", "--reason", "x"), InvalidInput),
+    ("no subject", ("set", "--unit", "example", "--reason", "x"), InvalidInput),
+    ("another kind", ("set", "--unit", "example", "--subject", "row:1", "--reason", "x"), InvalidInput),
+    ("no name", ("set", "--unit", "example", "--subject", "dataset:", "--reason", "x"), InvalidInput),
+    ("no number", ("set", *RANDHIE, "--epsilon", "much", "--reason", "x"), InvalidInput),
+    ("ε out of range", ("set", *RANDHIE, "--epsilon", "-1", "--reason", "x"), InvalidInput),
+    ("infinite ε", ("set", *RANDHIE, "--epsilon", "inf", "--reason", "x"), InvalidInput),
+    ("δ out of range", ("set", *RANDHIE, "--delta", "1", "--reason", "x"), InvalidInput),
+    ("no limit at all", ("set", *RANDHIE, "--epsilon", "none", "--reason", "x"), InvalidInput),
+    ("nothing configured", ("set", "--unit", "party", "--subject", "job:j", "--reason", "x"), InvalidInput),
+    ("a reset of all", ("reset", "--unit", "example", "--subject", "dataset:*", "--reason", "x"), InvalidInput),
+    ("show at no δ", ("show", "--delta", "0"), InvalidInput),
+    ("a head that is none", ("verify", "--head", "ABC"), InvalidInput),
+    ("a key that is none", ("verify", "--verify-key", "ABC"), InvalidInput),
+    ("a roster that is not there", ("verify", "--roster", "/nowhere"), NotFoundError),
+    ("a file that is not there", ("verify", "/nowhere"), NotFoundError),
+]
+
+
+@pytest.mark.parametrize(("arguments", "error"), [row[1:] for row in WRONG], ids=[row[0] for row in WRONG])
+def test_refused_is(role: Role, arguments: tuple[str, ...], error: type[Exception]) -> None:
+    head = role.read("show")["head"]
+    code, out, err = role.run(arguments[0], "--config", str(role.file), *arguments[1:])
+    assert (code, out) == (CATALOGUE[error].exit_code, "")  # type: ignore[index]  # all are of the catalogue
+    assert err.startswith("sotto: ")
+    assert role.read("show")["head"] == head
+
+
+def test_verify_needs_something_to_verify(role: Role) -> None:
+    assert role.run("verify")[0] == CATALOGUE[InvalidInput].exit_code
+
+
+def test_a_role_that_never_ran_has_nothing_to_change_and_no_database_is_made(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "party.yaml"
+    file.write_text(CONFIG)
+    role = Role(file, capsys)
+    for command in (("set", *RANDHIE, "--epsilon", "8"), ("reset", *RANDHIE)):
+        code, _, _ = role.run(command[0], "--config", str(file), *command[1:], "--reason", "x")
+        assert code == CATALOGUE[NotFoundError].exit_code
+    assert not (tmp_path / "state").exists()
