@@ -50,6 +50,7 @@ def check_model(pair: Any, job_id: str, folder: Path) -> None:
     assert files["model.safetensors"].read_bytes() != pair.model
 
 
+@pytest.mark.slow
 def test_a_training_lives_through_a_crash_right_before_each_of_its_commits(
     lives: Any, pair: Any, tmp_path: Path
 ) -> None:
