@@ -105,6 +105,7 @@ def test_an_export_lives_through_a_crash_at_each_of_its_commits_and_comes_out_al
     assert all(np.array_equal(exported[name], model[name]) for name in model)
 
 
+@pytest.mark.slow
 def test_a_job_survives_aggregators_that_die_while_they_take_it_up_again(
     lives: Any, pair: Any, wait_until: Callable[..., Any]
 ) -> None:
@@ -122,6 +123,7 @@ def test_a_job_survives_aggregators_that_die_while_they_take_it_up_again(
     assert kinds.count(EventKind.RESUMED) == 3
 
 
+@pytest.mark.slow
 def test_a_cancellation_lives_through_a_crash_right_after_each_of_its_commits(lives: Any, pair: Any) -> None:
     federation = pair.federation
     with federation.processes.hold("a", "b"):
