@@ -26,7 +26,7 @@ from ..jobs.states import JobRow
 from ..privacy.accounting import MEANINGLESS_EPSILON, epsilon
 from ..privacy.events import NoisySum
 from ..protocol.canonical import real
-from ..protocol.derive import charged_against, example_event, noise_of, party_event
+from ..protocol.derive import adaptation_of, charged_against, example_event, noise_of, party_event
 from ..protocol.plan import MANIFEST_KIND, TRANSCRIPT_KIND, RoundPlan, signed_digest
 from ..protocol.signing import Signed, open_signed
 from ..storage.blobs import Blobs
@@ -226,7 +226,7 @@ def _privacy(
     """What holds for a row and for a party after all `plans`, of which `plan` was the last to release a model."""
     fedavg = plan.gradient_sum is None
     noise = noise_of(plan)
-    whole, _, _ = noise.figures(dimension=plan.dimension, rounds=1, delta=float(plan.noise.delta))
+    whole, _, _ = noise.figures(dimension=plan.value_count, rounds=1, delta=float(plan.noise.delta))
     alone = [party_event(each, noise_of(each), against="all_others") for each in plans]
     return {
         "example": {
@@ -243,7 +243,7 @@ def _privacy(
         },
         "party": {
             "unit": "one party's whole update",
-            "neighbouring": "replaced by the zero update; who contributed is public",
+            "neighbouring": _PARTY_NEIGHBOURS[plan.adaptive_clipping is not None],
             "epsilon": _text(last["epsilon_party"]),
             "epsilon_against_aggregator": _text(last["epsilon_party_against_aggregator"]),
             "epsilon_if_all_others_collude": real(epsilon(alone, delta=float(plan.noise.delta))),
@@ -255,7 +255,34 @@ def _privacy(
             "noise_multiplier": plan.noise.noise_multiplier if fedavg else _party_multiplier(plan),
             "noise_by": plan.noise.noise_by,
             "colluders_assumed": plan.colluders,
+            **_adaptive(plan, last),
         },
+    }
+
+
+_PARTY_NEIGHBOURS: Final = {
+    False: "replaced by the zero update; who contributed is public",
+    True: "replaced by zeros, in the slot of the bit too; who contributed is public",
+}
+"""By whether there is a bit (adaptive clipping)."""
+
+
+def _adaptive(plan: RoundPlan, last: Mapping[str, Any]) -> dict[str, Any]:
+    """Of adaptive clipping: how the norm moved on from that of the plan, and what update and bit carry of the noise."""
+    adaptive = adaptation_of(plan)
+    if adaptive is None:
+        return {}
+    multiplier = float(plan.noise.noise_multiplier)
+    return {
+        "adaptive_clipping": {
+            "quantile": real(adaptive.quantile),
+            "learning_rate": real(adaptive.learning_rate),
+            "smallest": real(adaptive.smallest),
+            "largest": real(adaptive.largest),
+            "next_clipping_norm": last["next_clipping_norm"],
+            "bit_deviation": real(adaptive.bit_deviation if multiplier else 0.0),
+            "update_noise_multiplier": real(adaptive.update_multiplier(multiplier) if multiplier else 0.0),
+        }
     }
 
 
@@ -320,6 +347,9 @@ def _round(row: RoundRow) -> dict[str, Any]:
         "quorum": row.quorum,
         "contributors": list(row.contributors),
     }
+    plan = plan_of(row.plan)
+    if plan.adaptive_clipping is not None:
+        entry["clipping_norm"] = plan.clipping_norm
     if row.result:
         entry["transcript"] = signed_digest(Signed.from_json(row.result["transcript"]), TRANSCRIPT_KIND)
     return entry

@@ -13,6 +13,7 @@ from ..encryption.scheme import Scheme
 from ..errors import InvalidInput, KeyMaterialError, PlanError, PolicyError
 from ..jobs.spec import FederatedTrainingSpec
 from ..privacy.accounting import MULTIPLIER_STEPS, calibrate_dp_sgd, calibrate_sampled_sum, check_dp_sgd
+from ..privacy.clipping import PARTIES_PER_DEVIATION, AdaptiveClipping
 from ..privacy.events import Event
 from ..privacy.noise import sum_divergence
 from ..privacy.noise_plan import NoiseBy, plan_noise
@@ -27,7 +28,7 @@ from ..protocol.derive import (
     failure_probability,
     party_event,
 )
-from ..protocol.plan import GradientSum, LocalPlan, RoundPlan
+from ..protocol.plan import GradientSum, LocalPlan, NormAdaptation, RoundPlan
 from ..protocol.roster import Roster
 from ..protocol.signing import Signed
 from .federation import Federation
@@ -100,6 +101,7 @@ class _Settings:
     clipping_norm: float
     resolution_bits: int
     gradient_sum: GradientSum | None = None
+    adaptive_clipping: NormAdaptation | None = None
 
 
 def plan_round(
@@ -112,12 +114,14 @@ def plan_round(
     scheme: Scheme,
     local_noise: float | None = None,
     declared_rows: Mapping[str, int] | None = None,
+    clipping_norm: float | None = None,
 ) -> RoundPlan:
     """Everything that a round fixes.
 
     Args:
         local_noise: fedavg's noise multiplier of DP-SGD; by default calibrated to the job's target: a second's work.
         declared_rows: of each party of the cohort; needed for fedsgd alone.
+        clipping_norm: under adaptive clipping what the last release left it at; by default the job's.
 
     Raises:
         InvalidInput, PlanError: when no such round can be run; says why.
@@ -127,9 +131,7 @@ def plan_round(
     if spec.strategy == "fedsgd":
         settings = _gradient_sum(spec, model, roster, scheme=scheme, quorum=quorum, declared_rows=declared_rows or {})
     else:
-        settings = _update(
-            spec, model, roster, scheme=scheme, cohort=len(cohort), quorum=quorum, local_noise=local_noise
-        )
+        settings = _update(spec, model, roster, scheme=scheme, local_noise=local_noise, clipping_norm=clipping_norm)
     return RoundPlan(
         federation=roster.federation,
         job_id=job_id,
@@ -164,6 +166,7 @@ def plan_round(
         threshold=roster.threshold,
         custody=roster.custody,
         gradient_sum=settings.gradient_sum,
+        adaptive_clipping=settings.adaptive_clipping,
     )
 
 
@@ -173,31 +176,60 @@ def _update(
     roster: Roster,
     *,
     scheme: Scheme,
-    cohort: int,
-    quorum: int,
     local_noise: float | None,
+    clipping_norm: float | None,
 ) -> _Settings:
     """fedavg: each party protects its rows itself, and the sum's noise protects the party."""
     privacy = spec.party_privacy
+    cohort, quorum = invited(spec, roster)
+    norm = clipping_norm or privacy.clipping_norm
+    adaptive = _adaptation(spec, quorum)
     derived = derive(
         scheme,
         dimension=model.dimension,
-        clipping_norm=privacy.clipping_norm,
+        clipping_norm=norm,
         resolution_bits=spec.encryption.resolution_bits,
         noise_by=privacy.noise_by,
         noise_multiplier=privacy.noise_multiplier,
         delta=privacy.delta,
-        cohort=cohort,
+        cohort=len(cohort),
         quorum=quorum,
         colluders=roster.colluders,
         priced_rounds=spec.priced_rounds,
+        adaptive=adaptive,
     )
     return _Settings(
         derived,
         steps=spec.local_training.steps,
         noise_multiplier=_local_noise(spec) if local_noise is None else local_noise,
-        clipping_norm=privacy.clipping_norm,
+        clipping_norm=norm,
         resolution_bits=spec.encryption.resolution_bits,
+        adaptive_clipping=_as_planned(adaptive, derived.bit_unit) if adaptive else None,
+    )
+
+
+def _adaptation(spec: FederatedTrainingSpec, quorum: int) -> AdaptiveClipping | None:
+    given = spec.party_privacy.adaptive_clipping
+    if given is None:
+        return None
+    smallest, largest = spec.party_privacy.norm_bounds
+    return AdaptiveClipping(
+        quantile=given.quantile,
+        learning_rate=given.learning_rate,
+        bit_deviation=quorum / PARTIES_PER_DEVIATION if given.bit_deviation is None else given.bit_deviation,
+        smallest=smallest,
+        largest=largest,
+    )
+
+
+def _as_planned(adaptive: AdaptiveClipping, bit_unit: int) -> NormAdaptation:
+    return NormAdaptation(
+        quantile=real(adaptive.quantile),
+        learning_rate=real(adaptive.learning_rate),
+        bit_deviation=real(adaptive.bit_deviation),
+        smallest=real(adaptive.smallest),
+        largest=real(adaptive.largest),
+        bit_unit=bit_unit,
     )
 
 

@@ -118,17 +118,24 @@ class Pricing:
         if spec.strategy == "fedavg":
             check_local_noise(spec)
         scheme, roster = self._pipeline.scheme(spec.encryption.scheme), self._federation.roster
-        plan = plan_round(
-            spec,
-            job_id="priced",
-            number=1,
-            model=model,
-            roster=roster,
-            scheme=scheme,
-            local_noise=_NO_NOISE,
-            declared_rows=declared_rows,
-        )
-        return round_costs(scheme, plan)["release"]
+        plans = [
+            plan_round(
+                spec,
+                job_id="priced",
+                number=1,
+                model=model,
+                roster=roster,
+                scheme=scheme,
+                local_noise=_NO_NOISE,
+                declared_rows=declared_rows,
+                clipping_norm=norm,
+            )
+            for norm in dict.fromkeys(spec.party_privacy.norm_bounds)
+        ]
+        # Under the smallest norm there is the least noise, whose shares are the furthest from one discrete Gaussian: no
+        # round costs more. The largest needs the widest slots: where these fit, all do.
+        costs = [round_costs(scheme, plan)["release"] for plan in plans]
+        return costs[0]
 
     def _accepted(self, connection: Connection) -> list[tuple[JobRow, int]]:
         """The trainings already accepted, with the number of the round that each has come to."""

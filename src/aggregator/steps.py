@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -119,6 +119,7 @@ class RoundSteps:
             "epsilon_party": _plain(spent[0]),
             "epsilon_party_against_aggregator": _plain(spent[1]),
             "transcript": transcript.to_json(),
+            **_next_norm(opened),
         }
         return [Released(result)]
 
@@ -136,6 +137,7 @@ class RoundSteps:
             "epsilon_party": real(epsilons[0]),
             "epsilon_party_against_aggregator": real(epsilons[1]),
             "ledger_head": ledger_head,
+            **_next_norm(opened),
         }
         return self._federation.sign(TRANSCRIPT_KIND, statement)
 
@@ -162,6 +164,11 @@ def _epsilons(costs: list[tuple[Mechanism, Mechanism]], delta: float) -> tuple[f
         epsilon([release for release, _ in costs], delta=delta),
         epsilon([aggregator for _, aggregator in costs], delta=delta),
     )
+
+
+def _next_norm(opened: Mapping[str, Any]) -> dict[str, str]:
+    """What adaptive clipping made of the bits, for the next round; nothing without it."""
+    return {key: opened[key] for key in ("next_clipping_norm",) if key in opened}
 
 
 def _plain(value: float) -> float | str:

@@ -67,6 +67,21 @@ class _Awaited:
     said: bool = False
 
 
+@dataclass(frozen=True, slots=True)
+class _Standing:
+    """What the next round of a job starts from.
+
+    Attributes:
+        model: of the last released round; None before the first.
+        clipping_norm: where that round left it, under adaptive clipping; None before, and without.
+        declared_rows: by party.
+    """
+
+    model: Model | None
+    clipping_norm: float | None
+    declared_rows: dict[str, int]
+
+
 class Trainings:
     """Runs the rounds of federated trainings."""
 
@@ -246,15 +261,9 @@ class Trainings:
 
     async def _plan(self, job: JobRow, spec: FederatedTrainingSpec, number: int) -> None:
         try:
-            model, rows = await self._database.run(partial(self._so_far, job_id=job.job_id, spec=spec))
-            row = await asyncio.to_thread(
-                self._new_row,
-                job.job_id,
-                number,
-                spec,
-                model=model or await self._pipeline.initial_model(spec),
-                declared_rows=rows,
-            )
+            standing = await self._database.run(partial(self._so_far, job_id=job.job_id, spec=spec))
+            model = standing.model or await self._pipeline.initial_model(spec)
+            row = await asyncio.to_thread(self._new_row, job.job_id, number, spec, model=model, standing=standing)
             try:
                 await self._database.run(partial(self._open_round, row=row))
             except BudgetError as error:
@@ -271,25 +280,23 @@ class Trainings:
         LOG.info("round %d of job %s is planned (plan %s)", row.number, job.job_id, row.plan_digest[:16])
         self._held.wake()
 
-    def _so_far(
-        self, connection: Connection, job_id: str, spec: FederatedTrainingSpec
-    ) -> tuple[Model | None, dict[str, int]]:
-        """What the last released round of a job gave, None before the first; and the rows that the invited declare.
-
-        Of a party that has not come back since a restart those count that the job's last plan names.
-        """
+    def _so_far(self, connection: Connection, job_id: str, spec: FederatedTrainingSpec) -> _Standing:
+        """What the last released round of a job gave, and the rows that the invited declare: of a party that has not
+        come back since a restart those that the job's last plan names."""
         rows = self._rounds.of_job(connection, job_id)
         declared = declared_rows_of(plan_of(rows[-1].plan)) if rows else {}
         declared |= declarations(spec, self._federation)
         released = [row for row in rows if row.state is RoundState.RELEASED]
         if not released:
-            return None, declared
+            return _Standing(None, None, declared)
         result = released[-1].result or {}
         dimension = plan_of(released[-1].plan).dimension
-        return Model(result["model_sha256"], result["model_bytes"], dimension), declared
+        norm = result.get("next_clipping_norm")
+        model = Model(result["model_sha256"], result["model_bytes"], dimension)
+        return _Standing(model, None if norm is None else float(norm), declared)
 
     def _new_row(
-        self, job_id: str, number: int, spec: FederatedTrainingSpec, *, model: Model, declared_rows: dict[str, int]
+        self, job_id: str, number: int, spec: FederatedTrainingSpec, *, model: Model, standing: _Standing
     ) -> RoundRow:
         roster = self._federation.roster
         scheme = self._pipeline.scheme(spec.encryption.scheme)
@@ -300,7 +307,8 @@ class Trainings:
             model=model,
             roster=roster,
             scheme=scheme,
-            declared_rows=declared_rows,
+            declared_rows=standing.declared_rows,
+            clipping_norm=standing.clipping_norm,
         )
         signed = self._federation.sign(PLAN_KIND, plan.to_statement())
         costs = {name: dict(event_to_json(event)) for name, event in round_costs(scheme, plan).items()}

@@ -24,6 +24,8 @@ from ..privacy.entropy import SystemEntropy
 from ..privacy.noise import discrete_gaussian
 from ..privacy.noise_plan import fraction_from_json
 from ..protocol.batches import StoredBatch, check_knowledge, fold_batches, write_batch
+from ..protocol.canonical import real
+from ..protocol.derive import adaptation_of
 from ..protocol.keyring import load_private_key
 from ..protocol.plan import RoundPlan, share_binding
 from ..protocol.roster import AGGREGATOR
@@ -81,7 +83,7 @@ def make_noise(params: Params, context: WorkContext) -> Result:
     scheme = unit_scheme(params, plan)
     entropy = SystemEntropy()
     sigma2 = fraction_from_json(plan.noise.aggregator_sigma2)
-    noise = discrete_gaussian(sigma2, plan.dimension, entropy=entropy)
+    noise = discrete_gaussian(sigma2, plan.value_count, entropy=entropy)
     batch = write_batch(
         scheme,
         plan,
@@ -135,8 +137,9 @@ def open_aggregate(params: Params, context: WorkContext) -> Result:
     """Open the aggregate and apply it to the model.
 
     {plan, plan_digest, public, aggregate, aggregate_root, contributions, updates: [party],
-    shares: [{party, index, sha256}], private_key, optimizer, state_sha256} → {model_sha256, state_sha256}, or {wrong:
-    {party: why}} where shares are wrong: then nothing has been opened.
+    shares: [{party, index, sha256}], private_key, optimizer, state_sha256} → {model_sha256, model_bytes, state_sha256}
+    and, with adaptive clipping, {next_clipping_norm}; or {wrong: {party: why}} where shares are wrong: then nothing has
+    been opened.
     """
     plan = unit_plan(params)
     scheme = unit_scheme(params, plan)
@@ -152,8 +155,23 @@ def open_aggregate(params: Params, context: WorkContext) -> Result:
             return {"wrong": wrong}
         opened = scheme.combine(layout, material, shares)
     parts = list(scheme.decode(layout, opened, contributions=params["contributions"]))
-    total = np.concatenate(parts).astype(np.float64)
-    return _apply(plan, mean_update(plan, total, params["updates"]), params, context)
+    total = np.concatenate(parts)
+    mean = mean_update(plan, total[: plan.dimension].astype(np.float64), params["updates"])
+    return {**_apply(plan, mean, params, context), **_next_norm(plan, total, contributions=len(params["updates"]))}
+
+
+def _next_norm(plan: RoundPlan, total: NDArray[np.int64], *, contributions: int) -> Result:
+    """{next_clipping_norm}, as statements carry reals, with adaptive clipping; {} without."""
+    adaptive = adaptation_of(plan)
+    if adaptive is None:
+        return {}
+    found = adaptive.next_norm(
+        float(plan.clipping_norm),
+        noisy_bits=int(total[plan.dimension]),
+        unit=plan.bit_unit,
+        contributions=contributions,
+    )
+    return {"next_clipping_norm": real(found)}
 
 
 def mean_update(plan: RoundPlan, total: NDArray[np.float64], contributors: Sequence[str]) -> NDArray[np.float64]:

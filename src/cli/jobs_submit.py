@@ -47,6 +47,10 @@ def submit(  # each parameter is an option of the command
     epsilon: Annotated[float | None, typer.Option(help="Example-level ε of the whole job, at each party.")] = None,
     noise_multiplier: Annotated[float | None, typer.Option(help="Of the party-level noise.")] = None,
     clipping_norm: Annotated[float | None, typer.Option(help="L2 bound of a party's update.")] = None,
+    clipping_quantile: Annotated[
+        float | None,
+        typer.Option(help="Let it follow this quantile of the updates' norms (20 parties or more)."),
+    ] = None,
     seed: Annotated[int | None, typer.Option(help="Of split and initialisation.")] = None,
     round_timeout: Annotated[float | None, typer.Option(help="Seconds for a round.")] = None,
     name: NameOption = "",
@@ -74,7 +78,11 @@ def submit(  # each parameter is an option of the command
         "round_timeout_s": round_timeout,
     }
     local = {"steps": steps, "sampling_rate": sampling_rate, "learning_rate": learning_rate, "epsilon": epsilon}
-    privacy = {"noise_multiplier": noise_multiplier, "clipping_norm": clipping_norm}
+    privacy = {
+        "noise_multiplier": noise_multiplier,
+        "clipping_norm": clipping_norm,
+        "adaptive_clipping": None if clipping_quantile is None else {"quantile": clipping_quantile},
+    }
     job = _make_job(file, training, sections={"local_training": local, "party_privacy": privacy})
     if build_initial_model:
         _build_initial_model(job)
@@ -213,9 +221,16 @@ def _make_job(file: Path | None, training: dict[str, Any], *, sections: dict[str
     if not fields and not inner:
         return job
     known = {} if file is None else spec_from_proto(job).to_json()
-    merged = {section: {**known.get(section, {}), **values} for section, values in inner.items()}
-    spec_into_proto(job, FederatedTrainingSpec.from_json({**known, **fields, **merged}), model_bytes(job))
+    spec_into_proto(job, FederatedTrainingSpec.from_json(_over(known, {**fields, **inner})), model_bytes(job))
     return job
+
+
+def _over(known: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
+    """`known` with what was given put over it, section by section."""
+    merged = {
+        key: _over(known.get(key) or {}, value) if isinstance(value, dict) else value for key, value in given.items()
+    }
+    return {**known, **merged}
 
 
 def _build_initial_model(job: Job) -> None:

@@ -35,13 +35,53 @@ class LocalTraining(Part):
     delta: Delta = 1e-5
 
 
+class AdaptiveClipping(Part):
+    """A clipping norm that follows a quantile of the updates' norms; None: what follows from the rest of the job."""
+
+    quantile: float = Field(default=0.5, gt=0, lt=1, allow_inf_nan=False)
+    learning_rate: float = Field(default=0.2, gt=0, le=1, allow_inf_nan=False)
+    bit_deviation: Positive | None = None
+    smallest: Positive | None = None
+    largest: Positive | None = None
+
+
+ADAPTIVE_SPAN: Final = 2.0**10
+"""By default the norm stays within this factor of where it starts: in steps of e^(±0.1) that is out of reach for the
+first 69 rounds."""
+
+
 class PartyPrivacy(Part):
-    """Clipping of the update and noise on the sum; `noise_multiplier` 0 is no guarantee at all."""
+    """Clipping of the update and noise on the sum; `noise_multiplier` 0 is no guarantee at all.
+
+    With `adaptive_clipping`, `clipping_norm` is that of the first round.
+    """
 
     clipping_norm: Positive = 1.0
     noise_multiplier: float = Field(default=0.1, ge=0, allow_inf_nan=False)
     noise_by: Literal["both", "parties", "aggregator"] = "both"
     delta: Delta = 1e-5
+    adaptive_clipping: AdaptiveClipping | None = None
+
+    @property
+    def norm_bounds(self) -> tuple[float, float]:
+        """The smallest and the largest clipping norm that a round can have."""
+        given = self.adaptive_clipping
+        if given is None:
+            return self.clipping_norm, self.clipping_norm
+        return (
+            self.clipping_norm / ADAPTIVE_SPAN if given.smallest is None else given.smallest,
+            self.clipping_norm * ADAPTIVE_SPAN if given.largest is None else given.largest,
+        )
+
+    @model_validator(mode="after")
+    def _starts_within(self) -> PartyPrivacy:
+        smallest, largest = self.norm_bounds
+        if not smallest <= self.clipping_norm <= largest:
+            raise ValueError(
+                f"adaptive clipping starts at clipping_norm {self.clipping_norm:g}, which has to lie between smallest "
+                f"and largest (got {smallest:g} and {largest:g})"
+            )
+        return self
 
 
 class Encryption(Part):
@@ -138,6 +178,8 @@ class FederatedTrainingSpec(Spec):
     def _noise_of_fedsgd(cls, value: PartyPrivacy, info: ValidationInfo) -> PartyPrivacy:
         if info.data.get("strategy") != "fedsgd":
             return value
+        if value.adaptive_clipping is not None:
+            raise ValueError("only fedavg has adaptive clipping: fedsgd clips each example")
         default = PartyPrivacy()
         if (value.clipping_norm, value.noise_multiplier) != (default.clipping_norm, default.noise_multiplier):
             raise ValueError(
@@ -188,9 +230,11 @@ class FederatedTrainingSpec(Spec):
         return _compact(self.task_options)
 
     def to_json(self) -> dict[str, Any]:
-        """Plain JSON, as the store keeps it: every field, but those of strategies only where one is chosen. So a job
-        from before there were any has the form and the digest that it had."""
+        """Plain JSON, as the store keeps it: every field, but those of strategies and of adaptive clipping only where
+        one is chosen. So a job from before there were any has the form and the digest that it had."""
         content = super().to_json()
+        if self.party_privacy.adaptive_clipping is None:
+            del content["party_privacy"]["adaptive_clipping"]
         if self.strategy == "fedavg":
             del content["strategy"], content["trusted_aggregator"]
         return content
@@ -237,6 +281,10 @@ def training_to_json(training: jobs_pb2.FederatedTraining) -> dict[str, Any]:
     privacy = set_fields(training.party_privacy, "clipping_norm", "noise_by", "delta")
     if training.party_privacy.HasField("noise_multiplier"):
         privacy["noise_multiplier"] = training.party_privacy.noise_multiplier
+    if training.party_privacy.HasField("adaptive_clipping"):
+        privacy["adaptive_clipping"] = set_fields(
+            training.party_privacy.adaptive_clipping, *AdaptiveClipping.model_fields
+        )
     content["party_privacy"] = privacy
     content["encryption"] = set_fields(training.encryption, "resolution_bits")
     scheme = training.encryption.WhichOneof("scheme")

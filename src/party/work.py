@@ -20,13 +20,14 @@ from ..errors import InvalidInput, PolicyError
 from ..jobs.executors.units import Handler, WorkContext
 from ..learning.flatten import flatten, from_safetensors, load_tensors, model_to_tensors
 from ..learning.settings import LocalTraining
-from ..privacy.clipping import clip
+from ..privacy.clipping import clip, l2_norm
 from ..privacy.entropy import Entropy, SystemEntropy
 from ..privacy.noise import discrete_gaussian
 from ..privacy.noise_plan import fraction_from_json
 from ..privacy.rounding import conditional_round, project, round_to_nearest
 from ..privacy.sampling import poisson_sample
 from ..protocol.batches import StoredBatch, fold_batches, write_batch
+from ..protocol.derive import adaptation_of
 from ..protocol.keyring import load_share
 from ..protocol.plan import RoundPlan, share_binding
 from ..protocol.units import Params, unit_plan, unit_processes, unit_scheme
@@ -61,7 +62,7 @@ def contribute(params: Params, context: WorkContext) -> Result:
 
 
 def contribution(plan: RoundPlan, params: Params, context: WorkContext, *, entropy: Entropy) -> NDArray[np.int64]:
-    """What the plan asks of this party, as integers with its noise share, shape (dimension,): an update (fedavg), or
+    """What the plan asks of this party, as integers with its noise share, shape (value_count,): an update (fedavg), or
     the sum of clipped gradients over a sample of its rows (fedsgd)."""
     if plan.gradient_sum is None:
         return encode(_train(plan, params, context, entropy), plan, entropy=entropy)
@@ -70,11 +71,19 @@ def contribution(plan: RoundPlan, params: Params, context: WorkContext, *, entro
 
 
 def encode(update: NDArray[np.float32], plan: RoundPlan, *, entropy: Entropy) -> NDArray[np.int64]:
-    """The update, shape (dimension,), clipped, rounded to integers, with this party's share of the noise added."""
-    clipped = clip(update, float(plan.clipping_norm))
+    """The update, shape (dimension,), clipped, rounded to integers, with this party's share of the noise added.
+
+    With adaptive clipping one value more: whether the update was within the norm.
+    """
+    norm = float(plan.clipping_norm)
+    clipped = clip(update, norm)
     values = conditional_round(
         clipped, resolution_bits=plan.resolution_bits, bound=float(plan.rounded_bound), entropy=entropy
     )
+    adaptive = adaptation_of(plan)
+    if adaptive is not None:
+        bit = adaptive.bit(l2_norm(update), norm, unit=plan.bit_unit)
+        values = np.append(values, np.int64(bit))
     return _with_share(values, plan, entropy)
 
 

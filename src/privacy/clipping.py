@@ -17,7 +17,7 @@ _MARGIN: Final = 1.0 - 2.0**-22
 """A float32 is off by at most 2^-24 of itself, so a vector scaled to `_MARGIN`·C stays within C after the cast."""
 
 
-def _norm(update: NDArray[np.float32]) -> float:
+def l2_norm(update: NDArray[np.float32]) -> float:
     """L2 norm in double precision, safe for every finite float32 (the squares stay below 1e77 · d)."""
     wide = update.astype(np.float64)
     return math.sqrt(float(np.dot(wide, wide)))
@@ -42,7 +42,7 @@ def clip(update: NDArray[np.float32], clipping_norm: float) -> NDArray[np.float3
         raise InvalidInput("an update must be a vector of float32")
     if not bool(np.isfinite(update).all()):
         raise InvalidInput("the update holds a value that is not finite")
-    norm = _norm(update)
+    norm = l2_norm(update)
     # The sum of squares is itself off by a few 2^-53; an update that close to the border is scaled too.
     if norm <= clipping_norm * (1.0 - 2.0**-40):
         return update.copy()
@@ -52,9 +52,8 @@ def clip(update: NDArray[np.float32], clipping_norm: float) -> NDArray[np.float3
 
 MIN_ADAPTIVE_PARTIES: Final = 20
 """Below it the noise on the count of bits is as large as the count, or takes most of the budget."""
-
-BIT_UNIT: Final = 1 << 10
-"""Integer units that one bit is worth in its slot: so fine that shares of its noise have a variance far above 1/4."""
+PARTIES_PER_DEVIATION: Final = 20
+"""Andrew et al. 2021, section 3: a noise of a twentieth of the parties on the count of bits hardly costs accuracy."""
 
 _DIGITS: Final = 40
 _WIDEST: Final = 2.0**40
@@ -66,16 +65,16 @@ class AdaptiveClipping:
     """A clipping norm that follows a quantile of the norms of updates (Andrew, Thakkar, McMahan & Ramaswamy 2021,
     "Differentially Private Learning with Adaptive Clipping", arXiv:1905.03871, Algorithm 1).
 
-    In each round a party adds, in one more slot, whether its update was within the norm: +`BIT_UNIT` or -`BIT_UNIT`,
-    that is 2b - 1 for a bit b, with noise of its own. Replacing a party by zero changes that slot by one `BIT_UNIT`, so
-    its noise multiplier is 2σ_b. Update and bit are released together; `update_multiplier` is what the update's noise
-    has to be for both to cost what one release at z costs: 1/z² = 1/z_Δ² + 1/(2σ_b)² (ibid., Theorem 1).
+    In each round a party adds, in one more slot, whether its update was within the norm: +B or -B integer units, that
+    is B·(2b - 1) for a bit b, with noise of its own. Replacing a party by zero changes that slot by B. With S the
+    sensitivity of the update and noise of one standard deviation σ = z_Δ·S in all slots, the bit has noise multiplier
+    2σ_b for B = z_Δ·S / (2σ_b), and both together have z: 1/z² = 1/z_Δ² + 1/(2σ_b)² (ibid., Theorem 1). So the vector
+    with the bit is released like any other, with sensitivity √(S² + B²) and noise multiplier z.
 
     Attributes:
         quantile: γ in (0, 1): the share of updates that should be within the norm.
         learning_rate: η in (0, 1]; 0.2 is theirs.
-        bit_deviation: σ_b > 0, the standard deviation of all guaranteed noise on the count of bits; theirs is a
-            twentieth of the parties.
+        bit_deviation: σ_b > 0, the standard deviation of all guaranteed noise on the count of bits.
         smallest, largest: bounds of the norm, > 0, at most a factor 2^40 apart.
     """
 
@@ -93,41 +92,57 @@ class AdaptiveClipping:
         if not (0.0 < self.smallest <= self.largest < math.inf and self.largest <= self.smallest * _WIDEST):
             raise InvalidInput("adaptive clipping needs 0 < smallest ≤ largest, at most a factor 2^40 apart")
 
-    @property
-    def bit_multiplier(self) -> float:
-        """Noise multiplier of the bit's slot: 2σ_b."""
-        return 2.0 * self.bit_deviation
+    def _update_multiplier_squared(self, noise_multiplier: float) -> Fraction:
+        """z_Δ², exactly."""
+        if not (math.isfinite(noise_multiplier) and noise_multiplier > 0.0):
+            raise InvalidInput("the noise multiplier must be positive and finite")
+        left = Fraction(noise_multiplier) ** -2 - Fraction(2.0 * self.bit_deviation) ** -2
+        if left <= 0:
+            raise InvalidInput(
+                f"the noise on the count of bits is too small: twice its deviation of {self.bit_deviation:g} must "
+                f"exceed the noise multiplier {noise_multiplier:g}"
+            )
+        return 1 / left
 
     def update_multiplier(self, noise_multiplier: float) -> float:
-        """z_Δ = (z⁻² - (2σ_b)⁻²)^(-1/2), rounded up: the update's noise multiplier if both may cost what z costs.
+        """z_Δ = (z⁻² - (2σ_b)⁻²)^(-1/2): the update's noise over its sensitivity, if update and bit cost what z costs.
 
         Raises:
             InvalidInput: z is not positive and finite, or the bit alone costs as much as z or more.
         """
-        if not (math.isfinite(noise_multiplier) and noise_multiplier > 0.0):
-            raise InvalidInput("the noise multiplier must be positive and finite")
-        left = Fraction(noise_multiplier) ** -2 - Fraction(self.bit_multiplier) ** -2
-        if left <= 0:
-            raise InvalidInput("the noise on the count of bits is too small: 2σ_b must exceed the noise multiplier")
+        squared = self._update_multiplier_squared(noise_multiplier)
         with decimal.localcontext(prec=_DIGITS):
-            root = (decimal.Decimal(left.denominator) / decimal.Decimal(left.numerator)).sqrt()
-        found = float(root)
-        while Fraction(found) ** 2 * left < 1:
-            found = math.nextafter(found, math.inf)
-        if not math.isfinite(found):
-            raise InvalidInput("the noise on the count of bits leaves nothing for the update")
-        return found
+            return float((decimal.Decimal(squared.numerator) / decimal.Decimal(squared.denominator)).sqrt())
 
-    def bit(self, norm: float, clipping_norm: float) -> int:
+    def bit_unit(self, noise_multiplier: float, sensitivity: int) -> int:
+        """B = max(1, ⌊z_Δ·S / (2σ_b)⌋): what one bit is worth in its slot, in integer units.
+
+        Rounding costs no privacy, as the sensitivity counts the B that is used. It makes σ_b of the count larger by at
+        most 1/B of itself; on a grid so coarse that B is 1 it may also be smaller, and the update's noise larger.
+
+        Args:
+            noise_multiplier: z ≥ 0 of update and bit together; 0 is no noise, under which B is 1.
+            sensitivity: S ≥ 1, of the encoded update, in integer units.
+
+        Raises:
+            InvalidInput: z is out of range, or the bit alone costs as much as z or more.
+        """
+        if noise_multiplier == 0.0:
+            return 1
+        squared = self._update_multiplier_squared(noise_multiplier) * sensitivity**2
+        return max(1, math.isqrt(math.floor(squared / Fraction(2.0 * self.bit_deviation) ** 2)))
+
+    def bit(self, norm: float, clipping_norm: float, *, unit: int) -> int:
         """What a party whose update has this L2 norm adds to the bit's slot before noise, in integer units."""
-        return BIT_UNIT if norm <= clipping_norm else -BIT_UNIT
+        return unit if norm <= clipping_norm else -unit
 
-    def next_norm(self, clipping_norm: float, *, noisy_bits: int, contributions: int) -> float:
+    def next_norm(self, clipping_norm: float, *, noisy_bits: int, unit: int, contributions: int) -> float:
         """C·exp(-η(b̃ - γ)), within the bounds; the same float on every machine.
 
         Args:
             clipping_norm: of the round, within the bounds.
             noisy_bits: the opened slot: the sum of `bit` over contributions, and noise.
+            unit: of the slot.
             contributions: parties in the sum, which is public; at least `MIN_ADAPTIVE_PARTIES`.
 
         Raises:
@@ -137,10 +152,17 @@ class AdaptiveClipping:
             raise InvalidInput(f"adaptive clipping needs at least {MIN_ADAPTIVE_PARTIES} contributions")
         if not self.smallest <= clipping_norm <= self.largest:
             raise InvalidInput("the clipping norm is outside its bounds")
-        within = (Fraction(noisy_bits, contributions * BIT_UNIT) + 1) / 2
+        within = (Fraction(noisy_bits, contributions * unit) + 1) / 2
         within = min(max(within, Fraction(0)), Fraction(1))  # noise may leave [0, 1]; this is post-processing
         step = Fraction(self.learning_rate) * (Fraction(self.quantile) - within)
         with decimal.localcontext(prec=_DIGITS):  # correctly rounded, unlike a machine's `exp`
             factor = (decimal.Decimal(step.numerator) / decimal.Decimal(step.denominator)).exp()
             moved = float(decimal.Decimal(clipping_norm) * factor)
         return min(max(moved, self.smallest), self.largest)
+
+
+def joint_sensitivity(sensitivity: int, bit_unit: int) -> int:
+    """⌈√(S² + B²)⌉: L2 sensitivity, in integer units, of an encoded update and its bit (0 units: no bit) together."""
+    squared = sensitivity**2 + bit_unit**2
+    root = math.isqrt(squared)
+    return root + (root * root < squared)

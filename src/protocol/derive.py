@@ -9,6 +9,7 @@ from typing import Any, Final, cast
 
 from ..encryption.scheme import Layout, LayoutRequest, Scheme
 from ..errors import PlanError
+from ..privacy.clipping import MIN_ADAPTIVE_PARTIES, AdaptiveClipping, joint_sensitivity
 from ..privacy.events import DpSgdSteps, Event, NoisySum
 from ..privacy.noise import tail_bound
 from ..privacy.noise_plan import Against, NoiseBy, NoisePlan, fraction_to_json, plan_noise
@@ -32,6 +33,7 @@ class Derived:
         contribution_norm: bound on what a party contributes, before encoding.
         resolution_bits: of the grid.
         cap: `GradientSum.batch_cap`; 0 under fedavg.
+        bit_unit: `NormAdaptation.bit_unit`; 0 without adaptive clipping.
     """
 
     rounded_bound: int
@@ -41,6 +43,7 @@ class Derived:
     contribution_norm: float
     resolution_bits: int
     cap: int = 0
+    bit_unit: int = 0
 
 
 def derive(
@@ -56,6 +59,7 @@ def derive(
     quorum: int,
     colluders: int,
     priced_rounds: int,
+    adaptive: AdaptiveClipping | None = None,
 ) -> Derived:
     """The sensitivity after rounding, the noise that gives the multiplier, and the slots that hold their sum.
 
@@ -66,15 +70,18 @@ def derive(
         noise_multiplier: of the sum, over its sensitivity.
         cohort, quorum, colluders: parties invited, needed, and possibly corrupt.
         priced_rounds: over how many rounds the probability of an overflow is bounded.
+        adaptive: how the clipping norm follows the updates' norms: a bit of each party is one more value.
 
     Raises:
         InvalidInput: a setting out of range; SlotOverflowError when no slot can hold the sum.
+        PlanError: adaptive clipping with too few parties, or with a norm outside its bounds.
     """
     bound = math.ceil(rounded_bound(clipping_norm, resolution_bits=resolution_bits, dimension=dimension))
+    bit_unit = _bit_unit(adaptive, noise_multiplier, bound, quorum=quorum, norm=clipping_norm) if adaptive else 0
     noise = plan_noise(
         noise_by=cast(NoiseBy, noise_by),
         noise_multiplier=noise_multiplier,
-        sensitivity=float(bound),
+        sensitivity=float(joint_sensitivity(bound, bit_unit)),
         quorum=quorum,
         colluders=colluders,
     )
@@ -88,7 +95,26 @@ def derive(
         delta=delta,
         cohort=cohort,
         priced_rounds=priced_rounds,
+        bit_unit=bit_unit,
     )
+
+
+def _bit_unit(
+    adaptive: AdaptiveClipping, noise_multiplier: float, sensitivity: int, *, quorum: int, norm: float
+) -> int:
+    if quorum < MIN_ADAPTIVE_PARTIES:
+        raise PlanError(
+            f"adaptive clipping needs a quorum of at least {MIN_ADAPTIVE_PARTIES} parties (got {quorum}): with fewer "
+            "the noise hides how many updates were within the norm",
+            field="quorum",
+        )
+    if not adaptive.smallest <= norm <= adaptive.largest:
+        raise PlanError(
+            f"the clipping norm {norm:g} is outside [{adaptive.smallest:g}, {adaptive.largest:g}], the bounds of "
+            "adaptive clipping",
+            field="clipping_norm",
+        )
+    return adaptive.bit_unit(noise_multiplier, sensitivity)
 
 
 def derive_gradient_sum(
@@ -179,16 +205,18 @@ def _with_slots(
     cohort: int,
     priced_rounds: int,
     cap: int = 0,
+    bit_unit: int = 0,
 ) -> Derived:
-    """Slots for contributions of L2 norm `norm`, each with its noise."""
+    """Slots for contributions of L2 norm `norm`, each with its noise; one more for a bit where that has a unit."""
+    values = dimension + (bit_unit > 0)
     with_aggregator = noise.aggregator_sigma2 > 0
     largest = max(noise.aggregator_sigma2, noise.share_sigma2)
-    draws = dimension * (cohort + 1) * priced_rounds
+    draws = values * (cohort + 1) * priced_rounds
     noise_bound = tail_bound(largest, log2_probability=OVERFLOW_LOG2, draws=draws) if largest else 0
     layout = scheme.plan(
         LayoutRequest(
-            parameter_count=dimension,
-            value_bound=coordinate_bound(norm, resolution_bits=resolution_bits),
+            parameter_count=values,
+            value_bound=max(coordinate_bound(norm, resolution_bits=resolution_bits), bit_unit),
             noise_bound=noise_bound,
             contributions=cohort + int(with_aggregator),
         )
@@ -201,7 +229,16 @@ def _with_slots(
         bound=noise_bound,
         delta=real(delta),
     )
-    return Derived(rounded, noise, spec, layout, contribution_norm=norm, resolution_bits=resolution_bits, cap=cap)
+    return Derived(
+        rounded,
+        noise,
+        spec,
+        layout,
+        contribution_norm=norm,
+        resolution_bits=resolution_bits,
+        cap=cap,
+        bit_unit=bit_unit,
+    )
 
 
 def derive_again(scheme: Scheme, plan: RoundPlan) -> Derived:
@@ -212,8 +249,8 @@ def derive_again(scheme: Scheme, plan: RoundPlan) -> Derived:
     """
     if plan.gradient_sum is None:
         derived = _derive_update(scheme, plan)
-        found: dict[str, Any] = {}
-        computed: dict[str, Any] = {}
+        found: dict[str, Any] = {"bit_unit": plan.bit_unit}
+        computed: dict[str, Any] = {"bit_unit": derived.bit_unit}
     else:
         derived = _derive_sum(scheme, plan, plan.gradient_sum)
         found = {
@@ -249,10 +286,31 @@ def _derive_update(scheme: Scheme, plan: RoundPlan) -> Derived:
         quorum=plan.quorum,
         colluders=plan.colluders,
         priced_rounds=plan.priced_rounds,
+        adaptive=adaptation_of(plan),
+    )
+
+
+def adaptation_of(plan: RoundPlan) -> AdaptiveClipping | None:
+    """How the clipping norm follows the updates' norms; None where it stays.
+
+    Raises:
+        InvalidInput: a setting out of its range.
+    """
+    if plan.adaptive_clipping is None:
+        return None
+    given = plan.adaptive_clipping
+    return AdaptiveClipping(
+        quantile=float(given.quantile),
+        learning_rate=float(given.learning_rate),
+        bit_deviation=float(given.bit_deviation),
+        smallest=float(given.smallest),
+        largest=float(given.largest),
     )
 
 
 def _derive_sum(scheme: Scheme, plan: RoundPlan, gradient_sum: GradientSum) -> Derived:
+    if plan.adaptive_clipping is not None:
+        raise PlanError("only fedavg has adaptive clipping", field="adaptive_clipping")
     if sorted(gradient_sum.declared_rows) != sorted(plan.cohort):
         raise PlanError("the plan's declared rows are not those of its cohort", field="declared_rows")
     return derive_gradient_sum(
@@ -280,7 +338,7 @@ def noise_of(plan: RoundPlan) -> NoisePlan:
     return plan_noise(
         noise_by=cast(NoiseBy, plan.noise.noise_by),
         noise_multiplier=float(plan.noise.noise_multiplier),
-        sensitivity=float(plan.rounded_bound),
+        sensitivity=float(joint_sensitivity(plan.rounded_bound, plan.bit_unit)),
         quorum=plan.quorum,
         colluders=plan.colluders,
     )
@@ -332,7 +390,7 @@ def party_event(plan: RoundPlan, noise: NoisePlan, *, against: Against = "releas
     Under fedsgd noise that hides a row hides a party hardly at all: what it contributes has up to `batch_cap` times
     the norm of one gradient. The figure says so.
     """
-    event = noise.event(against, dimension=plan.dimension)
+    event = noise.event(against, dimension=plan.value_count)
     if plan.gradient_sum is None or not isinstance(event, NoisySum):
         return event
     return replace(event, noise_multiplier=event.noise_multiplier * plan.rounded_bound / contribution_bound(plan))

@@ -88,6 +88,24 @@ class GradientSum:
     trusted_aggregator: bool
 
 
+@dataclass(frozen=True, slots=True)
+class NormAdaptation:
+    """What only a plan with adaptive clipping has (`privacy.clipping.AdaptiveClipping`); reals are decimal strings.
+
+    Attributes:
+        quantile, learning_rate, smallest, largest: how the next round's clipping norm follows from what is opened.
+        bit_deviation: standard deviation of all guaranteed noise on the count of bits.
+        bit_unit: what one bit is worth in its slot, in integer units.
+    """
+
+    quantile: str
+    learning_rate: str
+    bit_deviation: str
+    smallest: str
+    largest: str
+    bit_unit: int
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RoundPlan:
     """All that one round fixes.
@@ -108,6 +126,8 @@ class RoundPlan:
         noise: party-level noise.
         roster_digest, cohort, quorum, colluders, threshold, custody: who takes part and who may open.
         gradient_sum: of strategy fedsgd; None, and no part of the statement, under fedavg.
+        adaptive_clipping: of fedavg with a clipping norm that follows the updates' norms; None, and no part of the
+            statement, without.
     """
 
     federation: str
@@ -136,11 +156,14 @@ class RoundPlan:
     threshold: int
     custody: str
     gradient_sum: GradientSum | None = None
+    adaptive_clipping: NormAdaptation | None = None
 
     def to_statement(self) -> dict[str, Any]:
         """Canonical-JSON-able."""
         statement = asdict(self)
-        if self.gradient_sum is None:  # as plans were before there was a second strategy: their digests stay
+        if self.adaptive_clipping is None:  # as plans were before there was any, or a second strategy: digests stay
+            del statement["adaptive_clipping"]
+        if self.gradient_sum is None:
             del statement["gradient_sum"]
             return statement
         return {**statement, "strategy": FEDSGD}
@@ -154,6 +177,8 @@ class RoundPlan:
                 if content.pop("strategy") != FEDSGD:
                     raise ValueError("no such strategy")
                 content["gradient_sum"] = GradientSum(**content["gradient_sum"])
+            if "adaptive_clipping" in content:
+                content["adaptive_clipping"] = NormAdaptation(**content["adaptive_clipping"])
             content["local"] = LocalPlan(**content["local"])
             content["noise"] = NoiseSpec(**content["noise"])
             if not isinstance(content["cohort"], list | tuple):
@@ -169,6 +194,16 @@ class RoundPlan:
     def strategy(self) -> Strategy:
         """How the parties train."""
         return "fedavg" if self.gradient_sum is None else "fedsgd"
+
+    @property
+    def bit_unit(self) -> int:
+        """What a bit is worth in its slot, in integer units; 0 without adaptive clipping."""
+        return self.adaptive_clipping.bit_unit if self.adaptive_clipping else 0
+
+    @property
+    def value_count(self) -> int:
+        """Values in a contribution: one a parameter and, with adaptive clipping, the bit."""
+        return self.dimension + (self.adaptive_clipping is not None)
 
     @property
     def aggregator_adds_noise(self) -> bool:
@@ -188,9 +223,20 @@ _TYPES: Final[dict[str, type]] = {
     "dict[str, Any]": dict,
     "dict[str, int]": dict,
 }
-_RECORDS: Final = (LocalPlan, NoiseSpec, GradientSum)
+_RECORDS: Final = (LocalPlan, NoiseSpec, GradientSum, NormAdaptation)
 _REALS: Final = frozenset(
-    {"sampling_rate", "learning_rate", "max_grad_norm", "noise_multiplier", "delta", "clipping_norm"}
+    {
+        "sampling_rate",
+        "learning_rate",
+        "max_grad_norm",
+        "noise_multiplier",
+        "delta",
+        "clipping_norm",
+        "quantile",
+        "bit_deviation",
+        "smallest",
+        "largest",
+    }
 )
 """Strings that are numbers: finite, and in the one form that `canonical.real` writes."""
 

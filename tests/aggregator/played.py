@@ -75,6 +75,7 @@ class Played:
         failures: what is raised next, by unit.
         hanging: units that do not end by themselves.
         ended: how often a unit that hung was cancelled.
+        opened: what opening an aggregate gives besides a model.
     """
 
     def __init__(self) -> None:
@@ -82,6 +83,7 @@ class Played:
         self.failures: defaultdict[str, list[Exception]] = defaultdict(list)
         self.hanging: set[str] = set()
         self.ended: Counter[str] = Counter()
+        self.opened: dict[str, Any] = {}
         self.let_go = asyncio.Event()
 
     async def _play(self, name: str) -> None:
@@ -99,7 +101,7 @@ class Played:
     async def run(self, name: str, params: Mapping[str, Any], **_: Any) -> dict[str, Any]:
         await self._play(name)
         if name == "open_aggregate":
-            return {"model_sha256": digest("model"), "model_bytes": 1, "state_sha256": ""}
+            return {"model_sha256": digest("model"), "model_bytes": 1, "state_sha256": "", **self.opened}
         number = f"{name} {params['plan_digest']} {self.asked[name]}"
         return {"header": "00", "sha256": digest(number), "size": 1, "root": digest(number), "proof": "00"}
 
@@ -240,19 +242,19 @@ class Place:
         await self.turn()
 
     async def commit(self, job_id: str, number: int = 1) -> None:
-        """Roots of a and b."""
+        """Roots of everybody invited."""
         row = await self.round(job_id, number)
-        for party in ("a", "b"):
+        for party in row.cohort:
             root = RootStatement(row.plan_digest, party, digest(party), 1, 1, "00").to_statement()
             signed = self.federation.sign(ROOT_KIND, root).to_json()
             await self.coordinator.trainings.happened(job_id, number, RootCommitted(party, signed))
 
     async def contribute(self, job_id: str, number: int = 1) -> None:
-        """Roots, updates and shares of a and b: the round has all that it needs."""
+        """Roots, updates and shares of everybody invited: the round has all that it needs."""
         happened = self.coordinator.trainings.happened
         await self.commit(job_id, number)
         await self.turn()
-        for party in ("a", "b"):
+        for party in (await self.round(job_id, number)).cohort:
             await happened(job_id, number, BatchStored(party, Batch("00", digest(f"{party} {number}"), 1), 1))
         await self.turn()
         for party in (await self.round(job_id, number)).asked:

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from src.communication.generated import jobs_pb2
 from src.errors import InvalidInput
-from src.jobs.spec import FederatedTrainingSpec, spec_to_proto
+from src.jobs.spec import AdaptiveClipping, FederatedTrainingSpec, spec_to_proto
 from src.jobs.spec_base import MAX_MODEL_BYTES
 from src.jobs.specs import spec_from_proto
 
@@ -62,6 +62,20 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"strategy": "fedsgd", "party_privacy": {"noise_multiplier": 0.0}}, "party_privacy"),
     ({"strategy": "fedsgd", "party_privacy": {"noise_by": "aggregator"}}, "party_privacy"),
     ({"strategy": "fedsgd", "trusted_aggregator": True}, "party_privacy"),
+    ({"strategy": "fedsgd", "party_privacy": {"adaptive_clipping": {}}}, "party_privacy"),
+    ({"party_privacy": {"adaptive_clipping": {"smallest": 2.0}}}, "party_privacy"),
+    ({"party_privacy": {"adaptive_clipping": {"largest": 0.5}}}, "party_privacy"),
+    *(
+        ({"party_privacy": {"adaptive_clipping": {field: value}}}, f"party_privacy.adaptive_clipping.{field}")
+        for field, values in {
+            "quantile": (-0.1, 1.0, NAN),
+            "learning_rate": (-0.1, 1.1),
+            "bit_deviation": (-1.0, INF),
+            "smallest": (-1.0,),
+            "largest": (INF,),
+        }.items()
+        for value in values
+    ),
     ({"server_optimizer": {"learning_rate": -1.0}}, "server_optimizer.learning_rate"),
     ({"server_optimizer": {"name": "fedavgm", "momentum": 1.0}}, "server_optimizer.momentum"),
     ({"server_optimizer": {"name": "fedavg", "momentum": 0.5}}, "server_optimizer.momentum"),
@@ -153,6 +167,17 @@ def test_a_job_of_fedavg_has_the_form_that_it_had_before_there_was_another_strat
     assert read(strategy="fedsgd").to_json()["strategy"] == "fedsgd"
 
 
+def test_adaptive_clipping_is_there_where_it_is_asked_for_and_starts_in_the_middle_of_its_bounds() -> None:
+    assert read(party_privacy={"noise_multiplier": 0.5}).party_privacy.adaptive_clipping is None
+    assert "adaptive_clipping" not in read(party_privacy={"noise_multiplier": 0.5}).to_json()["party_privacy"]
+    privacy = read(party_privacy={"clipping_norm": 2.0, "adaptive_clipping": {}}).party_privacy
+    assert privacy.adaptive_clipping == AdaptiveClipping(quantile=0.5, learning_rate=0.2)
+    assert privacy.norm_bounds == (2.0 / 1024, 2048.0)
+    given = {"quantile": 0.9, "smallest": 1.0, "largest": 3.0, "bit_deviation": 4.0}
+    assert read(party_privacy={"adaptive_clipping": given}).party_privacy.norm_bounds == (1.0, 3.0)
+    assert read(party_privacy={"clipping_norm": 2.0}).party_privacy.norm_bounds == (2.0, 2.0)
+
+
 def test_a_zero_that_means_something_is_kept() -> None:
     spec = read(
         spare_rounds=0,
@@ -177,7 +202,12 @@ SPECS = st.builds(
     parties=st.lists(NAMES, max_size=4, unique=True),
     local_training=st.fixed_dictionaries({"steps": st.integers(1, 99), "learning_rate": REALS, "epsilon": REALS}),
     party_privacy=st.fixed_dictionaries(
-        {"noise_multiplier": st.floats(0, 10), "noise_by": st.sampled_from(["both", "parties", "aggregator"])}
+        {"noise_multiplier": st.floats(0, 10), "noise_by": st.sampled_from(["both", "parties", "aggregator"])},
+        optional={
+            "adaptive_clipping": st.fixed_dictionaries(
+                {}, optional={"quantile": st.floats(0.01, 0.99), "bit_deviation": REALS, "smallest": st.just(0.5)}
+            )
+        },
     ),
     encryption=st.fixed_dictionaries({"scheme": st.sampled_from(["paillier", "plaintext"])}),
     server_optimizer=st.fixed_dictionaries({"name": st.sampled_from(["fedavg", "fedavgm", "fedadam"])}),
@@ -223,6 +253,7 @@ def test_the_digest_is_a_fixed_one() -> None:
         {"strategy": "fedsgd"},
         {"seed": 1},
         {"local_training": {"epsilon": 4.000000000000001}},
+        {"party_privacy": {"adaptive_clipping": {}}},
         {"encryption": {"plaintext": {}}},
         {"initial_model": b"model"},
         {"task_options": {"x": 1}},

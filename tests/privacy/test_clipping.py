@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from src.errors import InvalidInput
 from src.privacy.accounting import epsilon
-from src.privacy.clipping import BIT_UNIT, AdaptiveClipping, clip
+from src.privacy.clipping import AdaptiveClipping, clip, joint_sensitivity, l2_norm
 from src.privacy.entropy import DeterministicEntropy
 from src.privacy.events import NoisySum
 from src.privacy.noise import discrete_gaussian
@@ -84,17 +84,24 @@ RULE = AdaptiveClipping(bit_deviation=5.0, smallest=1e-3, largest=1e3)
 @settings(deadline=None, max_examples=100)
 @given(multiplier=st.floats(0.01, 9.9), deviation=st.floats(5.0, 500.0))
 def test_bit_and_update_together_cost_one_release(multiplier: float, deviation: float) -> None:
-    """z_Δ = (z⁻² - (2σ_b)⁻²)^(-1/2), and never a bit more privacy than that is claimed."""
+    """z_Δ = (z⁻² - (2σ_b)⁻²)^(-1/2), and the noise for both together is at least that for each alone."""
     rule = AdaptiveClipping(bit_deviation=deviation, smallest=1.0, largest=1.0)
-    update = rule.update_multiplier(multiplier)
+    update, sensitivity = rule.update_multiplier(multiplier), 1 << 20
     assert update == pytest.approx((multiplier**-2 - (2 * deviation) ** -2) ** -0.5, rel=1e-9)
-    assert Fraction(update) ** -2 + Fraction(rule.bit_multiplier) ** -2 <= Fraction(multiplier) ** -2
+    unit = rule.bit_unit(multiplier, sensitivity)
+    assert unit > 1
+    both = joint_sensitivity(sensitivity, unit)
+    assert both**2 >= sensitivity**2 + unit**2 > (both - 1) ** 2
+    noise = multiplier * both
+    assert noise / sensitivity == pytest.approx(update, rel=1 / unit)
+    assert deviation <= noise / (2 * unit) * (1 + 1e-12)  # of the count: a party moves its slot by one unit, up or down
+    assert noise / (2 * unit) == pytest.approx(deviation, rel=2 / unit)
 
 
 def test_the_ledger_may_charge_both_as_one() -> None:
     parts = [
         NoisySum(noise_multiplier=RULE.update_multiplier(1.3), rounds=40, dimension=99),
-        NoisySum(noise_multiplier=RULE.bit_multiplier, rounds=40, dimension=1),
+        NoisySum(noise_multiplier=2.0 * RULE.bit_deviation, rounds=40, dimension=1),
     ]
     whole = epsilon([NoisySum(noise_multiplier=1.3, rounds=40, dimension=100)], delta=1e-6)
     assert epsilon(parts, delta=1e-6) == pytest.approx(whole, rel=1e-12)
@@ -102,27 +109,47 @@ def test_the_ledger_may_charge_both_as_one() -> None:
 
 def test_one_step_by_hand() -> None:
     """20 parties, 15 within the norm: b̃ = 3/4, so C falls by e^(-0.2 · 0.25)."""
-    bits = 15 * RULE.bit(1.0, 2.0) + 5 * RULE.bit(3.0, 2.0)
-    assert bits == 10 * BIT_UNIT
-    assert RULE.next_norm(2.0, noisy_bits=bits, contributions=20) == pytest.approx(2.0 * math.exp(-0.05), rel=1e-15)
-    assert RULE.next_norm(2.0, noisy_bits=0, contributions=20) == 2.0
+    bits = 15 * RULE.bit(1.0, 2.0, unit=64) + 4 * RULE.bit(3.0, 2.0, unit=64) + RULE.bit(2.001, 2.0, unit=64)
+    assert bits == 10 * 64
+    moved = RULE.next_norm(2.0, noisy_bits=bits, unit=64, contributions=20)
+    assert moved == pytest.approx(2.0 * math.exp(-0.05), rel=1e-15)
+    assert RULE.next_norm(2.0, noisy_bits=0, unit=64, contributions=20) == 2.0
+    assert RULE.bit(2.0, 2.0, unit=7) == 7
+
+
+@settings(deadline=None, max_examples=60)
+@given(multiplier=st.floats(1e-4, 1.9), sensitivity=st.integers(1, 1 << 20), deviation=st.floats(1.0, 50.0))
+def test_on_any_grid_the_sensitivity_counts_the_bit(multiplier: float, sensitivity: int, deviation: float) -> None:
+    """Coarse or fine: a contribution that is replaced by zeros moves the slots by no more than is accounted for."""
+    unit = AdaptiveClipping(bit_deviation=deviation, smallest=1.0, largest=1.0).bit_unit(multiplier, sensitivity)
+    assert unit >= 1
+    assert joint_sensitivity(sensitivity, unit) ** 2 >= sensitivity**2 + unit**2
+
+
+def test_without_noise_a_bit_is_one_unit() -> None:
+    assert RULE.bit_unit(0.0, 1 << 20) == 1
+
+
+def test_a_norm_is_that_of_exact_arithmetic() -> None:
+    assert l2_norm(np.array([3e30, -4e30], dtype=np.float32)) == pytest.approx(5e30, rel=1e-6)
 
 
 def test_noise_moves_the_norm_by_one_bounded_step_and_never_past_its_bounds() -> None:
-    assert RULE.next_norm(2.0, noisy_bits=10**9, contributions=20) == pytest.approx(2.0 * math.exp(-0.1))
-    assert RULE.next_norm(2.0, noisy_bits=-(10**9), contributions=20) == pytest.approx(2.0 * math.exp(0.1))
-    assert RULE.next_norm(1e3, noisy_bits=-(10**9), contributions=20) == 1e3
-    assert RULE.next_norm(1e-3, noisy_bits=10**9, contributions=20) == 1e-3
+    assert RULE.next_norm(2.0, noisy_bits=10**9, unit=64, contributions=20) == pytest.approx(2.0 * math.exp(-0.1))
+    assert RULE.next_norm(2.0, noisy_bits=-(10**9), unit=64, contributions=20) == pytest.approx(2.0 * math.exp(0.1))
+    assert RULE.next_norm(1e3, noisy_bits=-(10**9), unit=64, contributions=20) == 1e3
+    assert RULE.next_norm(1e-3, noisy_bits=10**9, unit=64, contributions=20) == 1e-3
 
 
 @pytest.mark.parametrize("quantile", [0.2, 0.5, 0.8])
 def test_the_norm_finds_the_quantile_through_the_noise_of_shares(quantile: float) -> None:
     """100 parties with norms e^0 … e^3 in equal steps; the noise is drawn as shares of a plan for the slot."""
     rule = AdaptiveClipping(quantile=quantile, bit_deviation=5.0, smallest=1e-3, largest=1e6)
+    unit = rule.bit_unit(1.0, 1 << 16)
     plan = plan_noise(
         noise_by="parties",
-        noise_multiplier=rule.bit_multiplier,
-        sensitivity=float(BIT_UNIT),
+        noise_multiplier=1.0,
+        sensitivity=float(joint_sensitivity(1 << 16, unit)),
         quorum=100,
         colluders=5,
     )
@@ -131,8 +158,8 @@ def test_the_norm_finds_the_quantile_through_the_noise_of_shares(quantile: float
     current, tail = 0.1, []
     for _ in range(200):
         noise = int(discrete_gaussian(plan.share_sigma2, 100, entropy=entropy).sum())
-        bits = sum(rule.bit(float(norm), current) for norm in norms)
-        current = rule.next_norm(current, noisy_bits=bits + noise, contributions=100)
+        bits = sum(rule.bit(float(norm), current, unit=unit) for norm in norms)
+        current = rule.next_norm(current, noisy_bits=bits + noise, unit=unit, contributions=100)
         tail.append(math.log(current) / 3.0)
     assert float(np.mean(tail[100:])) == pytest.approx(quantile, abs=0.03)
 
@@ -162,10 +189,13 @@ def test_a_rule_out_of_range_is_refused(case: str) -> None:
 
 def test_too_few_parties_too_little_noise_and_a_norm_out_of_bounds_are_refused() -> None:
     with pytest.raises(InvalidInput, match="20"):
-        RULE.next_norm(1.0, noisy_bits=0, contributions=19)
+        RULE.next_norm(1.0, noisy_bits=0, unit=64, contributions=19)
     for norm in (1e-4, 1e4, math.nan):
         with pytest.raises(InvalidInput):
-            RULE.next_norm(norm, noisy_bits=0, contributions=20)
+            RULE.next_norm(norm, noisy_bits=0, unit=64, contributions=20)
     for multiplier in (10.0, 11.0, 0.0, -1.0, math.inf, math.nan):
         with pytest.raises(InvalidInput):
             RULE.update_multiplier(multiplier)
+    for multiplier in (10.0, 11.0, -1.0, math.inf, math.nan):
+        with pytest.raises(InvalidInput):
+            RULE.bit_unit(multiplier, 1 << 16)

@@ -6,6 +6,7 @@ The modulus has 512 bits: far too short to protect anything, long enough for eve
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
@@ -15,9 +16,10 @@ from src.encryption.keys import KeyShare, PrivateKey, ThresholdKey
 from src.encryption.paillier_scheme import PaillierScheme
 from src.encryption.plaintext import PlaintextScheme
 from src.encryption.scheme import Scheme
+from src.privacy.clipping import AdaptiveClipping
 from src.privacy.entropy import DeterministicEntropy
 from src.protocol.derive import derive
-from src.protocol.plan import LocalPlan, RoundPlan
+from src.protocol.plan import LocalPlan, NormAdaptation, RoundPlan
 from src.storage.blobs import Blobs
 
 P = 0xE3B9FF6586D70C163EC926DDEAD91F6B011B351FBF8CDA056459F50D3E9BA993
@@ -78,6 +80,7 @@ def make_plan() -> MakePlan:
         quorum: int = 2,
         colluders: int = 0,
         priced_rounds: int = 5,
+        adaptive: AdaptiveClipping | None = None,
     ) -> RoundPlan:
         derived = derive(
             scheme,
@@ -91,6 +94,7 @@ def make_plan() -> MakePlan:
             quorum=quorum,
             colluders=colluders,
             priced_rounds=priced_rounds,
+            adaptive=adaptive,
         )
         return RoundPlan(
             federation="demo",
@@ -125,9 +129,15 @@ def make_plan() -> MakePlan:
             colluders=colluders,
             threshold=2,
             custody="threshold",
+            adaptive_clipping=_adaptation(adaptive, derived.bit_unit) if adaptive else None,
         )
 
     return make
+
+
+def _adaptation(adaptive: AdaptiveClipping, bit_unit: int) -> NormAdaptation:
+    reals = {field.name: repr(getattr(adaptive, field.name)) for field in fields(adaptive)}
+    return NormAdaptation(**reals, bit_unit=bit_unit)
 
 
 @pytest.fixture

@@ -382,6 +382,7 @@ class PartyPrivacy(_message.Message):
     NOISE_MULTIPLIER_FIELD_NUMBER: _builtins.int
     NOISE_BY_FIELD_NUMBER: _builtins.int
     DELTA_FIELD_NUMBER: _builtins.int
+    ADAPTIVE_CLIPPING_FIELD_NUMBER: _builtins.int
     clipping_norm: _builtins.float
     """L2 bound of one party's update. Default 1."""
     noise_multiplier: _builtins.float
@@ -390,6 +391,13 @@ class PartyPrivacy(_message.Message):
     """both (default), parties or aggregator."""
     delta: _builtins.float
     """Default 1e-5."""
+    @_builtins.property
+    def adaptive_clipping(self) -> Global___AdaptiveClipping:
+        """Of fedavg with a quorum of at least 20 parties: `clipping_norm` is that of the first round, and follows the updates'
+        norms from then on (Andrew et al. 2021, arXiv:1905.03871). It costs nothing on top: the noise multiplier above is
+        that of update and bit together. Unset: the clipping norm stays.
+        """
+
     def __init__(
         self,
         *,
@@ -397,16 +405,56 @@ class PartyPrivacy(_message.Message):
         noise_multiplier: _builtins.float | None = ...,
         noise_by: _builtins.str = ...,
         delta: _builtins.float = ...,
+        adaptive_clipping: Global___AdaptiveClipping | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_noise_multiplier", b"_noise_multiplier", "noise_multiplier", b"noise_multiplier"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_noise_multiplier", b"_noise_multiplier", "adaptive_clipping", b"adaptive_clipping", "noise_multiplier", b"noise_multiplier"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_noise_multiplier", b"_noise_multiplier", "clipping_norm", b"clipping_norm", "delta", b"delta", "noise_by", b"noise_by", "noise_multiplier", b"noise_multiplier"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_noise_multiplier", b"_noise_multiplier", "adaptive_clipping", b"adaptive_clipping", "clipping_norm", b"clipping_norm", "delta", b"delta", "noise_by", b"noise_by", "noise_multiplier", b"noise_multiplier"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__noise_multiplier: _TypeAlias = _typing.Literal["noise_multiplier"]  # noqa: Y015
     _WhichOneofArgType__noise_multiplier: _TypeAlias = _typing.Literal["_noise_multiplier", b"_noise_multiplier"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType__noise_multiplier) -> _WhichOneofReturnType__noise_multiplier | None: ...
 
 Global___PartyPrivacy: _TypeAlias = PartyPrivacy  # noqa: Y015
+
+@_typing.final
+class AdaptiveClipping(_message.Message):
+    """Each party adds, encrypted and under noise of its own, whether its update was within the clipping norm."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    QUANTILE_FIELD_NUMBER: _builtins.int
+    LEARNING_RATE_FIELD_NUMBER: _builtins.int
+    BIT_DEVIATION_FIELD_NUMBER: _builtins.int
+    SMALLEST_FIELD_NUMBER: _builtins.int
+    LARGEST_FIELD_NUMBER: _builtins.int
+    quantile: _builtins.float
+    """The share of updates that should be within the norm, in (0, 1). Default 0.5."""
+    learning_rate: _builtins.float
+    """By which the norm's logarithm moves, in (0, 1]. Default 0.2."""
+    bit_deviation: _builtins.float
+    """Standard deviation of the noise on the count of updates within the norm; twice it must exceed the noise multiplier.
+    Default: a twentieth of the quorum.
+    """
+    smallest: _builtins.float
+    """Bounds of the norm. Default: a 1024th of `clipping_norm`, and 1024 times it."""
+    largest: _builtins.float
+    def __init__(
+        self,
+        *,
+        quantile: _builtins.float = ...,
+        learning_rate: _builtins.float = ...,
+        bit_deviation: _builtins.float = ...,
+        smallest: _builtins.float = ...,
+        largest: _builtins.float = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["bit_deviation", b"bit_deviation", "largest", b"largest", "learning_rate", b"learning_rate", "quantile", b"quantile", "smallest", b"smallest"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___AdaptiveClipping: _TypeAlias = AdaptiveClipping  # noqa: Y015
 
 @_typing.final
 class Encryption(_message.Message):
