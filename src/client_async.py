@@ -145,8 +145,7 @@ class AsyncSottoClient:
     @classmethod
     def from_config(cls, path: Path | str, *, address: str | None = None, retry_for_s: float = RETRY_FOR_S) -> Self:
         """As a client.yaml says, at `address` instead where it is given. Raises ConfigError: it cannot be used."""
-        arguments = connection_of(Path(path))
-        return cls(**{**arguments, "address": address or arguments["address"]}, retry_for_s=retry_for_s)
+        return cls(**connection_of(path, address=address), retry_for_s=retry_for_s)
 
     async def close(self) -> None:
         """Hang up."""

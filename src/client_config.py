@@ -29,20 +29,23 @@ _PATH: Final = re.compile(r"(?=.*[./])[A-Za-z0-9_./-]{1,500}")
 """With a dot or a slash in it: no key written out in hex."""
 
 
-def connection_of(path: Path) -> dict[str, Any]:
+def connection_of(path: Path | str, *, address: str | None = None) -> dict[str, Any]:
     """The arguments of a client, but `retry_for_s`, as a client.yaml says. Relative paths are relative to the file.
+
+    Args:
+        address: "host:port" instead of the one that the file says.
 
     Raises:
         ConfigError: the file cannot be used; every problem in `problems`.
     """
-    path = path.expanduser().absolute()
+    path = Path(path).expanduser().absolute()
     overridden = any(name.upper().startswith(ENVIRONMENT_PREFIX) for name in os.environ)
-    plain = None if overridden else plain_connection(read_document(path), base=path.parent)
-    if plain is not None:
-        return plain
-    from .config import load_client_config
+    found = None if overridden else plain_connection(read_document(path), base=path.parent)
+    if found is None:
+        from .config import load_client_config
 
-    return full_connection(load_client_config(path))
+        found = full_connection(load_client_config(path))
+    return {**found, "address": address or found["address"]}
 
 
 def full_connection(config: ClientConfig) -> dict[str, Any]:

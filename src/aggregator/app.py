@@ -29,6 +29,7 @@ from ..protocol.ledger import EntrySigner
 from ..storage.blobs import Blobs
 from ..storage.database import Database
 from ..storage.ledger import LedgerStore
+from ..storage.leftovers import Leftovers
 from ..storage.location import database_location
 from ..storage.migrations import Migrations
 from .accounts import Accounts
@@ -42,7 +43,7 @@ from .servicers import federation as federation_servicer
 from .servicers import jobs as jobs_servicer
 from .servicers import operations as operations_servicer
 from .sessions import Sessions
-from .store import EnrolmentStore, RoundStore
+from .store import BlobNames, EnrolmentStore, RoundStore
 from .work import has_torch
 
 LOG = logging.getLogger("sotto.aggregator")
@@ -69,6 +70,7 @@ class App:
         location = database_location(config.database_path, config.database.url, config.database.password_file)
         self._database = Database(location, Migrations("aggregator"))
         blobs = Blobs(state / "blobs")
+        leftovers = Leftovers(self._database, blobs, BlobNames(jobs, rounds))
         preload = ("learning.evaluation", "learning.warm") if has_torch() and config.evaluation else ()
         self._pool = WorkerPool(
             PoolSettings(**config.workers.model_dump()),
@@ -92,9 +94,15 @@ class App:
             federation=self.federation,
             sessions=self._sessions,
             enrolments=enrolments,
+            leftovers=leftovers,
         )
         self._service = JobService(
-            self._database, jobs, blobs=blobs, coordinator=self._coordinator, settings=_settings(config)
+            self._database,
+            jobs,
+            blobs=blobs,
+            coordinator=self._coordinator,
+            settings=_settings(config),
+            leftovers=leftovers,
         )
         self._coordinator.on_event(self._service.notify, self._service.notify_all)
         self._budgets = Budgets(

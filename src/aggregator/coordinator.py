@@ -29,6 +29,7 @@ from ..jobs.states import EventKind, JobRow, JobState, expired_event, seconds, s
 from ..jobs.store import JobStore
 from ..storage.blobs import Blobs
 from ..storage.database import Database
+from ..storage.leftovers import Leftovers
 from .accounts import Accounts
 from .computations import Computations
 from .federation import Federation
@@ -63,23 +64,23 @@ class Coordinator:
         federation: Federation,
         sessions: Sessions,
         enrolments: EnrolmentStore,
+        leftovers: Leftovers,
         clock: Callable[[], float] = time.time,
     ) -> None:
         self._config = config
         self._database = database
         self._jobs = jobs
-        self._rounds = rounds
         self._accounts = accounts
-        self._blobs = blobs
         self._pipeline = pipeline
         self._computations = computations
         self._federation = federation
         self._sessions = sessions
         self._enrolments = enrolments
+        self._leftovers = leftovers
         self._clock = clock
         self._capacity = capacity_of(config)
         self._woken = asyncio.Event()
-        self._tasks = Tasks(self.wake)
+        self._tasks = Tasks(self.wake, leftovers.storing)
         self._held = HeldJobs(
             database, jobs, lease_s=config.jobs.lease_s, retry_delays_s=config.jobs.retry_delays_s, clock=clock
         )
@@ -121,19 +122,21 @@ class Coordinator:
         """Before the first turn: enrolled parties back into the roster, blobs that nobody names out of the store, and
         the jobs that were under way into this process's hands."""
 
-        def read(connection: Connection) -> tuple[list[tuple[str, bytes]], set[str]]:
-            named = self._rounds.blobs(connection) | self._jobs.blobs(connection)
+        def read(connection: Connection) -> list[tuple[str, bytes]]:
             self._accounts.verify(connection)
-            return list(self._enrolments.members(connection)), named
+            return list(self._enrolments.members(connection))
 
-        members, named = await self._database.run(read)
+        members = await self._database.run(read)
         if not self._federation.pinned and members:
             self._federation.enrol(members, created_at=utc(self._clock()))
-        await asyncio.to_thread(self._blobs.collect, named)
+        await self._leftovers.collect()
         for job in await self._held.seize_all():
-            if job.kind == FederatedTrainingSpec.kind:
-                await self.trainings.restore(job)
+            await self._restore_job(job)
         self._started_at = utc(self._clock())
+
+    async def _restore_job(self, job: JobRow) -> None:
+        if job.kind == FederatedTrainingSpec.kind:
+            await self.trainings.restore(job)
 
     async def run(self) -> None:
         """Turn until cancelled."""
@@ -170,10 +173,21 @@ class Coordinator:
         while not self._stopping and await self._held.take_next(self._capacity, self._ready) is not None:
             pass
         await self._expire()
+        if not self._stopping:
+            await self._take_up_lapsed()
         for job in await self._database.run(self._jobs.active):
             if self._held.holds(job.job_id):
                 await self._advance_held(job)
         self.trainings.offer()
+
+    async def _take_up_lapsed(self) -> None:
+        """Jobs under way that nobody drives: as at a start. One that is held and gets nowhere is given up instead."""
+        for job_id in await self._held.lapsed_elsewhere():
+            await self._tasks.cancel(job_id)  # whatever was begun under a lease that was lost
+            try:
+                await self._restore_job(await self._held.take_up(job_id))
+            except SottoError as error:  # somebody was faster; else the next turn tries again
+                LOG.warning("job %s is not taken up: %s", job_id, error.message)
 
     def _ready(self, job: JobRow) -> bool:
         return job.kind != FederatedTrainingSpec.kind or self.trainings.can_start(job)

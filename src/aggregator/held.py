@@ -3,7 +3,7 @@
 A lease says who drives a job and carries a fencing token that grows whenever the job changes hands. Every event of the
 driver is written together with a check of that token, so that a process that lost a job, however late it wakes up, can
 write nothing about it. Leases are renewed by progress: a job whose turns fail is not renewed, and when its lease has
-lapsed the attempt counts as failed.
+lapsed the attempt counts as failed. A job whose lease has lapsed elsewhere is taken up again.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ class HeldJobs:
         self._delays_s = tuple(retry_delays_s)
         self._clock = clock
         self._holder = secrets.token_hex(8)
-        self._leases: dict[str, tuple[Lease, float]] = {}
+        self._leases: dict[str, Lease] = {}
         self.notify: Callable[[str], None] = lambda _job_id: None
         self.notify_all: Callable[[], None] = lambda: None
         self.wake: Callable[[], None] = lambda: None
@@ -72,13 +72,12 @@ class HeldJobs:
 
     async def take_next(self, capacity: Capacity, ready: Callable[[JobRow], bool]) -> JobRow | None:
         """Start the job whose turn it is, if one may start."""
-        now = self._clock()
         taken = await self._database.run(
             partial(
                 self._store.take_next,
                 capacity=capacity,
                 holder=self._holder,
-                now=now,
+                now=self._clock(),
                 lease_s=self._lease_s,
                 ready=ready,
             )
@@ -86,60 +85,72 @@ class HeldJobs:
         if taken is None:
             return None
         row, lease = taken
-        self._leases[row.job_id] = (lease, now)
+        self._leases[row.job_id] = lease
         LOG.info("job %s starts (%s, priority %s)", row.job_id, row.kind, row.priority.value)
         self.notify(row.job_id)
         return row
 
     async def seize_all(self) -> list[JobRow]:
         """At start: every job that was under way. The database's own lock proves that nobody else writes."""
-        rows = await self._database.run(self._seize)
-        for row in rows:
-            LOG.info("job %s goes on (%s, attempt %d)", row.job_id, row.state.value, row.attempt)
-        return rows
+        rows = [row.job_id for row in await self._database.run(self._store.active)]
+        return [await self._take_up(job_id, "goes on after a restart", seize=True) for job_id in rows]
 
-    def _seize(self, connection: Connection) -> list[JobRow]:
+    async def lapsed_elsewhere(self) -> list[str]:
+        """The jobs under way that nobody drives and this process does not hold: it lost them to one that is gone, or
+        took them and never heard that this was committed."""
+        rows = await self._database.run(partial(self._store.lapsed, now=self._clock()))
+        return [row.job_id for row in rows if not self.holds(row.job_id)]
+
+    async def take_up(self, job_id: str) -> JobRow:
+        """Drive a job whose lease has lapsed.
+
+        Raises:
+            LeaseError: another process was faster.
+            StateError: it is not under way any more.
+        """
+        return await self._take_up(job_id, "goes on after its lease had lapsed", seize=False)
+
+    async def _take_up(self, job_id: str, why: str, *, seize: bool) -> JobRow:
+        row, lease = await self._database.run(partial(self._acquire, job_id=job_id, why=why, seize=seize))
+        self._leases[job_id] = lease
+        LOG.info("job %s %s (%s, attempt %d)", job_id, why, row.state.value, row.attempt)
+        self.notify(job_id)
+        return row
+
+    def _acquire(self, connection: Connection, job_id: str, *, why: str, seize: bool) -> tuple[JobRow, Lease]:
         now = self._clock()
-        rows = []
-        for row in self._store.active(connection):
-            lease = self._store.acquire(
-                connection, row.job_id, holder=self._holder, now=now, lease_s=self._lease_s, seize=True
-            )
-            self._leases[row.job_id] = (lease, now)
-            if row.state is JobState.RUNNING:
-                event = Event(
-                    kind=EventKind.RESUMED,
-                    message="goes on after a restart",
-                    cause=AGGREGATOR_CAUSE,
-                    detail={"attempt": row.attempt},
-                )
-                row = self._store.apply(connection, row.job_id, event, now=now, lease=lease)
-            rows.append(row)
-        return rows
+        lease = self._store.acquire(
+            connection, job_id, holder=self._holder, now=now, lease_s=self._lease_s, seize=seize
+        )
+        row = self._store.get(connection, job_id)
+        if row.state is JobState.RUNNING:
+            detail = {"attempt": row.attempt}
+            event = Event(kind=EventKind.RESUMED, message=why, cause=AGGREGATOR_CAUSE, detail=detail)
+            row = self._store.apply(connection, job_id, event, now=now, lease=lease)
+        return row, lease
 
     async def renew(self, job_id: str) -> None:
         """The job gets on: its lease is made good again when a part of it has passed."""
-        if self._clock() - self._leases[job_id][1] >= self._lease_s / RENEWALS:
+        if self._clock() >= self._lease(job_id).expires_at - self._lease_s * (1 - 1 / RENEWALS):
             await self._renew_now(job_id)
 
     async def _renew_now(self, job_id: str) -> None:
-        lease, now = self._lease(job_id), self._clock()
-        await self._database.run(partial(self._store.renew, lease=lease, now=now, lease_s=self._lease_s))
-        self._leases[job_id] = (lease, now)
+        renew = partial(self._store.renew, lease=self._lease(job_id), now=self._clock(), lease_s=self._lease_s)
+        self._leases[job_id] = await self._database.run(renew)
 
     def lapsed(self, job_id: str) -> bool:
         """Whether the job got nowhere for as long as its lease lasts."""
-        return self._clock() - self._leases[job_id][1] >= self._lease_s
+        return self._clock() >= self._lease(job_id).expires_at
 
     def drop(self, job_id: str) -> None:
         """The job is at rest, or somebody else's."""
         self._leases.pop(job_id, None)
 
     def _lease(self, job_id: str) -> Lease:
-        held = self._leases.get(job_id)
-        if held is None:
+        lease = self._leases.get(job_id)
+        if lease is None:
             raise LeaseError(f"this process does not hold job {job_id}", job_id=job_id)
-        return held[0]
+        return lease
 
     # --- events -------------------------------------------------------------------------------------------------------
 

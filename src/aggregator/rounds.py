@@ -288,9 +288,9 @@ def _expect_cohort(row: RoundRow, party: str) -> None:
 
 
 def explain(row: RoundRow, cause: str) -> str:
-    """The cause with everybody's part in it: who failed with which reason, and for whom the round waited."""
+    """The cause with everybody's part in it: who failed with which reason, for whom the round waited, and for what."""
     parts = [f"{name}: {failure.message} [{failure.reason}]" for name, failure in sorted(row.failures.items())]
-    parts += [f"{name}: no answer" for name in waiting_for(row)]
+    parts += [f"{name}: {_ACTIVE[work]}" for name in waiting_for(row) if (work := wanted(row, name))]
     return f"{cause} ({'; '.join(parts)})" if parts else cause
 
 
@@ -315,7 +315,12 @@ def wanted(row: RoundRow, party: str) -> Work | None:
     return None
 
 
-_ACTIVE: Final = frozenset({Work.CONTRIBUTE, Work.REVEAL, Work.OPEN})
+_ACTIVE: Final = {
+    Work.CONTRIBUTE: "still training, or away",
+    Work.REVEAL: "committed to an update that has not come",
+    Work.OPEN: "asked for a share that has not come",
+}
+"""What the round waits for, and what is known then of a party that it waits for."""
 
 
 def _only_holders(row: RoundRow) -> tuple[str, ...]:

@@ -4,10 +4,24 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from typing import Any
 
-from sqlalchemy import Boolean, Column, Connection, Integer, LargeBinary, MetaData, String, Table, Text, select
+from sqlalchemy import (
+    Boolean,
+    Column,
+    Connection,
+    Integer,
+    LargeBinary,
+    MetaData,
+    Select,
+    String,
+    Table,
+    Text,
+    select,
+)
 
 from ..errors import ConflictError, NotFoundError
+from ..jobs.store import JobStore
 from .round_row import RoundRow
 
 
@@ -54,19 +68,45 @@ class RoundStore:
         query = select(self._table.c.content).where(self._table.c.job_id == job_id).order_by(self._table.c.number)
         return [RoundRow.from_json(json.loads(content)) for content in connection.execute(query).scalars()]
 
-    def blobs(self, connection: Connection) -> set[str]:
-        """Digests of all blobs that some round names."""
+    def blobs(self, connection: Connection, *, but_of: Select[Any] | None = None) -> set[str]:
+        """Digests of all blobs that some round names; of the jobs `but_of` those do not count."""
+        query = select(self._table.c.content)
+        if but_of is not None:
+            query = query.where(self._table.c.job_id.not_in(but_of))
         named: set[str] = set()
-        for content in connection.execute(select(self._table.c.content)).scalars():
+        for content in connection.execute(query).scalars():
             row = RoundRow.from_json(json.loads(content))
-            named |= {row.model_sha256, *row.shares.values(), *(batch.sha256 for batch in row.batches.values())}
+            named |= {*_models(row), *row.shares.values(), *(batch.sha256 for batch in row.batches.values())}
             named |= {row.aggregate.sha256} if row.aggregate else set()
-            named |= {str(blob) for blob in (row.result or {}).get("blobs", ())}
         return named
+
+    def models(self, connection: Connection, job_id: str) -> set[str]:
+        """Digests of what a job's rounds began with and made; batches and shares went when a round was settled."""
+        return {blob for row in self.of_job(connection, job_id) for blob in _models(row)}
+
+
+def _models(row: RoundRow) -> set[str]:
+    return {row.model_sha256, *(str(blob) for blob in (row.result or {}).get("blobs", ()))}
 
 
 def _columns(row: RoundRow) -> dict[str, object]:
     return {"state": row.state.value, "settled": row.settled, "content": json.dumps(row.to_json())}
+
+
+class BlobNames:
+    """Which blobs jobs and their rounds name (`storage.leftovers.Names`): of a deleted job, what another is about."""
+
+    def __init__(self, jobs: JobStore, rounds: RoundStore) -> None:
+        self._jobs = jobs
+        self._rounds = rounds
+
+    def blobs(self, connection: Connection) -> set[str]:
+        """Digests of all that are needed."""
+        return self._jobs.blobs(connection) | self._rounds.blobs(connection, but_of=self._jobs.deleted())
+
+    def blobs_of(self, connection: Connection, job_id: str) -> set[str]:
+        """Digests of those that a job named."""
+        return self._jobs.blobs_of(connection, job_id) | self._rounds.models(connection, job_id)
 
 
 class EnrolmentStore:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 from collections.abc import Awaitable, Callable
+from contextlib import AbstractContextManager
 
 LOG = logging.getLogger("sotto.aggregator")
 
@@ -17,10 +19,16 @@ class Tasks:
 
     Args:
         wake: called when one has ended.
+        storing: entered while one runs, which may store what no row names yet (`Leftovers.storing`).
     """
 
-    def __init__(self, wake: Callable[[], None]) -> None:
+    def __init__(
+        self,
+        wake: Callable[[], None],
+        storing: Callable[[], AbstractContextManager[None]] = contextlib.nullcontext,
+    ) -> None:
         self._wake = wake
+        self._storing = storing
         self._running: dict[Key, asyncio.Task[None]] = {}
 
     def spawn(self, key: Key, work: Callable[[], Awaitable[None]]) -> None:
@@ -31,7 +39,8 @@ class Tasks:
 
         async def run() -> None:
             try:
-                await work()
+                with self._storing():
+                    await work()
             except Exception:  # the rows are as they were: the next turn begins the same work again
                 LOG.exception("task %s failed", key)
 

@@ -364,7 +364,9 @@ class Trainings:
     # --- rounds at hand -----------------------------------------------------------------------------------------------
 
     async def restore(self, job: JobRow) -> None:
-        """Of a job that goes on after a restart: what its rounds so far brought."""
+        """Of a job that is taken up: what its rounds so far brought."""
+        for known in [key for key in self._recent if key[0] == job.job_id]:  # another process may have moved them
+            del self._recent[known]
         rows = await self._database.run(partial(self._rounds.of_job, job_id=job.job_id))
         tally = Tally()
         for row in rows:

@@ -21,6 +21,7 @@ from ..communication.identity import Identity
 from ..errors import InvalidInput, NotFoundError, StateError, UnavailableError
 from ..storage.blobs import Blobs
 from ..storage.database import Database
+from ..storage.leftovers import Leftovers
 from .admission import JobSettings, check_request, check_room, check_same, check_size, deadline_of
 from .scheduler import Lane, lane_of
 from .specs import JobSpec
@@ -85,6 +86,7 @@ class JobService:
         blobs: holds models that come with jobs, and artifacts.
         coordinator: executes jobs.
         settings: checked when a job is created.
+        leftovers: removes what a deleted job alone named; shared with whoever else stores blobs.
         notifier: shared with whoever else follows jobs; a new one by default.
         clock: seconds since the epoch.
     """
@@ -97,6 +99,7 @@ class JobService:
         blobs: Blobs,
         coordinator: Coordinator,
         settings: JobSettings,
+        leftovers: Leftovers,
         notifier: Notifier | None = None,
         clock: Callable[[], float] = time.time,
     ) -> None:
@@ -105,6 +108,7 @@ class JobService:
         self._blobs = blobs
         self._coordinator = coordinator
         self._settings = settings
+        self._leftovers = leftovers
         self._notifier = notifier or Notifier()
         self._clock = clock
         # One at a time: two trainings priced beside each other would both count on the same budget. A computation
@@ -168,12 +172,13 @@ class JobService:
                 row, position = same(known), None
             else:
                 check_size(spec, self._settings)
-                if model:  # pricing looks at it; of a refused job it is an orphan, collected at the next start
-                    await asyncio.to_thread(self._blobs.write, model)
-                await self._coordinator.price(spec, owner=str(caller))
-                row = self._new_row(caller, request_id, spec=spec, timeout_s=timeout_s)
-                row = replace(row, display_name=display_name, priority=priority or Priority.NORMAL)
-                stored, position = await self._to_its_end(self._store_new(caller, row, spec=spec))
+                with self._leftovers.storing():
+                    if model:  # pricing looks at it; of a refused job it is an orphan, collected at the next start
+                        await asyncio.to_thread(self._blobs.write, model)
+                    await self._coordinator.price(spec, owner=str(caller))
+                    row = self._new_row(caller, request_id, spec=spec, timeout_s=timeout_s)
+                    row = replace(row, display_name=display_name, priority=priority or Priority.NORMAL)
+                    stored, position = await self._to_its_end(self._store_new(caller, row, spec=spec))
                 row = same(stored)
         if inline_wait_s > 0:
             with contextlib.suppress(UnavailableError):  # it is stored: stopping is no reason to say it is not
@@ -348,6 +353,7 @@ class JobService:
 
     async def delete(self, caller: Identity, job_id: str) -> JobView:
         """Drop the files of a job at rest; the job stays, with its history and what it spent. Once is as good as twice.
+        Bytes that no other job names leave the disk as soon as nobody who is storing could be about to name them.
 
         Raises:
             NotFoundError: no such job for this caller.
@@ -366,8 +372,12 @@ class JobService:
             event = Event(kind=EventKind.DELETED, message=f"files deleted by {caller}", cause=str(caller))
             self._store.apply(connection, job_id, event, now=self._clock())
 
-        await self._to_its_end(self._change(job_id, drop))
+        await self._to_its_end(self._delete(job_id, drop))
         return await self.get(caller, job_id)
+
+    async def _delete(self, job_id: str, drop: Callable[[Connection], None]) -> None:
+        await self._change(job_id, drop)
+        self._beside(self._leftovers.drop(job_id))
 
     async def _change(self, job_id: str, change: Callable[[Connection], None]) -> None:
         await self._run(change)
@@ -433,11 +443,14 @@ class JobService:
 
     async def _to_its_end(self, work: Coroutine[Any, Any, T]) -> T:
         """A caller that goes away in the middle does not keep a change from being told to those who wait for it."""
-        task = asyncio.ensure_future(work)
+        return await asyncio.shield(self._beside(work))
+
+    def _beside(self, work: Coroutine[Any, Any, T]) -> asyncio.Task[T]:
+        task = asyncio.get_running_loop().create_task(work)
         self._finishing.add(task)
         task.add_done_callback(self._finishing.discard)
         task.add_done_callback(lambda done: done.cancelled() or done.exception())
-        return await asyncio.shield(task)
+        return task
 
     def _visible(self, connection: Connection, caller: Identity, job_id: str) -> JobRow:
         if "\0" in job_id:  # PostgreSQL has none, not even in a question

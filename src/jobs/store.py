@@ -12,11 +12,11 @@ Data-Intensive Applications, 2017, "The truth is defined by the majority", fenci
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any, Final
 
-from sqlalchemy import Connection, MetaData, Row, func, insert, select, update
+from sqlalchemy import Connection, MetaData, Row, Select, func, insert, select, update
 
 from ..errors import ConflictError, InvalidInput, LeaseError, NotFoundError, StateError
 from . import query as queries
@@ -66,11 +66,13 @@ class Lease:
         job_id: of the job.
         holder: names a process, never two of them; at most 64 characters.
         token: larger with each new lease on the job.
+        expires_at: as the row has it; seconds since the epoch. A lease that is renewed is the same lease.
     """
 
     job_id: str
     holder: str
     token: int
+    expires_at: float = field(default=0.0, compare=False)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -193,20 +195,22 @@ class JobStore:
             raise StateError(f"job {job_id} is {found.state}: there is nothing to drive", state=found.state)
         if not seize and found.lease_holder not in ("", holder) and found.lease_expires_at > utc(now):
             raise LeaseError(f"another process holds job {job_id} until {found.lease_expires_at}", job_id=job_id)
-        lease = Lease(job_id, holder, found.fencing_token + 1)
-        values = {"fencing_token": lease.token, "lease_holder": holder, "lease_expires_at": utc(now + lease_s)}
+        lease = Lease(job_id, holder, found.fencing_token + 1, now + lease_s)
+        values = {"fencing_token": lease.token, "lease_holder": holder, "lease_expires_at": utc(lease.expires_at)}
         connection.execute(update(self.jobs).where(jobs.job_id == job_id).values(**values))
         return lease
 
-    def renew(self, connection: Connection, lease: Lease, *, now: float, lease_s: float) -> None:
-        """Let the lease expire `lease_s` (seconds) from `now` (seconds since the epoch).
+    def renew(self, connection: Connection, lease: Lease, *, now: float, lease_s: float) -> Lease:
+        """The lease as it is now: it expires `lease_s` (seconds) from `now` (seconds since the epoch).
 
         Raises:
             LeaseError: as `check` does.
         """
-        changed = update(self.jobs).where(*self._present(lease)).values(lease_expires_at=utc(now + lease_s))
+        renewed = replace(lease, expires_at=now + lease_s)
+        changed = update(self.jobs).where(*self._present(lease)).values(lease_expires_at=utc(renewed.expires_at))
         if connection.execute(changed).rowcount != 1:
             raise _lost(lease)
+        return renewed
 
     def check(self, connection: Connection, lease: Lease) -> None:
         """Nothing changes this until the transaction ends. An expired lease is good until another one is taken.
@@ -395,9 +399,18 @@ class JobStore:
         named = [load(result) for result in results]
         specs = [load(spec) for spec in connection.scalars(select(jobs.spec).where(jobs.state.in_(_MOVABLE)))]
         sources = {spec["job_id"] for spec in specs if spec.get("job_id")}
-        named += self._details(connection, EventKind.SUCCEEDED, sources)
-        blobs = {spec.get(name, "") for spec in specs for name in ("initial_model_sha256", "model_sha256")}
-        return (blobs | {file["sha256"] for result in named for file in result.get("files", ())}) - {""}
+        return _blobs(specs, [*named, *self._details(connection, EventKind.SUCCEEDED, sources)])
+
+    def blobs_of(self, connection: Connection, job_id: str) -> set[str]:
+        """SHA-256 (hex) of the blobs that a job named, deleted or not: the model that it began with, its files, and
+        those of the job that it is about."""
+        spec = self.get(connection, job_id).spec
+        about = {job_id, *filter(None, [spec.get("job_id")])}
+        return _blobs([spec], self._details(connection, EventKind.SUCCEEDED, about))
+
+    def deleted(self) -> Select[Any]:
+        """A query for the jobs whose files were dropped."""
+        return select(self.jobs.c.job_id).where(self.jobs.c.deleted_at != "")
 
     def _select(self, connection: Connection, *conditions: Any) -> list[JobRow]:
         """Jobs, who came first first."""
@@ -432,6 +445,12 @@ def same_request(known: JobRow, spec_digest: str) -> JobRow:
             job_id=known.job_id,
         )
     return known
+
+
+def _blobs(specs: Iterable[Mapping[str, Any]], results: Iterable[Mapping[str, Any]]) -> set[str]:
+    """What specifications and results name."""
+    models = {spec.get(name, "") for spec in specs for name in ("initial_model_sha256", "model_sha256")}
+    return (models | {file["sha256"] for result in results for file in result.get("files", ())}) - {""}
 
 
 def _event(record: Row[Any]) -> StoredEvent:

@@ -116,15 +116,6 @@ class NoisePlan:
         return self.share_sigma2 * self.honest_shares
 
     @property
-    def sigma2_total(self) -> Fraction:
-        """Guaranteed variance of a coordinate of the released sum; at least (z · sensitivity)²."""
-        return self.aggregator_sigma2 + self.parties_sigma2
-
-    def largest_sigma2(self, cohort: int) -> Fraction:
-        """Variance when all `cohort` parties add their share: what slot widths must allow for."""
-        return self.aggregator_sigma2 + self.share_sigma2 * cohort
-
-    @property
     def multiplier_release(self) -> float | None:
         """Noise multiplier that holds against whoever sees the release; None if ε is infinite."""
         return self.noise_multiplier or None
@@ -197,14 +188,6 @@ class NoisePlan:
             dimension=dimension,
             failure_probability=failure_probability,
         )
-
-    def release_event(self, *, dimension: int, rounds: int = 1) -> Event:
-        """What `rounds` releases of `dimension` coordinates cost a party, against whoever sees the release."""
-        return self.event("release", dimension=dimension, rounds=rounds)
-
-    def against_aggregator_event(self, *, dimension: int, rounds: int = 1) -> Event:
-        """What the same rounds cost against the aggregator, who knows the noise that it drew itself."""
-        return self.event("aggregator", dimension=dimension, rounds=rounds)
 
     def figures(
         self,
@@ -310,6 +293,6 @@ def plan_noise(
         aggregator_sigma2=_ceil_to_grid(total * (1 - parties)),
         share_sigma2=_ceil_to_grid(total * parties / (quorum - colluders)),
     )
-    plan.release_event(dimension=1)  # raises where the theory of sums does not reach
-    plan.against_aggregator_event(dimension=1)
+    plan.event("release", dimension=1)  # raises where the theory of sums does not reach
+    plan.event("aggregator", dimension=1)
     return plan

@@ -210,11 +210,6 @@ class RoundPlan:
         """Whether the aggregator's noise batch is one of the contributions."""
         return self.noise.aggregator_sigma2.partition("/")[0] != "0"
 
-    @property
-    def most_contributions(self) -> int:
-        """The most contributions that the sum can hold."""
-        return len(self.cohort) + int(self.aggregator_adds_noise)
-
 
 _TYPES: Final[dict[str, type]] = {
     "str": str,

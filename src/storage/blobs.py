@@ -24,6 +24,9 @@ from ..errors import DigestError, InvalidInput, NotFoundError, StateError, Stora
 CHUNK_BYTES: Final = 1 << 20
 """How much is read at once where a whole blob is hashed: large enough that the system calls do not show."""
 
+Mark = tuple[int, int, int]
+"""Tells the file that a blob is from one that is put in its place."""
+
 _DIGEST: Final = re.compile(r"[0-9a-f]{64}")
 _TEMPORARY: Final = ".incoming-"
 _FULL_SYNC: Final = getattr(fcntl, "F_FULLFSYNC", None)  # macOS: fsync alone leaves the data in the drive's cache
@@ -243,6 +246,23 @@ class Blobs:
             path.unlink(missing_ok=True)
         return len(doomed)
 
+    def mark(self, sha256: str) -> Mark | None:
+        """Which file the blob is, None where there is none: storing the same bytes again makes it another one."""
+        try:
+            found = self.path(sha256).stat()
+        except FileNotFoundError:
+            return None
+        return found.st_ino, found.st_mtime_ns, found.st_ctime_ns  # the number of a file that is gone is used again
+
+    def remove(self, sha256: str, mark: Mark) -> bool:
+        """Removes the blob if it is still the file of this mark, whoever stores meanwhile; returns whether it did."""
+        path = self.path(sha256)
+        with _locked(path.parent, fcntl.LOCK_EX):
+            same = self.mark(sha256) == mark
+            if same:
+                path.unlink()
+        return same
+
     def _adopt(self, temporary: Path, sha256: str) -> None:
         target = self.path(sha256)
         try:
@@ -250,9 +270,21 @@ class Blobs:
             flush_directory(self.root)
         except FileExistsError:
             pass
-        # Also where the blob exists: the bytes are the same, and a damaged copy is healed.
-        temporary.replace(target)
-        flush_directory(target.parent)
+        with _locked(target.parent, fcntl.LOCK_SH) as directory:
+            # Also where the blob exists: the bytes are the same, and a damaged copy is healed.
+            temporary.replace(target)
+            flush(directory)
+
+
+@contextlib.contextmanager
+def _locked(directory: Path, lock: int) -> Iterator[int]:
+    """The directory, open: nothing is removed from it while something is put there, in whatever process."""
+    descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        fcntl.flock(descriptor, lock)
+        yield descriptor
+    finally:
+        os.close(descriptor)
 
 
 @contextlib.contextmanager

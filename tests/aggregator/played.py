@@ -29,7 +29,7 @@ from src.aggregator.round_row import (
     Work,
 )
 from src.aggregator.sessions import Sessions
-from src.aggregator.store import EnrolmentStore, RoundStore
+from src.aggregator.store import BlobNames, EnrolmentStore, RoundStore
 from src.config import AggregatorConfig
 from src.config_sections import AggregatorLimits, AggregatorPrivacy, JobsSection
 from src.errors import (
@@ -47,6 +47,7 @@ from src.protocol.plan import ROOT_KIND, RootStatement
 from src.storage.blobs import Blobs
 from src.storage.database import Database
 from src.storage.ledger import LedgerStore
+from src.storage.leftovers import Leftovers
 from src.storage.migrations import Migrations
 
 START = 1.8e9
@@ -130,6 +131,7 @@ class Place:
         self.database = Database(directory / "aggregator.sqlite", Migrations("aggregator"))
         self.federation = federation
         self.blobs = Blobs(directory / "blobs")
+        self.leftovers = Leftovers(self.database, self.blobs, BlobNames(self.store, self.rounds))
         self.clock, self.work = Clock(), Played()
         self.config = AggregatorConfig.model_construct(
             federation="demo",
@@ -155,6 +157,7 @@ class Place:
             federation=self.federation,
             sessions=Sessions(),
             enrolments=self.enrolments,
+            leftovers=self.leftovers,
             clock=self.clock,
         )
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -11,6 +13,7 @@ from src.aggregator.federation import Federation
 from src.aggregator.round_row import (
     RoundState,
 )
+from src.communication.identity import Identity
 from src.errors import (
     CATALOGUE,
     BudgetError,
@@ -21,8 +24,20 @@ from src.errors import (
     UnavailableError,
     WorkerError,
 )
-from src.jobs.states import JobState, seconds
+from src.jobs.admission import JobSettings
+from src.jobs.scheduler import Capacity
+from src.jobs.service import JobService
+from src.jobs.states import Event, EventKind, JobState, seconds
 from tests.aggregator.played import ANN, BOB, EVALUATION, Place
+
+SETTINGS = JobSettings(
+    max_jobs_pending=4,
+    max_pending_per_scientist=3,
+    max_rounds=100,
+    max_parties=3,
+    max_round_timeout_s=1000.0,
+    capacity=Capacity(max_trainings=1, max_computations=1, max_per_scientist=1),
+)
 
 pytestmark = pytest.mark.parametrize("federation", ["threshold"], indirect=True)
 
@@ -210,6 +225,61 @@ async def test_a_cancelled_job_ends_what_is_computed_for_it(place: Place, spec: 
     assert await place.state(job_id) is JobState.CANCELLED
     assert sum(place.work.ended.values()) == 1
     assert await place.charged(job_id) == ([] if spec == "evaluation" else ["returned"])
+
+
+# ------------------------------------------------------------------------------------------------------- deleted jobs
+
+
+async def test_a_deleted_training_leaves_no_model_of_its_rounds_but_those_that_another_job_names(place: Place) -> None:
+    deleted, other = await place.submit(place.training()), await place.submit(place.training())
+    await place.turn()
+    await place.contribute(deleted)
+    # What workers make is named here, not stored: now it is.
+    made = place.blobs.write(b"model").sha256
+    assert made == (await place.round(deleted)).result["blobs"][0]  # type: ignore[index]
+    began = place.training().initial_model_sha256
+    service = JobService(
+        place.database,
+        place.store,
+        blobs=place.blobs,
+        coordinator=place.coordinator,
+        settings=SETTINGS,
+        leftovers=place.leftovers,
+    )
+    await service.delete(Identity("scientist", "ann"), deleted)
+    await asyncio.gather(*service._finishing)
+    assert (place.blobs.exists(made), place.blobs.exists(began)) == (False, True)
+    assert await place.state(other) is JobState.RUNNING
+    place.coordinator = place.another()
+    await place.coordinator.restore()  # what is named at a start is the same
+    assert place.blobs.exists(began)
+    await place.cancel(other)
+    await place.turn()
+    await service.delete(Identity("scientist", "ann"), other)
+    await asyncio.gather(*service._finishing)
+    assert not place.blobs.exists(began)
+
+
+async def test_what_a_task_that_runs_may_have_stored_is_not_dropped(place: Place) -> None:
+    job_id = await place.submit()
+    await place.turn()
+    model = place.blobs.write(b"m").sha256
+    place.work.hanging = {"evaluation"}
+    await place.submit()
+    await place.turn()
+    await place.database.run(lambda c: place.store.apply(c, job_id, Event(kind=EventKind.DELETED), now=place.clock()))
+    place.leftovers._names = SimpleNamespace(blobs=lambda _: set(), blobs_of=lambda _, job_id: {model})
+    dropping = asyncio.create_task(place.leftovers.drop(job_id))
+    for _ in range(3):
+        await place.database.run(lambda _: None)
+        await asyncio.to_thread(lambda: None)
+    assert place.blobs.exists(model)
+    place.work.let_go.set()
+    await dropping
+    assert not place.blobs.exists(model)
+
+
+# ------------------------------------------------------------------------------------------------------------- stopping
 
 
 async def test_a_process_that_is_being_stopped_begins_nothing(place: Place) -> None:

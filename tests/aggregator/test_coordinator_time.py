@@ -19,7 +19,7 @@ from src.errors import (
 )
 from src.jobs.spec import FederatedTrainingSpec
 from src.jobs.states import JobRow, JobState
-from tests.aggregator.played import LEASE_S, Place
+from tests.aggregator.played import EVALUATION, LEASE_S, Place
 
 pytestmark = pytest.mark.parametrize("federation", ["threshold"], indirect=True)
 
@@ -31,6 +31,12 @@ async def place(federation: Federation, tmp_path: Path) -> AsyncIterator[Place]:
     yield place
     await place.coordinator.stop()
     await place.database.close()
+
+
+async def taken_by_another(place: Place, job_id: str) -> None:
+    """A process that then does nothing."""
+    take: dict[str, Any] = {"holder": "another", "now": place.clock(), "lease_s": LEASE_S, "seize": True}
+    await place.database.run(lambda c: place.store.acquire(c, job_id, **take))
 
 
 # ------------------------------------------------------------------------------------------------------------ deadlines
@@ -155,7 +161,7 @@ async def test_a_ghost_writes_nothing_about_a_job_that_another_process_took_over
     place.work.let_go.set()  # the ghost's unit has its result now, and the ghost wants to say so
     assert await ghost._tasks.drain(30)
     for _ in range(3):
-        place.clock.now += LEASE_S / 2  # the ghost wakes up, and wants to renew what it had
+        place.clock.now += LEASE_S / 4  # the ghost wakes up, and wants to renew what it had
         await ghost._turn()
         assert await ghost._tasks.drain(30)
     assert place.work.asked["evaluation"] == 1  # it does not try again what is not its own
@@ -176,8 +182,7 @@ async def test_a_job_that_was_lost_does_not_keep_others_from_being_driven(
     other = await place.submit(place.training())
     await place.turn()
     place.clock.now += LEASE_S
-    take: dict[str, Any] = {"holder": "another", "now": place.clock(), "lease_s": LEASE_S, "seize": True}
-    await place.database.run(lambda c: place.store.acquire(c, lost, **take))
+    await taken_by_another(place, lost)
     if why == "it is given up":
         advance = place.coordinator._advance
 
@@ -194,6 +199,48 @@ async def test_a_job_that_was_lost_does_not_keep_others_from_being_driven(
     assert not place.coordinator._held.holds(lost)
     assert place.work.ended["evaluation"] == 1  # nobody computes for another process's job
     assert await place.events(lost) == before
+
+
+@pytest.mark.parametrize("kind", ["evaluation", "federated_training"])
+async def test_a_job_that_was_lost_to_a_process_that_is_gone_is_taken_up_when_its_lease_lapses(
+    kind: str, place: Place
+) -> None:
+    place.work.hanging = {"evaluation"}
+    job_id = await place.submit(place.training() if kind == "federated_training" else EVALUATION)
+    await place.turn()
+    await taken_by_another(place, job_id)
+    await place.turn(after_s=LEASE_S / 2)  # by now it wants to renew its own, and hears that there is another
+    assert not place.coordinator._held.holds(job_id)
+    place.work.hanging = set()
+    await place.turn(after_s=LEASE_S / 2 - 0.1)
+    assert not place.coordinator._held.holds(job_id)
+    before = await place.events(job_id)
+    await place.turn(after_s=0.2)
+    went_on = (await place.events(job_id))[len(before)]
+    assert (went_on.kind.value, went_on.message) == ("resumed", "goes on after its lease had lapsed")
+    if kind == "federated_training":
+        await place.contribute(job_id)
+    assert await place.state(job_id) is JobState.SUCCEEDED
+
+
+async def test_nothing_that_was_begun_under_a_lost_lease_goes_on_when_the_job_is_taken_up(place: Place) -> None:
+    place.work.hanging = {"evaluation"}
+    job_id = await place.submit()
+    await place.turn()
+    place.coordinator._held.drop(job_id)  # as a task that hears of it does; others of the job may still run
+    await place.turn(after_s=LEASE_S)
+    assert (place.work.ended["evaluation"], place.work.asked["evaluation"]) == (1, 2)
+    assert place.coordinator._held.holds(job_id)
+
+
+async def test_a_process_that_is_being_stopped_takes_up_nothing(place: Place) -> None:
+    job_id = await place.submit(place.training())
+    await place.turn()
+    await taken_by_another(place, job_id)
+    await place.turn(after_s=LEASE_S / 2)
+    await place.coordinator.drain(0.0)
+    await place.turn(after_s=LEASE_S)
+    assert not place.coordinator._held.holds(job_id)
 
 
 async def test_a_ghost_can_neither_plan_spend_nor_settle(place: Place) -> None:

@@ -343,7 +343,7 @@ def test_a_quorum_missed_while_training_names_the_silent_and_the_failing() -> No
     assert advance(row, Tick(), closing - 1) == row
     row = advance(row, Tick(), closing)
     assert row.state is RoundState.FAILED
-    assert row.reason == "fewer than 2 parties contributed in time (b: it rained [REFUSED]; c: no answer)"
+    assert row.reason == "fewer than 2 parties contributed in time (b: it rained [REFUSED]; c: still training, or away)"
 
 
 def test_a_latecomer_is_left_out_and_the_round_goes_on_with_the_quorum() -> None:
@@ -369,7 +369,7 @@ def test_a_quorum_missed_while_collecting_names_who_did_not_deliver() -> None:
     failed = advance(row, PartyFailed("b", failure(Work.REVEAL, "another list")), START)
     assert failed.reason == "fewer than 3 parties can deliver (b: another list [REFUSED])"
     late = advance(row, Tick(), START + UPLOAD_SHARE * TIMEOUT)
-    assert late.reason == "fewer than 3 parties delivered in time (b: no answer)"
+    assert late.reason == "fewer than 3 parties delivered in time (b: committed to an update that has not come)"
 
 
 @pytest.mark.parametrize("state", PHASES)
@@ -388,7 +388,8 @@ def test_a_round_whose_holders_do_not_answer_names_them_at_the_deadline() -> Non
     row = play(row, silent=frozenset("ab"), until=RoundState.RELEASED)
     assert waiting_for(row) == ("a", "b")
     row = advance(row, Tick(), row.deadline)
-    assert row.reason == "the round's deadline has passed (a: no answer; b: no answer)"
+    lacking = "asked for a share that has not come"
+    assert row.reason == f"the round's deadline has passed (a: {lacking}; b: {lacking})"
     assert row.spent
 
 

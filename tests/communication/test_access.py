@@ -60,7 +60,7 @@ async def test_the_caller_is_who_the_certificate_says(
         (["https://demo/scientist/ada"], AuthenticationError, "exactly one spiffe"),
         (["spiffe://other/scientist/ada"], AuthenticationError, "of another federation: other"),
         (["spiffe://demo/scientist"], AuthenticationError, "written role/name"),
-        (["spiffe://demo/root/ada"], AuthenticationError, "no such role"),
+        (["spiffe://demo/admin/ada"], AuthenticationError, "no such role"),
         (["spiffe://demo/scientist/a/b"], AuthenticationError, "not a name"),
         (["spiffe://demo/party/a"], AccessError, "a party may not call /sotto.v1.JobService/GetJob"),
         (["spiffe://demo/aggregator/aggregator"], AccessError, "an? aggregator may not call"),

@@ -359,5 +359,9 @@ def test_the_blobs_that_somebody_may_still_read_are_named_and_no_others(connecti
         STORE.apply(connection, f"{number:04x}", Event(kind=EventKind.DELETED), now=10.0)
     STORE.create(connection, make_row(7))
     assert STORE.blobs(connection) == {"source", "kept", "model", f"{7:064x}"}
+    assert sorted(job_id for (job_id,) in connection.execute(STORE.deleted())) == ["0001", "0003"]
+    assert STORE.blobs_of(connection, "0003") == {"gone", f"{3:064x}"}  # it is deleted, and what it named is known
+    assert STORE.blobs_of(connection, "0005") == {"source"}
+    assert STORE.blobs_of(connection, "0006") == {"model"}
     STORE.apply(connection, "0005", Event(kind=EventKind.CANCELLED), now=11.0)
     assert STORE.blobs(connection) == {"kept", "model", f"{7:064x}"}

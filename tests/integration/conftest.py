@@ -43,6 +43,7 @@ from src.protocol.roster import Roster, save_roster, sign_roster
 from src.protocol.signing import SigningKey
 from src.storage.blobs import Blobs
 from src.storage.database import Database
+from src.storage.leftovers import Leftovers
 from src.storage.schema import FromMetadata
 
 ANN = Identity("scientist", "ann")
@@ -259,6 +260,7 @@ class House:
             blobs=self.blobs,
             coordinator=self.coordinator,
             settings=SETTINGS,
+            leftovers=Leftovers(self.database, self.blobs, self.store),
             notifier=notifier,
         )
         self.server = GrpcServer(

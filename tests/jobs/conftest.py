@@ -23,6 +23,7 @@ from src.jobs.states import Event
 from src.jobs.store import JobStore, StoredEvent
 from src.storage.blobs import Blobs
 from src.storage.database import Database
+from src.storage.leftovers import Leftovers
 from src.storage.schema import FromMetadata
 
 ANN = Identity("scientist", "ann")
@@ -105,6 +106,7 @@ class House:
             blobs=self.blobs,
             coordinator=self.coordinator,
             settings=SETTINGS,
+            leftovers=Leftovers(self.database, self.blobs, self.store),
             notifier=Notifier(),
             clock=self._clock,
         )

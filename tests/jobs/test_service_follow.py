@@ -245,6 +245,45 @@ async def test_a_deleted_job_has_no_files_and_stays_with_its_history(house: Hous
     assert (await house.service.create(ANN, "r", spec=spec)).row == row
 
 
+async def dropped(house: House) -> None:
+    """Once nothing goes on beside the calls."""
+    async with asyncio.timeout(LONG_S):
+        await asyncio.gather(*house.service._finishing)
+
+
+async def test_what_a_deleted_job_alone_named_leaves_the_disk_and_what_another_names_stays(house: House) -> None:
+    files = {name: house.blobs.write(name.encode()) for name in ("mine", "shared")}
+    first, second = await house.create(request_id="1", model=b"m"), await house.create(request_id="2", model=b"m")
+    for job_id, names in ((first, ("mine", "shared")), (second, ("shared",))):
+        made = [{"name": name, "bytes": files[name].size, "sha256": files[name].sha256} for name in names]
+        await house.happen(job_id, STARTED, succeeded_event({"files": made}))
+    await house.service.delete(ANN, first)
+    await dropped(house)
+    assert [house.blobs.exists(file.sha256) for file in files.values()] == [False, True]
+    await house.service.delete(ANN, second)
+    await dropped(house)
+    assert [path for path in house.blobs.root.rglob("*") if path.is_file()] == []  # the model of both included
+
+
+async def test_a_model_that_comes_with_a_new_job_stays_though_a_job_with_the_same_one_is_deleted_meanwhile(
+    house: House,
+) -> None:
+    old = await house.create(request_id="1", model=b"m")
+    await house.happen(old, STARTED, failed_event(JobError("INTERNAL", "broken")))
+    house.coordinator.pricing_allowed.clear()
+    creating = asyncio.create_task(house.create(request_id="2", model=b"m"))
+    while len(house.coordinator.priced) < 2:  # the model is stored, and no row names it
+        await house.database.run(lambda connection: None)
+    await house.service.delete(ANN, old)
+    for _ in range(3):  # time enough for whoever would not wait
+        await house.database.run(lambda connection: None)
+        await asyncio.to_thread(lambda: None)
+    house.coordinator.pricing_allowed.set()
+    row = (await house.service.get(ANN, await creating)).row
+    await dropped(house)
+    assert house.blobs.read(row.spec["initial_model_sha256"]) == b"m"
+
+
 async def test_only_a_job_at_rest_is_deleted_and_only_by_whom_it_belongs_to(house: House) -> None:
     job_id = await house.create()
     for state, events in (("PENDING", []), ("RUNNING", [STARTED]), ("CANCELLING", [Event(kind=EventKind.CANCELLING)])):

@@ -39,11 +39,10 @@ def test_any_admissible_set_of_honest_contributors_carries_the_planned_noise(
     )
     wanted = (Fraction(noise_multiplier) * Fraction(sensitivity)) ** 2
     honest = quorum - colluders
-    assert plan.sigma2_total == plan.aggregator_sigma2 + honest * plan.share_sigma2
-    assert wanted <= plan.sigma2_total <= wanted + Fraction(honest + 1, 2**20)
+    assert plan.parties_sigma2 == honest * plan.share_sigma2
+    assert wanted <= plan.aggregator_sigma2 + plan.parties_sigma2 <= wanted + Fraction(honest + 1, 2**20)
     halves = {"both": wanted / 2, "parties": wanted, "aggregator": Fraction(0)}
     assert halves[noise_by] <= plan.parties_sigma2 <= halves[noise_by] + Fraction(honest, 2**20)
-    assert plan.largest_sigma2(quorum + 3) >= plan.sigma2_total
     claimed = plan.multiplier_against_aggregator
     if noise_by == "aggregator":
         assert claimed is None
@@ -57,10 +56,10 @@ def test_any_admissible_set_of_honest_contributors_carries_the_planned_noise(
 def test_a_plan_by_hand() -> None:
     """z = 2, sensitivity 10: variance 400; half from the aggregator, half from 5 - 1 honest parties."""
     plan = plan_noise(noise_by="both", noise_multiplier=2.0, sensitivity=10.0, quorum=5, colluders=1)
-    assert (plan.aggregator_sigma2, plan.share_sigma2, plan.sigma2_total) == (
+    assert (plan.aggregator_sigma2, plan.share_sigma2, plan.parties_sigma2) == (
         Fraction(200),
         Fraction(50),
-        Fraction(400),
+        Fraction(200),
     )
     assert json.loads(json.dumps(plan.to_json())) == {
         "noise_by": "both",
@@ -75,14 +74,14 @@ def test_a_plan_by_hand() -> None:
 
 def test_events_say_what_holds_and_against_whom() -> None:
     both = plan_noise(noise_by="both", noise_multiplier=2.0, sensitivity=10.0, quorum=4, colluders=0)
-    release = both.release_event(dimension=7, rounds=3)
+    release = both.event("release", dimension=7, rounds=3)
     assert release == NoisySum(noise_multiplier=2.0, rounds=3, tau=release.tau, dimension=7)  # type: ignore[union-attr]
-    against = both.against_aggregator_event(dimension=7)
+    against = both.event("aggregator", dimension=7)
     assert isinstance(against, NoisySum)
     assert against.noise_multiplier < 2.0 * math.sqrt(0.5) + 1e-12
     alone = plan_noise(noise_by="aggregator", noise_multiplier=0.01, sensitivity=1.0, quorum=4, colluders=0)
-    assert alone.release_event(dimension=7) == NoisySum(noise_multiplier=0.01, dimension=7)
-    assert alone.against_aggregator_event(dimension=7) == NonPrivate(
+    assert alone.event("release", dimension=7) == NoisySum(noise_multiplier=0.01, dimension=7)
+    assert alone.event("aggregator", dimension=7) == NonPrivate(
         unit="party", reason="the aggregator can know the exact sum"
     )
 
@@ -120,8 +119,8 @@ def test_every_figure_names_what_it_rests_on() -> None:
     plan = plan_noise(noise_by="both", noise_multiplier=4.0, sensitivity=1e4, quorum=5, colluders=1)
     release, aggregator, others = plan.figures(dimension=10, rounds=3, delta=1e-5)
     assert (release.epsilon, aggregator.epsilon) == (
-        epsilon([plan.release_event(dimension=10, rounds=3)], delta=1e-5),
-        epsilon([plan.against_aggregator_event(dimension=10, rounds=3)], delta=1e-5),
+        epsilon([plan.event("release", dimension=10, rounds=3)], delta=1e-5),
+        epsilon([plan.event("aggregator", dimension=10, rounds=3)], delta=1e-5),
     )
     assert release.epsilon < aggregator.epsilon < others.epsilon < math.inf
     alone = NoisySum(noise_multiplier=4.0 / math.sqrt(8), rounds=3)  # half the variance, a fourth of that
@@ -169,8 +168,7 @@ def test_extra_answers_and_honest_colluders_gain_nothing() -> None:
     """What is claimed is a function of the plan: the cohort and who answered do not enter."""
     plan = plan_noise(noise_by="parties", noise_multiplier=4.0, sensitivity=1e4, quorum=5, colluders=2)
     assert plan.honest_shares == 3
-    assert plan.largest_sigma2(50) > plan.largest_sigma2(5) > plan.sigma2_total
-    event = plan.release_event(dimension=10)
+    event = plan.event("release", dimension=10)
     assert isinstance(event, NoisySum)
     assert (Fraction(event.noise_multiplier) * Fraction(plan.sensitivity)) ** 2 <= 3 * plan.share_sigma2
 
@@ -178,10 +176,10 @@ def test_extra_answers_and_honest_colluders_gain_nothing() -> None:
 @pytest.mark.parametrize("noise_by", WHO)
 def test_no_noise_is_a_plan_that_claims_nothing(noise_by: NoiseBy) -> None:
     plan = plan_noise(noise_by=noise_by, noise_multiplier=0.0, sensitivity=10.0, quorum=3, colluders=0)
-    assert plan.sigma2_total == 0
+    assert (plan.aggregator_sigma2, plan.share_sigma2, plan.parties_sigma2) == (Fraction(0),) * 3
     assert plan.multiplier_release is None
     assert plan.multiplier_against_aggregator is None
-    for event in (plan.release_event(dimension=1), plan.against_aggregator_event(dimension=1)):
+    for event in (plan.event("release", dimension=1), plan.event("aggregator", dimension=1)):
         assert event == NonPrivate(unit="party", reason="no noise at party level")
     sampled = plan.event("release", dimension=1, sampling_rate=0.1)
     assert sampled == NonPrivate(unit="example", reason="no noise in the sum")

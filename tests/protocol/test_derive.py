@@ -66,7 +66,7 @@ def test_the_planned_bounds_hold_what_contributors_may_send(
     log2_tail = 1 - plan.noise.bound**2 / (2 * float(largest)) / math.log(2)
     assert log2_tail + math.log2(draws) <= -OVERFLOW_LOG2
     assert layout.offset == plan.noise.bound + math.ceil(chosen["clipping_norm"] * 2**plan.resolution_bits)
-    assert layout.contributions == plan.most_contributions
+    assert layout.contributions == len(plan.cohort) + plan.aggregator_adds_noise
     assert layout.contributions * 2 * layout.offset < 1 << layout.slot_bits
 
 
@@ -175,7 +175,7 @@ def test_the_most_extreme_contributions_decode_exactly(
     """Every contributor at its bound in every coordinate, the fullest cohort: the sum is exact, no slot spills over."""
     plan = make_plan(scheme, parties=parties, dimension=dimension, **noise)
     layout = Layout.from_json(plan.layout)
-    chosen = signs[: plan.most_contributions]
+    chosen = signs[: layout.contributions]
     bodies = [
         b"".join(scheme.protect(layout, [np.full(dimension, sign * layout.offset)], entropy=entropy)) for sign in chosen
     ]

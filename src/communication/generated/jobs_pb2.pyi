@@ -889,6 +889,9 @@ class JobEvent(_message.Message):
     cause: _builtins.str
     """Who or what brought it about: scientist/ann, aggregator, deadline."""
     attempt: _builtins.int
+    """Of "started" and "resumed" the attempt that begins or goes on, of "retrying" the one that failed. 0 of all others:
+    they belong to the attempt that began last, which is 1 again once a round was released.
+    """
     @_builtins.property
     def time(self) -> _timestamp_pb2.Timestamp: ...
     @_builtins.property
