@@ -374,7 +374,7 @@ class AsyncSottoClient:
         while True:
             try:
                 return await call()
-            except UnavailableError as error:
+            except _AWAY as error:
                 await patience.pause(error)
 
 

@@ -53,6 +53,10 @@ LONG_FILES: Final = (
 ONE_FEDERATION: Final = frozenset(LONG_FILES[:5])
 """Their tests share one federation, which takes half a minute to start: they belong into one worker."""
 
+if os.environ.pop("PYTHONDONTWRITEBYTECODE", None):
+    # Dozens of processes that import torch: each would compile it again, for seconds. Written here, not into the tree.
+    os.environ["PYTHONPYCACHEPREFIX"] = sys.pycache_prefix = str(ROOT / ".pytest_cache" / "bytecode")
+    sys.dont_write_bytecode = False
 
 FORKING: Final = ("tests/encryption/", "tests/privacy/", "tests/jobs/test_pool")
 """They fork this process, or count its children: before any test opens a gRPC channel here, whose threads do not

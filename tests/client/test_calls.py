@@ -33,8 +33,12 @@ async def test_a_broken_watch_goes_on_and_every_event_comes_once(house: Any, cod
     assert [request.after_sequence for request in house.service.asked] == [0, 2, 3, 4]
 
 
-async def test_a_submission_that_got_lost_is_sent_again_under_the_same_request_id(house: Any) -> None:
-    house.service.breaks = 2
+@pytest.mark.parametrize("code", [grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.CANCELLED])
+async def test_a_submission_that_got_lost_is_sent_again_under_the_same_request_id(
+    house: Any, code: grpc.StatusCode
+) -> None:
+    """A server that stops cancels the calls it still has."""
+    house.service.breaks, house.service.code = 2, code
     job = await house.client().submit(FederatedTrainingSpec.from_json({"task": "t"}))
     assert job.job_id == JOB_ID
     *asked, _ = house.service.asked

@@ -16,7 +16,8 @@ def test_a_job_outlives_the_loss_of_its_database_server_and_a_kill_of_the_aggreg
     make_federation: Callable[..., Any], postgresql: Any
 ) -> None:
     server, url = postgresql
-    settings = {"aggregator": {"SOTTO__DATABASE__URL": url.render_as_string(hide_password=False)}}
+    own = {"SOTTO__DATABASE__URL": url.render_as_string(hide_password=False), "SOTTO__EVALUATION": "{}"}
+    settings = {"aggregator": own}  # nothing is evaluated, and nothing loaded for it before it serves
     federation = make_federation(parties=("a", "b"), settings=settings)
     federation.start("a", "b")
     job_id = federation.submit()

@@ -242,7 +242,9 @@ async def test_a_live_view_outlives_a_restart(job_house: Any, monkeypatch: pytes
     following = asyncio.create_task(follow(client, job.job_id, show, look_every_s=0.01))
     await started.wait()
     await job_house.server.stop(0)
-    await away.wait()
+    told = asyncio.create_task(away.wait())
+    await asyncio.wait({told, following}, return_when=asyncio.FIRST_COMPLETED)
+    assert told.done(), following  # a view that ended by itself says nothing more
     job_house.permit(2)
     job_house.server = GrpcServer(
         listen=job_house.address, tls=None, insecure=True, federation="demo", roles=jobs_servicer.ROLES

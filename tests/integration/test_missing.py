@@ -16,7 +16,7 @@ LONGER_S = 28.0
 """Long enough for the notice after ten seconds of waiting, and for an opening in the last tenth."""
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def two(federation: Any) -> Any:
     """Parties a and b, which have trained before; nobody is there to be c."""
     if "c" in federation.processes.running:

@@ -7,6 +7,7 @@ line), what is asserted fails with a probability below 1e-9: an audit of the rig
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 from collections.abc import Callable
@@ -78,6 +79,9 @@ SMALL = {"epsilon": 1.0, "canaries": 1000, "rows": 50}
 SUBSAMPLED: dict[str, Any] = {"sampling_rate": 0.3, "steps": 15} | SMALL
 FULL_BATCH: dict[str, Any] = {"sampling_rate": 1.0, "steps": 3} | SMALL
 
+planned = functools.cache(plan_audit)
+"""Calibration under sampling takes a second: once for all tests of a configuration."""
+
 
 @pytest.mark.parametrize("build", [linear, normalised])
 @pytest.mark.parametrize("config", [SUBSAMPLED, FULL_BATCH], ids=["subsampled", "full batch"])
@@ -87,7 +91,7 @@ def test_noise_off_and_clipping_off_are_refuted(
 ) -> None:
     """On both paths of DP-SGD; the number of guesses is in the plan, before anything is drawn."""
     assert uses_ghost_clipping(build()) == (build is linear)
-    plan = plan_audit(**config)
+    plan = planned(**config)
     assert plan.guesses == 100
     found = run(plan, fault, build())
     assert found.guesses_flagged
@@ -103,7 +107,7 @@ def test_noise_off_and_clipping_off_are_refuted(
 def test_the_right_mechanism_is_not_flagged(
     build: Callable[[], torch.nn.Module], config: dict[str, Any], run: Run
 ) -> None:
-    found = run(plan_audit(**config), model=build())
+    found = run(planned(**config), model=build())
     assert found.epsilon <= 1.0
     assert not any((found.exceeded, found.guesses_flagged, found.variance_flagged))
     assert not found.exceeds(1.0)
@@ -164,7 +168,7 @@ def test_without_noise_a_dirac_canarys_score_says_how_often_it_was_sampled(
     momentum: float, data: MakeData, entropy: MakeEntropy
 ) -> None:
     """The canary layer sees coordinates clipped to the bound, and nothing of the model's own rows."""
-    plan = plan_audit(**SUBSAMPLED)
+    plan = planned(**SUBSAMPLED)
     plan = replace(plan, training=replace(plan.training, momentum=momentum))
     training, included = plan.training, np.arange(1000) % 2 == 0
     scores = audits._dirac_scores(

@@ -111,7 +111,7 @@ REALS = st.floats(0, 1e300, allow_subnormal=True)
 COUNTS = st.integers(1, 2**53)
 
 
-@settings(deadline=None, max_examples=40)
+@settings(deadline=None, max_examples=25)
 @given(
     event=st.one_of(
         st.builds(DpSgdSteps, sampling_rate=st.floats(1e-300, 1.0), noise_multiplier=REALS, steps=COUNTS),
@@ -273,7 +273,7 @@ def test_dp_accounting_is_imported_late() -> None:
 
 
 @pytest.mark.parametrize(
-    ("epsilon_target", "sampling_rate", "steps"), [(1.0, 0.1, 100), (0.05, 0.5, 10), (8.0, 1.0, 1)]
+    ("epsilon_target", "sampling_rate", "steps"), [(1.0, 0.1, 100), (0.05, 0.1, 10), (8.0, 1.0, 1)]
 )
 def test_a_target_that_calibration_reaches_passes_the_quick_check(
     epsilon_target: float, sampling_rate: float, steps: int
