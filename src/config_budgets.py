@@ -5,14 +5,17 @@ from __future__ import annotations
 from .config import AggregatorConfig, PartyConfig
 from .config_sections import AggregatorPrivacy, Budget
 from .privacy.budget import ANY, Account, Limits, subject_of
+from .privacy.events import Unit
 from .privacy.ledger import Limit
 
 
 def aggregator_limits(privacy: AggregatorPrivacy, *, federation: str) -> Limits:
-    """The federation's party-level budget, and the quota of any one job."""
+    """The federation's party-level budget, those of its parties, and the quota of any one job."""
     return _limits(
         {
             ("party", subject_of("federation", federation)): privacy.budget,
+            ("party", subject_of("party", ANY)): privacy.per_party,
+            **{("party", subject_of("party", name)): budget for name, budget in privacy.parties.items()},
             ("party", subject_of("job", ANY)): privacy.per_job,
         }
     )
@@ -45,6 +48,21 @@ def limits_of(config: AggregatorConfig | PartyConfig) -> Limits:
     if isinstance(config, AggregatorConfig):
         return aggregator_limits(config.privacy, federation=config.federation)
     return party_limits(config)
+
+
+def enforced(config: AggregatorConfig | PartyConfig) -> dict[Unit, dict[str, frozenset[str] | None]]:
+    """The kinds of subjects that a role counts charges on, by unit, with their names where it counts on no others.
+
+    The aggregator knows rounds, whom they invite and for which job; a party its datasets' rows, whose these are, for
+    which job, and itself as a whole.
+    """
+    own = frozenset({config.federation})
+    if isinstance(config, AggregatorConfig):
+        return {"party": {"federation": own, "party": None, "job": None}}
+    return {
+        "example": {"dataset": frozenset({*config.datasets, ANY}), "user": None, "job": None},
+        "party": {"federation": own, "job": None},
+    }
 
 
 def _limits(sections: dict[Account, Budget | None]) -> Limits:

@@ -271,6 +271,12 @@ class AggregatorPrivacy(Section):
     allow_plaintext_scheme: bool = setting(False, "true lets jobs ask for no encryption: tests, benchmarks")
     budget: Budget = section("the party-level budget of this federation", max_rounds=200)
     per_job: Budget | None = setting(None, "quota of any one job inside that budget; null: none of its own")
+    per_party: Budget | None = setting(
+        None, "of any one party, inside that budget: counts the rounds that invite it; null: none of its own"
+    )
+    parties: dict[PartyName, Budget] = Field(
+        default_factory=dict, description="of single parties, by name; else per_party"
+    )
 
 
 class JobQuotas(Section):

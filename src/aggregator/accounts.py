@@ -1,8 +1,10 @@
-"""The federation's party-level budget: reserved when a round is planned, spent before the first share is asked for."""
+"""The federation's party-level budget, and those of its parties and jobs inside it: reserved when a round is planned,
+spent before the first share is asked for."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import NamedTuple
 
 from sqlalchemy import Connection
 
@@ -11,9 +13,18 @@ from ..config_sections import AggregatorPrivacy
 from ..errors import BudgetError
 from ..jobs.states import utc
 from ..privacy.budget import ANY, Account, check_affordable, subject_of
+from ..privacy.entries import Entry
 from ..privacy.events import Event
 from ..storage.books import Books, Cost
 from ..storage.ledger import LedgerStore
+
+
+class Planned(NamedTuple):
+    """Rounds of a job that may still be charged, what one costs, and whom they invite."""
+
+    rounds: int
+    event: Event
+    parties: tuple[str, ...] = ()
 
 
 class Accounts:
@@ -33,26 +44,44 @@ class Accounts:
         """
         return self._books.open(connection, at=utc(now))
 
-    def check(self, connection: Connection, planned: Sequence[tuple[int, Event]]) -> None:
-        """Raises BudgetError unless `planned` (rounds, what one costs) fits beside what is spent.
+    def check(self, connection: Connection, planned: Sequence[Planned]) -> None:
+        """Raises BudgetError unless `planned` fits beside what is spent.
 
         Args:
-            planned: of the jobs accepted before, and last of the one that is asked for: its quota is for it alone.
+            planned: of the jobs accepted before, and last of the one that is asked for: its quota is for it alone, and
+                the budgets of parties that it does not invite are not its concern.
         """
-        entries = self._store.entries(connection)
-        for budget in self._books.limits.budgets(entries, self._account):
-            check_affordable(entries, budget, planned)
-        for quota in self._books.limits.budgets(entries, ("party", subject_of("job", ANY))):
-            check_affordable(entries, quota, planned[-1:])
+        entries, asked = self._store.entries(connection), planned[-1]
+        self._check(entries, self._account, planned)
+        for name in asked.parties:
+            inviting = [each for each in planned if name in each.parties]
+            self._check(entries, ("party", subject_of("party", name)), inviting)
+        self._check(entries, ("party", subject_of("job", ANY)), [asked])
 
-    def reserve(self, connection: Connection, job_id: str, number: int, *, event: Event, now: float) -> None:
+    def _check(self, entries: Sequence[Entry], account: Account, planned: Sequence[Planned]) -> None:
+        for budget in self._books.limits.budgets(entries, account):
+            check_affordable(entries, budget, [(each.rounds, each.event) for each in planned])
+
+    def reserve(
+        self,
+        connection: Connection,
+        job_id: str,
+        number: int,
+        *,
+        event: Event,
+        parties: tuple[str, ...] = (),
+        now: float,
+    ) -> None:
         """Charge a round that is being planned.
 
+        Args:
+            parties: that it invites.
+
         Raises:
-            BudgetError: the budget or the job's quota does not allow it; nothing is charged. The transaction is undone:
-                `refuse` enters it in another one.
+            BudgetError: the budget, a party's, or the job's quota does not allow it; nothing is charged. The
+                transaction is undone: `refuse` enters it in another one.
         """
-        self._books.reserve(connection, job_id, number, [self._cost(event)], at=utc(now))
+        self._books.reserve(connection, job_id, number, [self._cost(event, parties)], at=utc(now))
 
     def refuse(
         self,
@@ -63,9 +92,16 @@ class Accounts:
         event: Event,
         error: BudgetError,
         now: float,
+        parties: tuple[str, ...] = (),
+        request: str = "",
     ) -> None:
-        """Enter that a round was refused, or (job_id "", number None) a job that was asked for."""
-        self._books.refuse(connection, job_id, number, [self._cost(event)], error=error, at=utc(now))
+        """Enter that a round was refused, or (job_id "", number None) a job that was asked for.
+
+        Args:
+            request: of a job that was asked for: who asked for what.
+        """
+        costs = [self._cost(event, parties)]
+        self._books.refuse(connection, job_id, number, costs, error=error, at=utc(now), request=request)
 
     def spend(self, connection: Connection, job_id: str, number: int, *, now: float) -> None:
         """From here on the round's charge is irrevocable."""
@@ -89,5 +125,5 @@ class Accounts:
         """Raises LedgerError, which names the first bad entry, when the chain is broken."""
         self._store.verify(connection)
 
-    def _cost(self, event: Event) -> Cost:
-        return Cost(account=self._account, event=event)
+    def _cost(self, event: Event, parties: tuple[str, ...]) -> Cost:
+        return Cost(account=self._account, event=event, parties=parties)

@@ -185,6 +185,7 @@ class Budgets:
             return [(unit, subject) for unit in RELATIONS if unit == "party" or _any(entries, (unit, subject))]
         seen: dict[Account, None] = dict.fromkeys(self._limits.rows)
         seen |= {(entry.unit, entry.subject): None for entry in entries}
+        seen |= dict.fromkeys(self._limits.invited(entries))
         return [account for account in seen if account[1] != any_of(account[1])]
 
     def _views(self, entries: list[Entry], account: Account, *, delta: float) -> list[AccountView]:

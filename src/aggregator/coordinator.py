@@ -266,7 +266,7 @@ class Coordinator:
     async def price(self, spec: JobSpec, *, owner: str) -> None:
         """Refuse a job that could not be run to its end. Of a training: within the budget, before anybody trains."""
         if isinstance(spec, FederatedTrainingSpec):
-            await self._pricing.check(spec)
+            await self._pricing.check(spec, owner=owner)
             return
         source = await self._database.run(partial(self._source, spec=spec))
         await asyncio.to_thread(self._computations.check, spec, source, owner=owner)

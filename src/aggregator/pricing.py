@@ -7,6 +7,7 @@ asked for once, and what a specification costs is remembered.
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import time
 from collections.abc import Callable
 from functools import partial
@@ -21,10 +22,10 @@ from ..jobs.store import JobStore
 from ..privacy.events import Event as Mechanism
 from ..privacy.events import NonPrivate
 from ..storage.database import Database
-from .accounts import Accounts
+from .accounts import Accounts, Planned
 from .federation import Federation
 from .pipeline import AggregatorPipeline
-from .planning import Model, check_local_noise, declarations, plan_round, round_costs, undeclared
+from .planning import Model, check_local_noise, declarations, invited, plan_round, round_costs, undeclared
 from .store import RoundStore
 
 REMEMBERED: Final = 1024
@@ -36,9 +37,6 @@ that noise takes a second, which only who plans a round has to wait."""
 
 _UNKNOWN: Final = NonPrivate(unit="party", reason="not every invited party has declared its rows yet")
 """What a fedsgd job counts as that waits for parties to come back: a round of infinite epsilon."""
-
-Planned = tuple[int, Mechanism]
-"""Rounds that a job may still be charged for, and what one costs."""
 
 
 class Pricing:
@@ -62,8 +60,11 @@ class Pricing:
         self._federation = federation
         self._known: dict[tuple[str, str], Planned] = {}
 
-    async def check(self, spec: FederatedTrainingSpec) -> None:
-        """Refuse a job that could not be run to its end within the budget beside those accepted before.
+    async def check(self, spec: FederatedTrainingSpec, *, owner: str) -> None:
+        """Refuse a job that could not be run to its end within the budgets beside those accepted before.
+
+        Args:
+            owner: whose job it would be: a refusal of it is entered beside one of the same job of somebody else.
 
         Raises:
             BudgetError: it would overspend.
@@ -80,22 +81,24 @@ class Pricing:
                 f"has declared none for task {spec.task!r} since this aggregator started"
             )
         roster = self._federation.roster.digest
-        rounds, cost = await self._price(spec.digest, roster, lambda: spec)
+        asked = await self._price(spec.digest, roster, lambda: spec)
         planned: list[Planned] = []
         for row, begun in await self._database.run(self._accepted):
             price = await self._price(row.spec_digest, roster, partial(FederatedTrainingSpec.from_json, row.spec))
-            if price[0] > begun:
-                planned.append((price[0] - begun, price[1]))
-        planned.append((rounds, cost))
+            if price.rounds > begun:
+                planned.append(price._replace(rounds=price.rounds - begun))
+        planned.append(asked)
         try:
             await self._database.run(partial(self._accounts.check, planned=planned))
         except BudgetError as error:
-            refuse = partial(self._accounts.refuse, job_id="", number=None, event=cost, error=error, now=time.time())
-            await self._database.run(refuse)
+            refuse = partial(self._accounts.refuse, job_id="", number=None, event=asked.event, parties=asked.parties)
+            request = hashlib.sha256(f"{owner}\n{spec.digest}".encode()).hexdigest()
+            await self._database.run(partial(refuse, error=error, now=time.time(), request=request))
             raise
 
     async def _price(self, digest: str, roster: str, spec: Callable[[], FederatedTrainingSpec]) -> Planned:
-        """Rounds of a specification in all, and what one costs; both digests are asked for once, not for every job.
+        """Rounds of a specification in all, what one costs, and whom they invite; both digests are asked for once, not
+        for every job.
 
         What fedsgd costs depends on what parties declare, too, and is not remembered.
         """
@@ -104,10 +107,11 @@ class Pricing:
             return known
         given = spec()
         if undeclared(given, self._federation):
-            return given.priced_rounds, _UNKNOWN
+            return Planned(given.priced_rounds, _UNKNOWN, invited(given, self._federation.roster)[0])
         rows = declarations(given, self._federation)
         model = Model(_NO_MODEL, 0, await self._pipeline.dimension(given))
-        price = given.priced_rounds, await asyncio.to_thread(self._derive, given, model, rows)
+        cost = await asyncio.to_thread(self._derive, given, model, rows)
+        price = Planned(given.priced_rounds, cost, invited(given, self._federation.roster)[0])
         if given.strategy == "fedavg":
             if len(self._known) >= REMEMBERED:
                 self._known.clear()

@@ -268,7 +268,7 @@ class Trainings:
                 await self._database.run(partial(self._open_round, row=row))
             except BudgetError as error:
                 refuse = partial(self._accounts.refuse, job_id=job.job_id, number=number, event=costs_of(row)[0])
-                await self._database.run(partial(refuse, error=error, now=self._clock()))
+                await self._database.run(partial(refuse, parties=row.cohort, error=error, now=self._clock()))
                 raise
         except Exception as error:
             if not isinstance(error, SottoError):
@@ -332,7 +332,8 @@ class Trainings:
     def _open_round(self, connection: Connection, row: RoundRow) -> None:
         """Reserve, then store: a round that the budget does not allow never exists."""
         self._held.guard(connection, row.job_id)
-        self._accounts.reserve(connection, row.job_id, row.number, event=costs_of(row)[0], now=self._clock())
+        cost, now = costs_of(row)[0], self._clock()
+        self._accounts.reserve(connection, row.job_id, row.number, event=cost, parties=row.cohort, now=now)
         self._rounds.insert(connection, row)
 
     async def _finish(self, job: JobRow, spec: FederatedTrainingSpec) -> None:

@@ -134,6 +134,7 @@ def _accounts(limits: Limits, entries: list[Entry], *, subject: str | None) -> I
         seen[entry.unit, entry.subject] = None
         if entry.user:
             seen[entry.unit, f"user:{entry.user}"] = None
+    seen |= dict.fromkeys(limits.invited(entries))
     if subject is not None:
         seen |= {(account[0], subject): None for account in list(seen)}
     single = [account for account in seen if account[1] != any_of(account[1])]

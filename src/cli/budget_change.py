@@ -14,6 +14,7 @@ from .budget_ledger import as_object, describe
 from .budget_source import AsJson, ConfigFile, PartyName, SubjectOption, UnitOption, account_of, load, read_entries
 
 if TYPE_CHECKING:
+    from ..config import AggregatorConfig, PartyConfig
     from ..privacy.budget import Account, Budget, Limits
     from ..privacy.ledger import Action, Entry, Limit
     from .budget_source import Source
@@ -42,6 +43,7 @@ def set_(
     Where configuration and ledger differ afterwards, the smaller of both counts.
     """
     source, account = load(config, name=name), account_of(unit, subject)
+    check_enforced(source.config, account)
     given = {"epsilon": epsilon, "max_rounds": max_rounds, "delta": delta}
 
     def choose(entries: list[Entry]) -> Limit:
@@ -59,14 +61,38 @@ def reset(
     subject: SubjectOption = None,
     as_json: AsJson = False,
 ) -> None:
-    """Begin a new accounting period: what was spent before counts no longer. The role must be stopped meanwhile.
+    """Begin a new accounting period: what was released before counts no longer. The role must be stopped meanwhile.
 
-    The history stays in the ledger, and the limit as it is. Whoever's data it is has been exposed to all periods
-    together: that figure is shown from now on beside the new one.
+    What is reserved or final, and not yet released, counts on: it may still be shown. The history stays in the ledger,
+    and the limit as it is. Whoever's data it is has been exposed to all periods together: that figure is shown from now
+    on beside the new one.
     """
     source, account = load(config, name=name), account_of(unit, subject, one=True)
+    check_enforced(source.config, account)
     entry, entries = _correct(source, account, action="reset", choose=lambda _: None, reason=reason)
     _report(source, account, entry=entry, entries=entries, as_json=as_json)
+
+
+def check_enforced(config: AggregatorConfig | PartyConfig, account: Account) -> None:
+    """Raise InvalidInput for an account on which the role of this configuration never counts anything."""
+    from ..config_budgets import enforced
+    from ..errors import InvalidInput
+
+    unit, subject = account
+    kind, _, name = subject.partition(":")
+    kinds = enforced(config)
+    if kind not in kinds.get(unit, {}):
+        here = "; ".join(f"--unit {each} --subject {'|'.join(found)}:…" for each, found in kinds.items())
+        raise InvalidInput(
+            f"nothing is counted here on {kind} at {unit} level: such a budget would bind nobody. What is: {here}",
+            violations={"subject": here},
+        )
+    known = kinds[unit][kind]
+    if known is not None and name not in known:
+        raise InvalidInput(
+            f"there is no {kind} {name!r} here: such a budget would bind nobody. What is: {', '.join(sorted(known))}",
+            violations={"subject": f"a {kind} of the configuration"},
+        )
 
 
 def chosen(limits: Limits, entries: list[Entry], account: Account, *, given: dict[str, Any]) -> Limit:
@@ -214,5 +240,6 @@ def _what_a_reset_means(entries: list[Entry], account: Account, budgets: tuple[B
         f"A NEW ACCOUNTING PERIOD HAS BEGUN for {account[1]} at {account[0]} level. What was released before is not "
         f"undone: so far it has been exposed to {ever.rounds_spent} rounds and ε {ever.epsilon_spent:.4g} at δ "
         f"{some[0].delta:g}, and all that is spent from here on comes on top of that. The budget no longer bounds the "
-        "whole, only this period. The history stays in the ledger, and `sotto budget show` says both figures."
+        "whole, only this period. Rounds that are reserved or final, and not yet released, count on. The history "
+        "stays in the ledger, and `sotto budget show` says both figures."
     ]

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from ..privacy.ledger import Entry
+    from .budget_source import Source
 
 WORTH_SEEING = 50
 """Entries that `history` shows unless asked for more."""
@@ -162,10 +163,13 @@ def verify(
 
     Needs no server. The first bad entry is named, by its line. FILE by itself: signatures must hold, whoever made them.
     """
-    entries, key = _ledger_of(file, config, name=name)
-    key = _key(verify_key, roster, signer=signer) or key
+    source = load(config, name=name) if config is not None else None
+    key = _key(verify_key, roster, signer=signer) or (None if source is None else verify_key_of(source))
     heads = [_hex(each, "--head") for each in head or []]
-    report = replay(entries, key=key, heads=heads)
+    if file is None:
+        report = _verify_source(source, key=key, heads=heads)
+    else:
+        report = replay(_lines(file), key=key, heads=heads)
     if as_json:
         typer.echo(json.dumps(report, ensure_ascii=False))
         return
@@ -188,64 +192,62 @@ def _about_signatures(report: dict[str, Any]) -> list[str]:
     return lines
 
 
-def replay(entries: Sequence[str | bytes], *, key: bytes | None, heads: list[str]) -> dict[str, Any]:
-    """Verify the lines of a ledger; what was found.
+def replay(lines: Sequence[str | bytes], *, key: bytes | None, heads: list[str]) -> dict[str, Any]:
+    """Verify the lines of a ledger, each in its turn by all there is to verify; what was found.
 
     Raises:
         LedgerError: names the first bad line, or says that a head is missing.
     """
-    from ..errors import LedgerError
-    from ..privacy.ledger import Entry, Replay, from_line
-    from ..protocol.ledger import check_signatures, signed_by
+    from ..privacy.ledger import verify_lines
+    from ..protocol.ledger import Signatures
 
-    chain, sound, problem = Replay(), list[Entry](), None
-    for number, line in enumerate(entries, start=1):
-        try:
-            entry = from_line(line, number=number)
-            chain.add(entry)
-        except LedgerError as error:
-            problem = error
-            break
-        sound.append(entry)
-    signed = check_signatures(sound, verify_keys=[key] if key else [])  # of an earlier line, maybe: that one is named
-    if problem is not None:
-        raise problem
-    chain.check_heads(heads)
+    signatures = Signatures([key] if key else [])
+    entries = verify_lines(lines, known_heads=heads, judge=signatures)
+    return _what_was_found(entries, signed=signatures.signed, key=key, heads=heads)
+
+
+def _verify_source(source: Source | None, *, key: bytes | None, heads: list[str]) -> dict[str, Any]:
+    """The same of the ledger in a role's database, its rows and lines. Raises InvalidInput where there is no source."""
+    from sqlalchemy import MetaData
+
+    from ..errors import InvalidInput
+    from ..protocol.ledger import Signatures
+    from ..storage.database import read_only
+    from ..storage.ledger import LedgerStore
+    from ..storage.migrations import Migrations
+
+    if source is None:
+        raise InvalidInput("say what to verify: FILE, or --config")
+    store, signatures = LedgerStore(MetaData()), Signatures([key] if key else [])
+    with read_only(source.location, schema=Migrations(source.history)) as connection:
+        store.verify(connection, known_heads=heads, judge=signatures)
+        entries = store.entries(connection)
+    return _what_was_found(entries, signed=signatures.signed, key=key, heads=heads)
+
+
+def _what_was_found(entries: list[Entry], *, signed: int, key: bytes | None, heads: list[str]) -> dict[str, Any]:
+    from ..protocol.ledger import signed_by
+
     return {
-        "entries": len(sound),
-        "head": chain.head,
+        "entries": len(entries),
+        "head": head_of(entries),
         "signed": signed,
-        "signed_by": list(signed_by(sound)),
+        "signed_by": list(signed_by(entries)),
         "whose_is_checked": key is not None,
-        "version_1": sum(entry.version == 1 for entry in sound),
+        "version_1": sum(entry.version == 1 for entry in entries),
         "heads": heads,
     }
 
 
-def _ledger_of(
-    file: Path | None, config: Path | None, *, name: str | None
-) -> tuple[Sequence[str | bytes], bytes | None]:
-    """Lines, and the key of the role whose configuration it is."""
-    from ..errors import InvalidInput, NotFoundError
+def _lines(file: Path) -> list[bytes]:
+    from ..errors import NotFoundError
 
-    source = load(config, name=name) if config is not None else None
-    key = verify_key_of(source) if source is not None else None
-    if file is None:
-        if source is None:
-            raise InvalidInput("say what to verify: FILE, or --config")
-        return _rows(source), key
     try:
         content = file.read_bytes()
     except OSError as error:
         raise NotFoundError(f"{file} cannot be read: {error.strerror}") from error
     lines = content.split(b"\n")
-    return lines[:-1] if not lines[-1] else lines, key
-
-
-def _rows(source: Any) -> list[str]:
-    from ..privacy.ledger import to_line
-
-    return [to_line(entry) for entry in read_entries(source)]
+    return lines[:-1] if not lines[-1] else lines
 
 
 def _key(verify_key: str | None, roster: Path | None, *, signer: str) -> bytes | None:

@@ -2,7 +2,8 @@
 
 An account is a unit and a subject: ("example", "dataset:randhie"), ("party", "federation:demo"). Budgets of datasets,
 parties and federations are the guarantee; those of users ("user:ada", whose data is trained on) and of jobs ("job:…")
-are quotas inside it: a charge is written once, and counts on every account that it concerns.
+are quotas inside it: a charge is written once, and counts on every account that it concerns. In the aggregator's ledger
+the charge of a round is the federation's, and counts on every party that the round invited ("party:a").
 
 A limit comes from the configuration, and is entered into the ledger as a correction when it is first seen. From then on
 only a correction by an operator changes it: where the configuration says something else, both hold.
@@ -16,7 +17,7 @@ from typing import Final
 
 from ..errors import BudgetError, InvalidInput
 from .accounting import epsilon as composed_epsilon
-from .entries import Entry, Limit
+from .entries import CHARGES, Entry, Limit
 from .events import RELATIONS, Event, Unit
 from .ledger import Charge, charges
 
@@ -86,11 +87,22 @@ def any_of(subject: str) -> str:
 
 
 def concerns(entry: Entry, account: Account) -> bool:
-    """Whether an entry is about an account: by its subject, its user, or its job."""
+    """Whether an entry is about an account: by its subject, its user, its job, or whom its round invited.
+
+    A charge of a federation that names no parties (before they were named, none did) may have invited any.
+    """
     unit, subject = account
     kind, _, name = subject.partition(":")
-    by_name = name and ((kind == "user" and entry.user == name) or (kind == "job" and entry.job_id == name))
-    return entry.unit == unit and (entry.subject == subject or bool(by_name))
+    by_name = {
+        "user": entry.user == name,
+        "job": entry.job_id == name,
+        "party": name in entry.parties or (not entry.parties and _may_invite(entry)),
+    }
+    return entry.unit == unit and (entry.subject == subject or (bool(name) and by_name.get(kind, False)))
+
+
+def _may_invite(entry: Entry) -> bool:
+    return entry.kind in CHARGES and entry.subject.startswith("federation:")
 
 
 def period_start(entries: Iterable[Entry], account: Account) -> int:
@@ -104,9 +116,15 @@ def _resets(entry: Entry, account: Account) -> bool:
 
 
 def _of_period(charge: Charge, start: int) -> bool:
-    """Whether it counts since a reset: what was neither final nor an opening balance by then may still be shown."""
-    last = charge.settled or charge.entry
-    return last.sequence > start or (charge.settled is None and charge.entry.kind == "reservation")
+    """Whether it counts since a reset: only what was released by then, and opening balances, are over.
+
+    What was merely final may be shown after the reset. A round that is final and never released counts on for ever:
+    that nothing of it was seen is more than a ledger can know. (Version 1 entered no releases: there, final is over.)
+    """
+    last = charge.released or charge.settled or charge.entry
+    over = charge.entry.kind == "opening_balance" or charge.released is not None
+    over = over or (charge.settled is not None and charge.settled.version == 1)
+    return last.sequence > start or not over
 
 
 def _spent(entries: Sequence[Entry], account: Account, *, ever: bool = False) -> tuple[int, tuple[Event, ...]]:
@@ -159,6 +177,16 @@ class Limits:
         unit, subject = account
         return self.rows.get(account) or self.rows.get((unit, any_of(subject)))
 
+    def knows(self, entries: Iterable[Entry], account: Account) -> bool:
+        """Whether somebody is known here: by the configuration, or by name, by an operator's entry.
+
+        What the ledger once took over from the configuration makes nobody known whom that no longer names.
+        """
+        if self.configured(account) is not None:
+            return True
+        by_name = account[1] != any_of(account[1])
+        return by_name and any((entry.unit, entry.subject) == account for entry in entries if _sets(entry))
+
     def budgets(self, entries: Iterable[Entry], account: Account) -> tuple[Budget, ...]:
         """What an account has to stay within: the smaller of the configuration's limit and that of the ledger.
 
@@ -167,6 +195,12 @@ class Limits:
         """
         limits = (entered(entries, account), self.configured(account))
         return tuple(Budget.of(account, limit) for limit in _smaller(*limits))
+
+    def invited(self, entries: Sequence[Entry]) -> list[Account]:
+        """The parties with a budget that rounds have invited so far."""
+        names = sorted({name for entry in entries for name in entry.parties})
+        accounts: list[Account] = [("party", subject_of("party", name)) for name in names]
+        return [account for account in accounts if self.budgets(entries, account)]
 
     def unentered(self, entries: Sequence[Entry]) -> dict[Account, Limit]:
         """What the ledger has seen no limit for yet."""
@@ -183,6 +217,11 @@ class Limits:
             if by_ledger is not None and by_ledger != by_file and not of_one_job:
                 found[account] = (by_file, by_ledger)
         return found
+
+
+def _sets(entry: Entry) -> bool:
+    corrected = entry.correction
+    return corrected is not None and corrected.action == "set"
 
 
 def _corrected(entries: Iterable[Entry]) -> dict[Account, Limit]:
@@ -223,8 +262,8 @@ def _smaller(one: Limit | None, other: Limit | None) -> tuple[Limit, ...]:
 
 def _whose(budget: Budget) -> str:
     """For a message, which may go to others than who keeps the ledger: a user is not named."""
-    kind = budget.subject.partition(":")[0]
-    whose = {"user": " of the user whose data it is", "job": " of one job"}
+    kind, _, name = budget.subject.partition(":")
+    whose = {"user": " of the user whose data it is", "job": " of one job", "party": f" of party {name}"}
     return f"at {budget.unit} level{whose.get(kind, '')}"
 
 

@@ -1,7 +1,7 @@
 """One entry of the privacy ledger: what it says, its canonical line, its digest. Pure.
 
-Version 2 is what is written. Lines of version 1 are read as they are: they have no `relation`, `user`, `figures`,
-`correction` and `signature`. What may follow what is in `ledger`; who signs, in `protocol.ledger`.
+Version 2 is what is written. Lines of version 1 are read as they are: they have no `relation`, `user`, `parties`,
+`figures`, `correction` and `signature`. What may follow what is in `ledger`; who signs, in `protocol.ledger`.
 """
 
 from __future__ import annotations
@@ -102,6 +102,8 @@ class Entry:
         digest: SHA-256 over a domain and the canonical JSON of all but itself and the signature, hex.
         version: of its line.
         user: whose data it is about ("" where nobody is named): it counts against their quota as well.
+        parties: whom the round invited, by name, sorted: it counts on their budgets as well. Empty where nobody is
+            named; then the line has no such field.
         figures: of a release, what was shown.
         correction: of a correction, what it does.
         signature: 192 hex digits, the public key and its Ed25519 signature over the digest (`protocol.ledger`); "" for
@@ -123,6 +125,7 @@ class Entry:
     digest: str
     version: int = VERSION
     user: str = ""
+    parties: tuple[str, ...] = ()
     figures: Figures = ()
     correction: Correction | None = None
     signature: str = ""
@@ -158,9 +161,11 @@ def _body(entry: Entry) -> dict[str, object]:
     if entry.version == 1:
         return body
     corrected = entry.correction
+    named = {"parties": [*entry.parties]} if entry.parties else {}
     return body | {
         "relation": RELATIONS.get(entry.unit),
         "user": entry.user,
+        **named,
         "figures": dict(entry.figures),
         "correction": None
         if corrected is None
@@ -171,9 +176,10 @@ def _body(entry: Entry) -> dict[str, object]:
     }
 
 
-_ADDED: Final = frozenset({"relation", "user", "figures", "correction", "signature"})
+_OPTIONAL: Final = frozenset({"parties"})
+_ADDED: Final = frozenset({"relation", "user", "figures", "correction", "signature"}) | _OPTIONAL
 _FIELDS: Final = {
-    2: frozenset({*Entry.__dataclass_fields__, "relation"}),
+    2: frozenset({*Entry.__dataclass_fields__, "relation"}) - _OPTIONAL,
     1: frozenset({*Entry.__dataclass_fields__}) - _ADDED,
 }
 """Of a line, by its version."""
@@ -199,6 +205,10 @@ def _are_figures(figures: Figures) -> bool:
     names = [name for name, _ in figures]
     fits = all(_NAME.fullmatch(name) and len(value) <= LONGEST_TEXT for name, value in figures)
     return fits and names == sorted(set(names)) and len(names) <= MOST_FIGURES
+
+
+def _are_parties(parties: tuple[str, ...]) -> bool:
+    return list(parties) == sorted(set(parties)) and all(0 < len(name) <= LONGEST_TEXT for name in parties)
 
 
 def _correction_problem(entry: Entry) -> str:
@@ -233,6 +243,8 @@ def problem(entry: Entry) -> str:
         "the version is unknown": entry.version in _FIELDS,
         "version 1 has no such entry": entry.version > 1 or entry.kind not in {"release", "correction"},
         "only a release has figures": _are_figures(entry.figures) and (not entry.figures or entry.kind == "release"),
+        "the parties are not sorted names": _are_parties(entry.parties),
+        "a correction names no parties": entry.kind != "correction" or not entry.parties,
         "the signature has another form": _SIGNATURE.fullmatch(entry.signature) is not None,
     }
     return next((text for text, holds in checks.items() if not holds), "") or _correction_problem(entry)
@@ -252,6 +264,7 @@ def append(
     event: Event | None = None,
     reason: str = "",
     user: str = "",
+    parties: tuple[str, ...] = (),
     figures: Figures = (),
     correction: Correction | None = None,
 ) -> Entry:
@@ -275,6 +288,7 @@ def append(
         previous=head.digest if head else GENESIS,
         digest="",
         user=user,
+        parties=parties,
         figures=figures,
         correction=correction,
     )
@@ -332,11 +346,15 @@ def _read_added(fields: dict[str, object]) -> dict[str, object]:
     figures = _typed(fields, "figures", dict)
     if not all(type(value) is str for value in figures.values()):
         raise LedgerError("a figure has another type")
+    parties = fields.get("parties", [])
+    if type(parties) is not list or not all(type(name) is str for name in parties):
+        raise LedgerError("parties has another type")
     corrected = fields["correction"]
     if corrected is not None and (not isinstance(corrected, dict) or set(corrected) != {"action", "limit"}):
         raise LedgerError("correction has other fields")
     return {
         "user": _typed(fields, "user", str),
+        "parties": tuple(parties),
         "figures": tuple(sorted(figures.items())),
         # The action is checked by `problem`, the relation by the comparison of the whole line.
         "correction": corrected and Correction(corrected["action"], _read_limit(corrected["limit"])),
@@ -350,7 +368,8 @@ def _parse(line: str) -> Entry:
     except (ValueError, RecursionError) as error:
         raise LedgerError("it is not JSON") from error
     version = fields.get("version") if isinstance(fields, dict) else None
-    if type(version) is not int or frozenset(fields) != _FIELDS.get(version):
+    optional = _OPTIONAL if version != 1 else frozenset()
+    if type(version) is not int or frozenset(fields) - optional != _FIELDS.get(version):
         raise LedgerError("it does not have the fields of its version, or the version is unknown")
     try:
         event = None if fields["event"] is None else event_from_json(fields["event"])

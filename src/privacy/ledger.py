@@ -15,7 +15,7 @@ itself, and its line, are in `entries`; budgets are in `budget`.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Final
 
@@ -67,19 +67,24 @@ __all__ = [
     "verify_lines",
 ]
 
-_CHARGE_CONTENT: Final = ("kind", "job_id", "round", "unit", "subject", "user", "charged_rounds", "event")
+_CHARGE_CONTENT: Final = ("kind", "job_id", "round", "unit", "subject", "user", "parties", "charged_rounds", "event")
 """What makes a repeated charge the same; time and reason may differ."""
 
 
-def verify_lines(lines: Iterable[str | bytes], *, known_heads: Iterable[str] = ()) -> list[Entry]:
-    """Parse and verify an export; returns its entries. Signatures are `protocol.ledger`'s to check.
+def verify_lines(
+    lines: Iterable[str | bytes], *, known_heads: Iterable[str] = (), judge: Callable[[Entry], None] | None = None
+) -> list[Entry]:
+    """Parse and verify an export; returns its entries.
 
     Every sound line before the first bad one is verified first, so the first bad entry is the one named.
 
+    Args:
+        judge: as `Replay` takes it: `protocol.ledger.Signatures`.
+
     Raises:
-        LedgerError: as `from_line` and `verify_chain`.
+        LedgerError: as `from_line`, `verify_chain` and the judge.
     """
-    replay = Replay()
+    replay = Replay(judge)
     entries: list[Entry] = []
     for number, line in enumerate(lines, start=1):
         entries.append(from_line(line, number=number))
@@ -124,7 +129,7 @@ def _apply(books: dict[str, Charge], entry: Entry) -> str:
     if known is None:
         return "it settles or releases a reservation that does not exist"
     if _owner(entry) != _owner(known.entry):
-        return "it settles or releases a reservation of another job, round, unit, subject or user"
+        return "it settles or releases a reservation of another job, round, unit, subject, user or parties"
     if entry.kind == "release":
         if known.settled is None or known.settled.kind != "final" or known.released is not None:
             return "it releases what is not final, or was released before"
@@ -136,8 +141,8 @@ def _apply(books: dict[str, Charge], entry: Entry) -> str:
     return ""
 
 
-def _owner(entry: Entry) -> tuple[str, int | None, str, str, str]:
-    return entry.job_id, entry.round, entry.unit, entry.subject, entry.user
+def _owner(entry: Entry) -> tuple[object, ...]:
+    return entry.job_id, entry.round, entry.unit, entry.subject, entry.user, entry.parties
 
 
 def charges(entries: Iterable[Entry]) -> dict[str, Charge]:
@@ -155,9 +160,15 @@ def charges(entries: Iterable[Entry]) -> dict[str, Charge]:
 
 
 class Replay:
-    """A ledger verified entry by entry, from its first one on."""
+    """A ledger verified entry by entry, from its first one on.
 
-    def __init__(self) -> None:
+    Args:
+        judge: what else each must pass, its signature say; raises LedgerError. So the first bad entry is named,
+            whatever is wrong with it.
+    """
+
+    def __init__(self, judge: Callable[[Entry], None] | None = None) -> None:
+        self._judge = judge
         self.head = GENESIS
         self.count = 0
         self._version = 1
@@ -184,6 +195,8 @@ class Replay:
         wrong = wrong or problem(entry) or _apply(self._books, entry)
         if wrong:
             raise LedgerError(f"ledger entry {place}: {wrong}", entry=place)
+        if self._judge is not None:
+            self._judge(entry)
         self.head, self.count, self._version = entry.digest, place, entry.version
         self._seen.add(self.head)
 
@@ -245,6 +258,7 @@ def reserve(
     charged_rounds: int = 1,
     reason: str = "",
     user: str = "",
+    parties: Iterable[str] = (),
 ) -> Entry:
     """A reservation to append; the one already there if the same was reserved before (at another time, say).
 
@@ -268,6 +282,7 @@ def reserve(
         event=event,
         reason=reason,
         user=user,
+        parties=tuple(sorted(set(parties))),
     )
     return _charge(entries, entry)
 
@@ -324,6 +339,7 @@ def _follow(
         reservation_id=held.reservation_id,
         reason=reason,
         user=held.user,
+        parties=held.parties,
         figures=figures,
     )
 
@@ -394,6 +410,7 @@ def refuse(
     event: Event | None,
     reason: str,
     user: str = "",
+    parties: Iterable[str] = (),
 ) -> Entry:
     """A refusal to append: charges nothing. Raises InvalidInput for a field that no ledger accepts."""
     return append(
@@ -408,6 +425,7 @@ def refuse(
         event=event,
         reason=reason,
         user=user,
+        parties=tuple(sorted(set(parties))),
     )
 
 

@@ -34,33 +34,48 @@ class EntrySigner:
         signed = self._key.sign(ENTRY_KIND, _statement(entry), signer="")
         return (self._key.verify_key + signed.signature).hex()
 
-    def check(self, entries: Iterable[Entry]) -> None:
-        """Raises LedgerError as `check_signatures`, with this key as the only one."""
-        check_signatures(entries, verify_keys=[self._key.verify_key])
+    def judge(self) -> Signatures:
+        """Of a whole ledger, with this key as the only one."""
+        return Signatures([self._key.verify_key])
+
+
+class Signatures:
+    """Checks signatures entry by entry, in order: what `privacy.ledger.Replay` takes as its judge.
+
+    Args:
+        verify_keys: Ed25519 public keys (32 bytes), one of which must have signed each entry of version 2. Empty:
+            signatures must hold, whoever made them, and after a signed entry none may lack one.
+    """
+
+    def __init__(self, verify_keys: Collection[bytes] = ()) -> None:
+        self._keys = verify_keys
+        self.signed = 0
+        """Entries with a signature so far."""
+
+    def __call__(self, entry: Entry) -> None:
+        """The next entry, whose digest was verified.
+
+        Raises:
+            LedgerError: names it when its signature is missing, wrong, or by another key.
+        """
+        if entry.version == 1:
+            return
+        if entry.signature:
+            _check(entry, self._keys)
+            self.signed += 1
+        elif self._keys or self.signed:
+            raise LedgerError(f"ledger entry {entry.sequence}: it is not signed", entry=entry.sequence)
 
 
 def check_signatures(entries: Iterable[Entry], *, verify_keys: Collection[bytes] = ()) -> int:
     """Check every signature of a ledger whose chain was verified; returns how many entries are signed.
 
-    Args:
-        entries: in order.
-        verify_keys: Ed25519 public keys (32 bytes), one of which must have signed each entry of version 2. Empty:
-            signatures must hold, whoever made them, and after a signed entry none may lack one.
-
-    Raises:
-        LedgerError: names the first entry whose signature is missing, wrong, or by another key.
+    Raises LedgerError as `Signatures`, which is for a ledger whose chain is verified at the same time.
     """
-    signed = 0
+    signatures = Signatures(verify_keys)
     for entry in entries:
-        if entry.version == 1:
-            continue
-        if not entry.signature:
-            if verify_keys or signed:
-                raise LedgerError(f"ledger entry {entry.sequence}: it is not signed", entry=entry.sequence)
-            continue
-        _check(entry, verify_keys)
-        signed += 1
-    return signed
+        signatures(entry)
+    return signatures.signed
 
 
 def _check(entry: Entry, verify_keys: Collection[bytes]) -> None:

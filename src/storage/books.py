@@ -32,6 +32,7 @@ class Cost:
         event: what one round does.
         rounds: as many are priced: this one, and those of its job that are still to come.
         user: whose data it is; "" for nobody who is named.
+        parties: whom the round invites; each has a budget of its own. Of a party's own ledger: nobody.
         stated_delta: the δ that the job counts with; None: it names none at this unit.
     """
 
@@ -39,6 +40,7 @@ class Cost:
     event: Event
     rounds: int = 1
     user: str = ""
+    parties: tuple[str, ...] = ()
     stated_delta: float | None = None
 
 
@@ -93,13 +95,15 @@ class Books:
         unit, _ = cost.account
         found = self.limits.budgets(entries, cost.account)
         if cost.user:
-            quota = self.limits.budgets(entries, (unit, subject_of("user", cost.user)))
-            if not quota:
+            owner: Account = (unit, subject_of("user", cost.user))
+            if not self.limits.knows(entries, owner):
                 raise BudgetError(
                     "the user whose data it is has no budget here (privacy.budgets.users or default_user_epsilon)",
                     unit=unit,
                 )
-            found += quota
+            found += self.limits.budgets(entries, owner)
+        for name in cost.parties:
+            found += self.limits.budgets(entries, (unit, subject_of("party", name)))
         if job_id and job_id != ANY:
             found += self.limits.budgets(entries, (unit, subject_of("job", job_id)))
         return found
@@ -117,13 +121,14 @@ class Books:
 
         Raises:
             BudgetError: some budget does not allow it; nothing is written.
+            ConflictError: the round was charged with another content, or was given back.
         """
         entries = self.store.entries(connection)
         known = charges(entries)
         fresh = [cost for cost in costs if reservation_id(job_id, number, cost.account) not in known]
         for cost in fresh:
             self.check(entries, cost, job_id=job_id)
-        for cost in fresh:
+        for cost in costs:
             unit, subject = cost.account
             entry = ledger.reserve(
                 self.store.entries(connection),
@@ -135,6 +140,7 @@ class Books:
                 reservation_id=reservation_id(job_id, number, cost.account),
                 event=cost.event,
                 user=cost.user,
+                parties=cost.parties,
             )
             self.store.add(connection, entry)
 
@@ -163,20 +169,23 @@ class Books:
         *,
         error: BudgetError,
         at: str,
+        request: str = "",
     ) -> None:
         """Enter that `costs` were refused with `error`; in a transaction of its own, as that of the charge is undone.
 
-        The same refusal is entered once, and no more than `REFUSALS_A_DAY` in a day.
+        The same refusal is entered once a day, and no more than `REFUSALS_A_DAY` in all.
+
+        Args:
+            request: where there is no job yet: tells one that asks for something from others that ask for the same.
         """
         entries = self.store.entries(connection)
         reason = error.message[:LONGEST_TEXT]
         for cost in costs:
             unit, subject = cost.account
-            key = reservation_id(job_id, number or 0, cost.account)
-            refused = [entry for entry in entries if entry.kind == "refusal"]
-            again = any((entry.reservation_id, entry.reason) == (key, reason) for entry in refused)
-            today = sum(entry.at[:10] == at[:10] for entry in refused)
-            if again or today >= REFUSALS_A_DAY or error.metadata.get("unit", unit) != unit:
+            key = reservation_id(job_id or f"request:{request}", number or 0, cost.account)
+            today = [entry for entry in entries if entry.kind == "refusal" and entry.at[:10] == at[:10]]
+            again = any((entry.reservation_id, entry.reason) == (key, reason) for entry in today)
+            if again or len(today) >= REFUSALS_A_DAY or error.metadata.get("unit", unit) != unit:
                 continue
             entry = ledger.refuse(
                 entries,
@@ -189,6 +198,7 @@ class Books:
                 event=cost.event,
                 reason=reason,
                 user=cost.user,
+                parties=cost.parties,
             )
             entries.append(self.store.add(connection, entry))
 
@@ -220,8 +230,14 @@ def difference(account: Account, by_file: Limit | None, by_ledger: Limit) -> str
     """A warning: the configuration says something else than the ledger, and how to change that."""
     unit, subject = account
     said = "nothing" if by_file is None else str(by_file)
+    named, counts = subject, "the smaller of both counts"
+    if by_file is None and subject.startswith("user:"):
+        counts = "a user who is neither named there nor by an entry of `sotto budget set` is refused"
+        named = "user:NAME" if subject == subject_of("user", ANY) else subject  # of all, only the configuration can
+    elif by_file is None:
+        counts = "what was entered counts"
     return (
-        f"the budget of {subject} at {unit} level was entered as {by_ledger}, the configuration says {said}: the "
-        "smaller of both counts. To change what is entered, stop this role and run: "
-        f"sotto budget set --config … --unit {unit} --subject {subject!r} --reason …"
+        f"the budget of {subject} at {unit} level was entered as {by_ledger}, the configuration says {said}: "
+        f"{counts}. To change what is entered, stop this role and run: "
+        f"sotto budget set --config … --unit {unit} --subject {named!r} --reason …"
     )

@@ -8,7 +8,8 @@ were verified then.)
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+import itertools
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Final, Protocol
 
@@ -26,8 +27,11 @@ TRIGGERS: Final[Mapping[str, tuple[str, ...]]] = {
         "CREATE TRIGGER ledger_no_delete BEFORE DELETE ON ledger "
         "BEGIN SELECT RAISE(ABORT, 'the ledger is append-only'); END",
         # A gap or a second first entry would be seen by the chain too, but only later.
+        # A second row of a digest, as INSERT OR REPLACE would make it, deletes the first unseen by the trigger above,
+        # unless the connection has asked for recursive triggers.
         "CREATE TRIGGER ledger_in_order BEFORE INSERT ON ledger "
         "WHEN NEW.sequence IS NOT (SELECT COALESCE(MAX(sequence), 0) + 1 FROM ledger) "
+        "OR EXISTS (SELECT 1 FROM ledger WHERE digest = NEW.digest) "
         "BEGIN SELECT RAISE(ABORT, 'the ledger is append-only'); END",
     ),
     "postgresql": (
@@ -49,14 +53,18 @@ TRIGGERS: Final[Mapping[str, tuple[str, ...]]] = {
 """What makes the table append-only, by SQLAlchemy's name of the dialect; run once the table is made."""
 
 
+Judge = Callable[[Entry], None]
+"""Raises LedgerError for an entry that is not signed as it must be; is called with each in order, once."""
+
+
 class Signer(Protocol):
     """Whoever keeps the ledger, as `protocol.ledger.EntrySigner`."""
 
     def sign(self, entry: Entry) -> str:
         """The signature over the entry's digest."""
 
-    def check(self, entries: Iterable[Entry]) -> None:
-        """Raises LedgerError, which names the first entry that this signer did not sign."""
+    def judge(self) -> Judge:
+        """Of one reading of the whole ledger: refuses what this signer did not sign."""
 
 
 @dataclass(slots=True)
@@ -66,6 +74,17 @@ class _Read:
     rows: list[tuple[int, str, str]] = field(default_factory=list)
     entries: list[Entry] = field(default_factory=list)
     replay: Replay = field(default_factory=Replay)
+
+
+def version_1_table(metadata: MetaData) -> Table:
+    """How many lines of version 1 the ledger begins with, and their head: one row, written by the upgrade that made the
+    table. Such lines are not signed; others than these cannot be put before those that are."""
+    return Table(
+        "ledger_version_1",
+        metadata,
+        Column("entries", Integer, primary_key=True, autoincrement=False),
+        Column("head", text(), nullable=False),
+    )
 
 
 class LedgerStore:
@@ -86,6 +105,7 @@ class LedgerStore:
             Column("digest", text(), nullable=False, unique=True),
             Column("line", text(), nullable=False),
         )
+        self._version_1 = version_1_table(metadata)
         for dialect, statements in TRIGGERS.items():
             for statement in statements:
                 ddl = DDL(statement).execute_if(dialect=dialect)  # type: ignore[no-untyped-call]
@@ -138,18 +158,21 @@ class LedgerStore:
         last = self._last(connection)
         return last.digest if last else GENESIS
 
-    def verify(self, connection: Connection, *, known_heads: Iterable[str] = ()) -> str:
-        """Verifies the whole chain, its signatures where there is a signer, and that each of `known_heads` was once its
-        head; returns the head. Nothing of it is taken from a reading before.
+    def verify(self, connection: Connection, *, known_heads: Iterable[str] = (), judge: Judge | None = None) -> str:
+        """Verifies the whole chain, its signatures, and that each of `known_heads` was once its head; returns the head.
+        Nothing of it is taken from a reading before.
+
+        Args:
+            judge: of the signatures; None: that of the signer, if there is one.
 
         Raises:
             LedgerError: names the first bad entry, or says that a known head is missing.
         """
-        self._read = _Read()
+        if judge is None and self._signer is not None:
+            judge = self._signer.judge()
+        self._read = _Read(replay=Replay(judge))
         read = self._verified(connection)
         read.replay.check_heads(known_heads)
-        if self._signer is not None:
-            self._signer.check(read.entries)
         return read.replay.head
 
     def _verified(self, connection: Connection) -> _Read:
@@ -166,9 +189,22 @@ class LedgerStore:
             if (row[0], row[1]) != (entry.sequence, entry.digest):
                 raise LedgerError(f"ledger entry {entry.sequence}: its row says otherwise", entry=entry.sequence)
             read.entries.append(entry)
+        if len(found) > len(read.rows) or not found:
+            self._check_version_1(connection, read.entries)
         read.rows = found
         self._read = read  # only once all of it is verified
         return read
+
+    def _check_version_1(self, connection: Connection, entries: Sequence[Entry]) -> None:
+        """Raises LedgerError unless the lines of version 1 are those that were there at the upgrade."""
+        row = connection.execute(select(self._version_1)).first()
+        count, head = (row.entries, row.head) if row else (0, GENESIS)  # a new database, of no upgrade
+        old = list(itertools.takewhile(lambda entry: entry.version == 1, entries))
+        if (len(old), old[-1].digest if old else GENESIS) != (count, head):
+            place = min(len(old), count) + (len(old) != count)
+            raise LedgerError(
+                f"ledger entry {place}: the lines of version 1 are not those that were upgraded", entry=place
+            )
 
     def _last(self, connection: Connection) -> Entry | None:
         table = self._table

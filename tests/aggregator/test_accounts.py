@@ -10,13 +10,15 @@ import sqlalchemy
 from sqlalchemy import Connection, MetaData
 from sqlalchemy.pool import StaticPool
 
-from src.aggregator.accounts import Accounts
+from src.aggregator.accounts import Accounts, Planned
 from src.config_sections import AggregatorPrivacy
 from src.errors import BudgetError, NotFoundError
 from src.privacy.events import NoisySum
+from src.privacy.ledger import Limit, correct
 from src.storage.ledger import LedgerStore
 
 SUM = NoisySum(noise_multiplier=4.0)
+AT = "2026-01-01T00:00:00Z"
 
 
 @pytest.fixture
@@ -35,23 +37,25 @@ def accounts(**privacy: Any) -> Accounts:
     return Accounts(LedgerStore(MetaData()), AggregatorPrivacy.model_validate(privacy), federation="demo")
 
 
-def reserve(own: Accounts, connection: Connection, *, job: str = "j", number: int = 1) -> None:
-    own.reserve(connection, job, number, event=SUM, now=0.0)
+def reserve(
+    own: Accounts, connection: Connection, *, job: str = "j", number: int = 1, parties: tuple[str, ...] = ("a", "b")
+) -> None:
+    own.reserve(connection, job, number, event=SUM, parties=parties, now=0.0)
 
 
 def test_a_job_is_checked_as_a_whole_beside_those_accepted_before(connection: Connection) -> None:
     own = accounts(budget={"max_rounds": 5})
     reserve(own, connection)
-    own.check(connection, [(3, SUM), (1, SUM)])
+    own.check(connection, [Planned(3, SUM), Planned(1, SUM)])
     with pytest.raises(BudgetError, match="asked 5, spent 1, limit 5, left 4"):
-        own.check(connection, [(3, SUM), (2, SUM)])
+        own.check(connection, [Planned(3, SUM), Planned(2, SUM)])
 
 
 def test_the_quota_of_a_job_is_for_it_alone(connection: Connection) -> None:
     own = accounts(budget={"max_rounds": 9}, per_job={"max_rounds": 2})
-    own.check(connection, [(5, SUM), (2, SUM)])
+    own.check(connection, [Planned(5, SUM), Planned(2, SUM)])
     with pytest.raises(BudgetError, match="round budget at party level of one job does not allow it: asked 3"):
-        own.check(connection, [(1, SUM), (3, SUM)])
+        own.check(connection, [Planned(1, SUM), Planned(3, SUM)])
     for number in (1, 2):
         reserve(own, connection, number=number)
     with pytest.raises(BudgetError, match="of one job"):
@@ -91,4 +95,43 @@ def test_the_first_start_enters_the_budget_and_a_later_one_does_not_raise_it(con
     (warning,) = own.open(connection, now=0.0)
     assert "federation:demo" in warning
     with pytest.raises(BudgetError, match="limit 1"):
-        own.check(connection, [(2, SUM)])
+        own.check(connection, [Planned(2, SUM)])
+
+
+def test_a_partys_budget_counts_the_rounds_that_invite_it_at_submission_and_at_each_round(
+    connection: Connection,
+) -> None:
+    own = accounts(budget={"max_rounds": 99}, parties={"a": {"max_rounds": 3}}, per_party={"max_rounds": 5})
+    assert own.open(connection, now=0.0) == []
+    reserve(own, connection, parties=("b", "a"))
+    waiting = [Planned(2, SUM, ("b", "c")), Planned(1, SUM, ("a", "c"))]
+    own.check(connection, [*waiting, Planned(1, SUM, ("a", "b"))])
+    own.check(connection, [*waiting, Planned(9, SUM)])
+    with pytest.raises(BudgetError, match="at party level of party a does not allow it: asked 3, spent 1, limit 3"):
+        own.check(connection, [*waiting, Planned(2, SUM, ("a", "b"))])
+    with pytest.raises(BudgetError, match="of party c does not allow it: asked 6, spent 0, limit 5"):
+        own.check(connection, [*waiting, Planned(3, SUM, ("c", "d"))])
+    for number in (2, 3):
+        reserve(own, connection, number=number)
+    with pytest.raises(BudgetError, match="of party a does not allow it"):
+        reserve(own, connection, number=4)
+    reserve(own, connection, number=4, parties=("b", "c"))
+    entries = LedgerStore(MetaData()).entries(connection)
+    assert [entry.parties for entry in entries if entry.kind == "reservation"] == [("a", "b")] * 3 + [("b", "c")]
+
+
+def test_a_party_that_was_set_to_nothing_is_invited_no_more(connection: Connection) -> None:
+    """An operator's entry holds though the configuration says nothing about the party."""
+    own, store = accounts(), LedgerStore(MetaData())
+    own.open(connection, now=0.0)
+    nothing = Limit(max_rounds=0, epsilon=None, delta=1e-5)
+    entries = store.entries(connection)
+    store.add(
+        connection,
+        correct(entries, at=AT, unit="party", subject="party:a", action="set", limit=nothing, reason="it left"),
+    )
+    with pytest.raises(BudgetError, match="of party a"):
+        own.check(connection, [Planned(5, SUM, ("a", "b"))])
+    with pytest.raises(BudgetError, match="of party a"):
+        reserve(own, connection)
+    reserve(own, connection, parties=("b", "c"))

@@ -59,7 +59,7 @@ def fill(connection: Connection, jobs: JobStore, own: Accounts) -> None:
         )
         jobs.create(connection, row)
     for job, number in (("ja", 1), ("ja", 2), ("jb", 1)):
-        own.reserve(connection, job, number, event=SUM, now=1.0)
+        own.reserve(connection, job, number, event=SUM, parties=("a", "b") if number == 1 else ("b", "c"), now=1.0)
     own.spend(connection, "ja", 1, now=2.0)
     own.release(connection, "ja", 1, figures={"transcript": "ab"}, now=2.0)
     own.return_(connection, "jb", 1, now=3.0, reason="no quorum")
@@ -249,4 +249,4 @@ async def test_a_job_s_quota_is_shown_to_its_owner_and_a_party_s_own_account_to_
     assert (row.rounds_spent, row.rounds_limit, row.rounds_left) == (2, 4, 2)
     assert not row.HasField("epsilon_limit")
     (row,) = (await house.budget(PARTY, subject="party:a")).budgets
-    assert (row.rounds_spent, row.epsilon_spent) == (0, 0.0)
+    assert (row.rounds_spent, row.epsilon_spent) == (1, epsilon([SUM], delta=1e-5))

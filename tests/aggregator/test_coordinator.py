@@ -14,6 +14,7 @@ from src.aggregator.round_row import (
     RoundState,
 )
 from src.communication.identity import Identity
+from src.config_sections import AggregatorPrivacy
 from src.errors import (
     CATALOGUE,
     BudgetError,
@@ -308,3 +309,32 @@ async def test_a_round_of_a_process_that_is_being_stopped_takes_in_what_parties_
     row = await place.round(job_id)
     assert (row.state, row.frozen_list, row.committed) == (RoundState.COLLECTING, None, ("a", "b"))
     assert await place.charged(job_id) == ["open"]
+
+
+# --- budgets of parties -----------------------------------------------------------------------------------------------
+
+
+async def test_a_party_is_invited_as_often_as_its_budget_says_and_each_request_that_is_refused_is_entered(
+    place: Place,
+) -> None:
+    privacy = AggregatorPrivacy.model_validate({"parties": {"a": {"max_rounds": 1}}})
+    place.config = place.config.model_copy(update={"privacy": privacy})
+    place.coordinator = place.another()
+    spec = place.training()
+    await place.coordinator.price(spec, owner=ANN)
+    job_id = await place.submit(spec)
+    with pytest.raises(BudgetError, match="of party a does not allow it: asked 2, spent 0, limit 1"):
+        await place.coordinator.price(spec, owner=ANN)  # beside the one that waits
+    await place.turn()
+    await place.contribute(job_id)
+    assert await place.state(job_id) is JobState.SUCCEEDED
+    for owner, other in ((ANN, False), (ANN, False), (ANN, True), (BOB, False)):
+        with pytest.raises(BudgetError, match=r"of party a does not allow it: asked [12], spent 1, limit 1"):
+            await place.coordinator.price(place.training(rounds=2) if other else spec, owner=owner)
+    await place.coordinator.price(place.training(parties=("b", "c")), owner=ANN)
+    entries = await place.database.run(place.ledger.entries)
+    assert [(entry.kind, entry.parties) for entry in entries] == [
+        *[(kind, ("a", "b")) for kind in ("refusal", "reservation", "final", "release")],
+        *[("refusal", ("a", "b"))] * 3,  # the same of the same owner twice on one day is one
+    ]
+    assert not any("ann" in entry.reservation_id for entry in entries)

@@ -242,7 +242,7 @@ async def test_a_job_is_not_priced_before_all_the_invited_have_declared_and_then
     for name in ("a", "b"):
         federation.declare(name, {"randhie": 5000})
     with pytest.raises(StateError, match="c has declared none for task 'randhie'"):
-        await pricing.check(make_spec())
+        await pricing.check(make_spec(), owner="scientist/s")
     spec = make_spec()
 
     async def cost() -> Event:

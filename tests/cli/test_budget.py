@@ -5,7 +5,9 @@ from __future__ import annotations
 import asyncio
 import json
 import shutil
+import sqlite3
 from collections.abc import Callable
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,8 +16,9 @@ import pytest
 from sqlalchemy import Connection, MetaData
 
 from src import cli
+from src.cli.budget_change import check_enforced
 from src.cli.budget_ledger import replay
-from src.config import PartyConfig, load_party_config
+from src.config import PartyConfig, load_aggregator_config, load_party_config
 from src.config_budgets import party_limits
 from src.errors import CATALOGUE, ConflictError, InvalidInput, LedgerError, NotFoundError
 from src.privacy.accounting import epsilon
@@ -81,6 +84,10 @@ class Role:
             lambda c: books.reserve(c, job_id, number, [example, party], at=AT),
             lambda c: books.spend(c, job_id, number, at=AT, reason="the upload begins"),
         )
+
+    def release(self, number: int) -> None:
+        books = self.books()
+        self.write(lambda c: books.release(c, "j", number, figures={}, at=AT))
 
     def run(self, *arguments: str) -> tuple[int, str, str]:
         """(exit code, stdout, stderr)."""
@@ -231,6 +238,28 @@ def test_a_damaged_export_is_refused_by_the_command_with_its_line(role: Role, ex
     assert json.loads(err)["error"]["metadata"] == {"entry": "4"}
 
 
+def test_of_a_broken_signature_and_a_broken_chain_the_first_is_named(role: Role, export: Path) -> None:
+    """By the command, of a file and of the database, and by the role when it starts."""
+    lines = [json.loads(line) for line in export.read_text().splitlines()]
+    signature = lines[1]["signature"]
+    lines[1]["signature"] = signature[:-1] + ("1" if signature[-1] == "0" else "0")
+    lines[4]["job_id"] = "k"
+    with closing(sqlite3.connect(role.config.database_path)) as database:
+        database.execute("DROP TRIGGER ledger_no_update")
+        for entry in lines:
+            line = json.dumps(entry, sort_keys=True, separators=(",", ":"))
+            database.execute("UPDATE ledger SET line = ? WHERE sequence = ?", (line, entry["sequence"]))
+        database.commit()
+        rows = database.execute("SELECT line FROM ledger ORDER BY sequence").fetchall()
+    export.write_text("".join(f"{line}\n" for (line,) in rows))
+    for arguments in (("--config", str(role.file)), (str(export),), (str(export), "--config", str(role.file))):
+        code, _, err = role.run("verify", *arguments)
+        assert code == CATALOGUE[LedgerError].exit_code
+        assert "ledger entry 2: its signature does not verify" in err
+    with pytest.raises(LedgerError, match="entry 2: its signature"):
+        role.write(lambda c: role.books().open(c, at=AT))
+
+
 def test_a_database_that_was_rolled_back_is_found_by_the_head_that_was_kept_elsewhere(
     role: Role, tmp_path: Path
 ) -> None:
@@ -292,6 +321,7 @@ def test_a_budget_at_another_delta_is_enforced_beside_the_first_and_not_mixed(ro
 
 
 def test_a_reset_begins_a_new_period_loudly_and_keeps_the_history(role: Role) -> None:
+    role.release(1)
     before = role.read("history")["entries"]
     code, _, err = role.run("reset", "--config", str(role.file), *RANDHIE, "--reason", "consent was asked again")
     assert code == 0
@@ -306,6 +336,14 @@ def test_a_reset_begins_a_new_period_loudly_and_keeps_the_history(role: Role) ->
     role.spend(2)
     assert (role.row()["rounds_spent"], role.row()["rounds_ever"]) == (1, 2)
     assert "accounting period 2; over all periods 2 rounds" in role.run("show", "--config", str(role.file))[1]
+
+
+def test_a_reset_between_final_and_release_leaves_the_round_on_the_books(role: Role) -> None:
+    changed = role.change("reset", *RANDHIE)
+    assert "Rounds that are reserved or final, and not yet released, count on." in changed["warnings"][0]
+    assert role.row()["rounds_spent"] == 1
+    role.release(1)
+    assert role.row()["rounds_spent"] == 1
 
 
 def test_a_budget_is_not_changed_while_its_role_runs_and_the_refusal_says_what_to_do(role: Role) -> None:
@@ -353,6 +391,52 @@ def test_refused_is(role: Role, arguments: tuple[str, ...], error: type[Exceptio
     assert (code, out) == (CATALOGUE[error].exit_code, "")  # type: ignore[index]  # all are of the catalogue
     assert err.startswith("sotto: ")
     assert role.read("show")["head"] == head
+
+
+BOUND_TO_NOBODY = [
+    (
+        "party",
+        "federation:other",
+        "there is no federation 'other' here: such a budget would bind nobody. What is: demo",
+    ),
+    ("party", "federation:*", "there is no federation '*' here"),
+    (
+        "example",
+        "dataset:randhi",
+        "there is no dataset 'randhi' here: such a budget would bind nobody. What is: *, randhie",
+    ),
+    (
+        "party",
+        "party:a",
+        "What is: --unit example --subject dataset|user|job:…; --unit party --subject federation|job:…",
+    ),
+    ("party", "user:ada", "nothing is counted here on user at party level"),
+    ("party", "dataset:randhie", "nothing is counted here on dataset at party level"),
+]
+
+
+@pytest.mark.parametrize(("unit", "subject", "said"), BOUND_TO_NOBODY)
+def test_a_budget_that_would_bind_nobody_is_refused_with_what_can_be_set_here(
+    role: Role, unit: str, subject: str, said: str
+) -> None:
+    for command in (("set", "--epsilon", "1"), *([("reset",)] if not subject.endswith("*") else [])):
+        arguments = (*command[1:], "--unit", unit, "--subject", subject, "--reason", "x")
+        code, _, err = role.run(command[0], "--config", str(role.file), *arguments)
+        assert code == CATALOGUE[InvalidInput].exit_code
+        assert said in err
+    assert len(role.read("history")["entries"]) == 7
+
+
+def test_the_aggregator_counts_on_its_federation_parties_and_jobs_and_on_nothing_else() -> None:
+    config = load_aggregator_config(Path(__file__).parents[2] / "config/aggregator.yaml", environ={})
+    for subject in ("federation:demo", "party:a", "party:*", "job:*", "job:5"):
+        check_enforced(config, ("party", subject))
+    for account in (("party", "user:ada"), ("party", "dataset:randhie"), ("party", "federation:other")):
+        with pytest.raises(InvalidInput, match="would bind nobody"):
+            check_enforced(config, account)
+    for subject in ("dataset:randhie", "user:ada", "job:5", "party:a"):
+        with pytest.raises(InvalidInput, match=r"at example level.*--unit party --subject federation\|party\|job:…"):
+            check_enforced(config, ("example", subject))
 
 
 def test_verify_needs_something_to_verify(role: Role) -> None:

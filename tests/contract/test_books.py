@@ -98,6 +98,34 @@ async def test_a_refusal_is_entered_once_and_only_so_many_a_day(open_database: O
     assert len(await database.run(own.store.entries)) == REFUSALS_A_DAY + 1
 
 
+@pytest.mark.parametrize("given_back", [True, False])
+async def test_a_round_is_not_charged_again_once_it_was_given_back_nor_at_another_price(
+    open_database: OpenDatabase, given_back: bool
+) -> None:
+    database, own = await open_database(Migrations("party")), books()
+    await database.run(lambda c: reserve(c, 1, on=own))
+    if given_back:
+        await database.run(lambda c: own.give_back(c, "j", 1, at=AT, reason="failed"))
+    before = await database.run(own.store.entries)
+    dear = Cost(account=FEDERATION, event=NoisySum(noise_multiplier=1.0))
+    with pytest.raises(ConflictError, match="was given back" if given_back else "with another content"):
+        await database.run(lambda c: own.reserve(c, "j", 1, [COST if given_back else dear], at=AT))
+    assert await database.run(own.store.entries) == before
+
+
+async def test_only_the_same_request_of_the_same_day_is_entered_once(open_database: OpenDatabase) -> None:
+    """At submission there is no job yet: each is told from the others by who asked for what."""
+    database, own = await open_database(Migrations("party")), books(0)
+    error = BudgetError("no", unit="party")
+    for request, at in (("ada's", AT), ("ada's", AT), ("bob's", AT), ("ada's", "2026-01-02T00:00:00Z")):
+        await database.run(
+            lambda c, request=request, at=at: own.refuse(c, "", None, [COST], error=error, at=at, request=request)  # type: ignore[misc]
+        )
+    entries = await database.run(own.store.entries)
+    assert [(entry.job_id, entry.at[:10]) for entry in entries] == [("", AT[:10])] * 2 + [("", "2026-01-02")]
+    assert len({entry.reservation_id for entry in entries}) == 2
+
+
 # --- the last of a budget ---------------------------------------------------------------------------------------------
 
 RACER = """
@@ -185,7 +213,7 @@ async def test_of_two_sessions_that_get_past_the_lock_one_wins(open_database: Op
                 with connection.begin():
                     reserve(connection, 1, on=books(1), job_id=name)
                 ends[name] = "won"
-        except (BudgetError, DBAPIError) as error:
+        except (BudgetError, LedgerError, DBAPIError) as error:  # whichever of them sees first that it lost
             ends[name] = type(error).__name__
         finally:
             engine.dispose()

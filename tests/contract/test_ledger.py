@@ -130,6 +130,7 @@ WRITES = [
     "INSERT INTO ledger (sequence, digest, line) VALUES (4, 'x', 'x'), (6, 'y', 'y')",
     "INSERT INTO ledger (sequence, digest, line) VALUES (3, 'x', 'x') ON CONFLICT DO NOTHING",
     "INSERT INTO ledger (sequence, digest, line) VALUES (3, 'x', 'x') ON CONFLICT (sequence) DO UPDATE SET line = 'x'",
+    "INSERT INTO ledger VALUES (4, <a digest>, 'x') ON CONFLICT (digest) DO UPDATE SET line = 'x'",
 ]
 WRITES_OF_ITS_OWN = [
     ("sqlite", "INSERT OR REPLACE INTO ledger (sequence, digest, line) VALUES (3, 'x', 'x')"),
@@ -140,6 +141,7 @@ WRITES_OF_ITS_OWN = [
 
 async def _refused(database: Database, statement: str) -> None:
     before = await database.run(STORE.entries)
+    statement = statement.replace("<a digest>", f"'{before[-1].digest}'")
     with pytest.raises(IntegrityError, match="append-only"):
         await database.run(lambda connection: connection.exec_driver_sql(statement) and None)
     assert await database.run(STORE.entries) == before
@@ -153,6 +155,22 @@ async def test_the_database_itself_refuses(database: Database, statement: str) -
 @pytest.mark.parametrize(("database_url", "statement"), WRITES_OF_ITS_OWN, indirect=["database_url"])
 async def test_each_engine_refuses_its_own_ways(database: Database, statement: str) -> None:
     await _refused(database, statement)
+
+
+@pytest.mark.parametrize("database_url", ["sqlite"], indirect=True)
+async def test_a_connection_that_is_not_ours_cannot_replace_an_entry_by_its_digest(
+    database: Database, database_url: URL
+) -> None:
+    """INSERT OR REPLACE fires triggers on deletion only where a connection has asked for that."""
+    before = await database.run(STORE.entries)
+    await database.close()
+    engine = sqlalchemy.create_engine(database_url)
+    with engine.connect() as connection:
+        with pytest.raises(IntegrityError, match="append-only"):
+            connection.exec_driver_sql("INSERT OR REPLACE INTO ledger VALUES (4, ?, 'x')", (before[-1].digest,))
+        connection.rollback()
+        assert STORE.entries(connection) == before
+    engine.dispose()
 
 
 async def test_several_entries_in_one_statement_are_in_order_or_none_is_taken(open_database: OpenDatabase) -> None:

@@ -150,7 +150,7 @@ async def test_an_upgrade_that_fails_changes_nothing(
         assert _revision(reader) == "aggregator_0001"
         assert "kind" not in {column["name"] for column in inspect(reader).get_columns("jobs")}
     database = await open_database(Migrations("aggregator"))
-    assert await database.run(_revision) == "aggregator_0003"
+    assert await database.run(_revision) == "aggregator_0004"
 
 
 async def test_a_reader_refuses_what_is_not_upgraded_yet(
@@ -159,7 +159,7 @@ async def test_a_reader_refuses_what_is_not_upgraded_yet(
     await _old(open_database, monkeypatch)
     with (
         pytest.raises(
-            StorageError, match="aggregator_0001, this software needs aggregator_0003: the role's next start"
+            StorageError, match="aggregator_0001, this software needs aggregator_0004: the role's next start"
         ),
         read_only(database_url, schema=Migrations("aggregator")),
     ):

@@ -15,7 +15,7 @@ from sqlalchemy.pool import StaticPool
 
 from src.config import PartyConfig
 from src.encryption.scheme import Scheme
-from src.errors import BudgetError, LedgerError
+from src.errors import BudgetError, ConflictError, LedgerError
 from src.party.accounts import PartyAccounts, finite
 from src.party.rules import CheckedPlan
 from src.privacy.accounting import epsilon
@@ -125,6 +125,9 @@ def test_whatever_happens_in_whatever_order_the_budget_holds(
                 else:
                     with pytest.raises(BudgetError):
                         books.reserve(plan)
+            elif operation == "reserve" and known == "returned":
+                with pytest.raises(ConflictError, match="given back: a new round has a new one"):
+                    books.reserve(plan)
             elif operation == "reserve":
                 books.reserve(plan)  # the same again charges nothing
             elif known:
@@ -291,6 +294,24 @@ def test_a_user_who_is_not_known_is_refused_unless_strangers_have_a_quota(
     books.reserve(make_plan(priced_rounds=1))
     with pytest.raises(BudgetError, match="epsilon budget at example level of the user"):
         books.reserve(make_plan(job_id="second", priced_rounds=1))
+
+
+def test_a_user_who_was_known_by_a_default_alone_is_refused_once_the_configuration_drops_it(
+    make_own: MakeBooks, make_plan: MakePlan
+) -> None:
+    first = make_own(of_user("eve"), default_user_epsilon=1e9)
+    with first.engine.begin() as connection:
+        assert first.accounts.open(connection, now=0.0) == []
+    first.reserve(make_plan(priced_rounds=1))
+    later = make_own(of_user("eve"))
+    with later.engine.begin() as connection:
+        (warning,) = later.accounts.open(connection, now=0.0)
+    assert "of user:* at example level was entered as" in warning
+    assert "a user who is neither named there nor by an entry of `sotto budget set` is refused" in warning
+    assert "--subject 'user:NAME'" in warning
+    with pytest.raises(BudgetError, match="has no budget here"):
+        later.reserve(make_plan(job_id="second", priced_rounds=1))
+    assert later.spent("example") == 1
 
 
 @pytest.mark.parametrize("unit", ["example", "party"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 from hypothesis import given, settings
@@ -213,6 +214,30 @@ def test_one_charge_counts_on_its_dataset_its_user_and_its_job() -> None:
     assert rounds(entries, "user:ada", unit="party") == 0
 
 
+def test_a_round_counts_on_every_party_that_it_invited_and_on_all_where_nobody_is_named() -> None:
+    entries: list[Entry] = []
+    for number, parties in enumerate([("a", "b"), ("b", "c"), ()], start=1):
+        entry = ledger.reserve(
+            entries,
+            at=AT,
+            job_id="j",
+            round=number,
+            unit="party",
+            subject="federation:demo",
+            reservation_id=f"j/{number}",
+            event=SUM,
+            parties=parties,
+        )
+        entries.append(entry)
+    entries.append(ledger.finalise(entries, "j/1", at=AT))
+    assert entries[-1].parties == ("a", "b")
+    subjects = ("party:a", "party:b", "party:c", "party:d", "party:*", "federation:demo", "job:j")
+    assert [rounds(entries, each, unit="party") for each in subjects] == [2, 3, 2, 1, 1, 3, 3]
+    assert rounds(entries, "party:a") == 0
+    with pytest.raises(BudgetError, match="round budget at party level of party a does not allow it: asked 2, spent 2"):
+        check_affordable(entries, budget(subject="party:a", max_rounds=3), [(2, SUM)])
+
+
 def test_a_quota_is_refused_without_naming_the_user() -> None:
     entries: list[Entry] = []
     charge(entries, 1, user="ada")
@@ -245,19 +270,34 @@ def reset(entries: list[Entry], subject: str) -> None:
     )
 
 
-def test_a_reset_forgets_what_was_final_and_nothing_that_may_still_be_shown() -> None:
+def test_a_reset_forgets_what_was_released_and_nothing_that_may_still_be_shown() -> None:
+    """Being final is not enough: a round is shown after that."""
     entries: list[Entry] = []
-    for number in range(1, 5):
+    for number in range(1, 6):
         charge(entries, number)
-    entries.append(ledger.finalise(entries, "j/1/d", at=AT))
+    for number in (1, 5):
+        entries.append(ledger.finalise(entries, f"j/{number}/d", at=AT))
+    entries.append(ledger.release(entries, "j/1/d", at=AT, figures={}))
     entries.append(ledger.give_back(entries, "j/2/d", at=AT, reason="failed"))
     reset(entries, "dataset:d")
-    assert rounds(entries, "dataset:d") == 2  # of rounds 3 and 4 it is open what becomes
+    assert rounds(entries, "dataset:d") == 3  # of rounds 3, 4 and 5 it is open what becomes
     entries.append(ledger.finalise(entries, "j/3/d", at=AT))
     entries.append(ledger.give_back(entries, "j/4/d", at=AT, reason="failed"))
-    assert rounds(entries, "dataset:d") == 1
-    assert rounds(entries, "dataset:d", ever=True) == 2
-    assert rounds(entries, "job:j") == 2  # another account
+    entries.append(ledger.release(entries, "j/5/d", at=AT, figures={}))
+    assert rounds(entries, "dataset:d") == 2
+    reset(entries, "dataset:d")
+    assert rounds(entries, "dataset:d") == 1  # of round 3 nothing says to this day that it was shown
+    assert rounds(entries, "dataset:d", ever=True) == 3
+    assert rounds(entries, "job:j") == 3  # another account
+
+
+def test_of_version_1_what_was_final_was_shown_as_nothing_of_it_says_releases() -> None:
+    entries: list[Entry] = []
+    charge(entries, 1)
+    old = [replace(entries[0], version=1, digest="a"), replace(ledger.finalise(entries, "j/1/d", at=AT), version=1)]
+    assert rounds(old, "dataset:d") == 1
+    reset(old, "dataset:d")
+    assert rounds(old, "dataset:d") == 0
 
 
 def test_an_opening_balance_belongs_to_the_period_it_was_written_in() -> None:
@@ -283,14 +323,14 @@ def test_an_opening_balance_belongs_to_the_period_it_was_written_in() -> None:
 @settings(deadline=None, max_examples=60)
 @given(
     operations=st.lists(
-        st.tuples(st.sampled_from(["reserve", "final", "return", "reset"]), st.integers(1, 5)), max_size=25
+        st.tuples(st.sampled_from(["reserve", "final", "release", "return", "reset"]), st.integers(1, 5)), max_size=25
     )
 )
-def test_since_a_reset_never_less_counts_than_became_final_after_it(operations: list[tuple[str, int]]) -> None:
+def test_since_a_reset_never_less_counts_than_may_have_been_shown_after_it(operations: list[tuple[str, int]]) -> None:
     entries: list[Entry] = []
     no_noise = NonPrivate(unit="example", reason="no noise")  # rounds are what counts here, and ε costs time
     state: dict[int, str] = {}
-    final_since: set[int] = set()
+    released_since: set[int] = set()
     for operation, number in operations:
         key = f"j/{number}/d"
         if operation == "reserve" and number not in state:
@@ -298,15 +338,18 @@ def test_since_a_reset_never_less_counts_than_became_final_after_it(operations: 
             state[number] = "open"
         elif operation == "reset":
             reset(entries, "dataset:d")
-            final_since.clear()
+            released_since.clear()
         elif operation == "final" and state.get(number) == "open":
             entries.append(ledger.finalise(entries, key, at=AT))
             state[number] = "final"
-            final_since.add(number)
+        elif operation == "release" and state.get(number) == "final":
+            entries.append(ledger.release(entries, key, at=AT, figures={}))
+            state[number] = "released"
+            released_since.add(number)
         elif operation == "return" and state.get(number) == "open":
             entries.append(ledger.give_back(entries, key, at=AT, reason="failed"))
             state[number] = "returned"
-        may_be_shown = final_since | {each for each, now in state.items() if now == "open"}
+        may_be_shown = released_since | {each for each, now in state.items() if now in ("open", "final")}
         assert rounds(entries, "dataset:d") == len(may_be_shown)
         assert rounds(entries, "dataset:d", ever=True) == sum(each != "returned" for each in state.values())
 
@@ -391,3 +434,19 @@ def test_what_the_configuration_no_longer_names_keeps_the_limit_that_was_entered
     limits = Limits({})
     assert in_force(limits, entries) == [limit(3)]
     assert limits.differences(entries) == {RANDHIE: (None, limit(3))}
+
+
+def test_known_is_who_is_configured_or_was_set_by_name() -> None:
+    """A default that the configuration has dropped, or a name that it has, makes nobody known any more."""
+    unit: Unit = "example"
+    stranger, ada, bob, eve = ((unit, f"user:{name}") for name in ("*", "ada", "bob", "eve"))
+    entries: list[Entry] = []
+    for account in (stranger, ada):
+        enter(entries, account, limit(5), action="configured")
+    enter(entries, bob, limit(2))
+    enter(entries, bob, None, action="reset")
+    enter(entries, eve, None, action="reset")
+    enter(entries, stranger, limit(9))
+    assert [Limits({}).knows(entries, each) for each in (ada, bob, eve, stranger)] == [False, True, False, False]
+    assert [Limits({ada: limit(5)}).knows([], each) for each in (ada, bob, eve)] == [True, False, False]
+    assert all(Limits({stranger: limit(5)}).knows([], each) for each in (ada, bob, eve))

@@ -237,6 +237,9 @@ REJECTED: dict[str, str | bytes] = {
     "bool for an integer": LINE.replace('"sequence":1', '"sequence":true'),
     "text for an integer": LINE.replace('"round":1', '"round":"1"'),
     "another type of user": LINE.replace('"user":""', '"user":null'),
+    "parties that are no list": LINE.replace('"previous"', '"parties":"a","previous"'),
+    "a party that is no text": LINE.replace('"previous"', '"parties":[1],"previous"'),
+    "parties of whom none is named": LINE.replace('"previous"', '"parties":[],"previous"'),
     "another type of signature": LINE.replace('"signature":""', '"signature":0'),
     "event unknown": LINE.replace("noisy_sum", "noisy_sun"),
     "two line feeds": LINE + "\n\n",
@@ -266,6 +269,7 @@ def test_a_line_that_is_not_canonical_is_refused_and_named(case: str) -> None:
         {"charged_rounds": -1},
         {"event": STEPS},
         {"reason": "x" * 501},
+        {"parties": ("a", "")},
     ],
 )
 def test_a_reservation_that_no_ledger_accepts_is_refused(changes: dict[str, object]) -> None:

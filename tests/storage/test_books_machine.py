@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 from sqlalchemy import Connection, MetaData, event
 
-from src.errors import BudgetError, LedgerError, NotFoundError
+from src.errors import BudgetError, ConflictError, LedgerError, NotFoundError
 from src.privacy.budget import Account, Limits, balance
 from src.privacy.events import NoisySum
 from src.privacy.ledger import Charge, Entry, Limit, charges
@@ -26,7 +26,7 @@ AT = "2026-01-01T00:00:00Z"
 KEY = SigningKey.from_bytes(b"machine".ljust(32, b"-"))
 LIMIT = 3
 FEDERATION: Account = ("party", "federation:demo")
-OWN: Account = ("party", "party:a")
+OWN: Account = ("party", "federation:other")
 COSTS = [Cost(account=account, event=NoisySum(noise_multiplier=4.0), user="ada") for account in (FEDERATION, OWN)]
 ROUNDS = st.integers(1, 5)
 DEATHS = st.one_of(st.none(), st.integers(0, 12))
@@ -66,7 +66,7 @@ class Accounts(RuleBasedStateMachine):
                 self._act(connection, operation, number)
             if death is not None:
                 raise Died
-        except (BudgetError, LedgerError, NotFoundError):
+        except (BudgetError, ConflictError, LedgerError, NotFoundError):
             if death is not None:
                 self._restart()
             return False
@@ -91,7 +91,9 @@ class Accounts(RuleBasedStateMachine):
 
     @rule(number=ROUNDS, death=DEATHS)
     def reserve(self, number: int, death: int | None) -> None:
-        self._do("reserve", number, death)
+        """What was given back is not charged again: whoever heard that it is charged may count on it."""
+        if self._do("reserve", number, death):
+            assert number in {each.entry.round for each in self._charges() if each.counts}
 
     @rule(number=ROUNDS, death=DEATHS)
     def send(self, number: int, death: int | None) -> None:

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,15 +16,19 @@ import pytest
 from sqlalchemy import Connection, MetaData
 
 from src.aggregator.store import EnrolmentStore, RoundStore
-from src.errors import StorageError
+from src.errors import LedgerError, StorageError
 from src.jobs.states import JobState
 from src.jobs.store import JobQuery, JobStore
 from src.party.store import RoundMemory
+from src.privacy.ledger import entry_digest, from_line, to_line
+from src.protocol.ledger import EntrySigner
+from src.protocol.signing import SigningKey
 from src.storage.database import Database, read_only
 from src.storage.ledger import LedgerStore
-from src.storage.migrations import History, Migrations
+from src.storage.migrations import HISTORIES, History, Migrations
 
 ROOT = Path(__file__).parents[2]
+AT = "2025-06-01T12:00:00+00:00"
 VECTORS = ROOT / "tests" / "vectors"
 FIRST: dict[History, str] = {"aggregator": "database_v1.sql", "party": "database_v1_party.sql"}
 HEAD = "bb144c830e8d35256cd31ee64303e6f6248d9bcee60d7b911cab9c432e6fa222"
@@ -93,7 +98,7 @@ async def test_a_partys_database_of_version_0_1_is_read(tmp_path: Path) -> None:
     await _in(path, "party", look)
     with read_only(path, schema=Migrations("party")) as reader:
         look(reader)
-        assert reader.exec_driver_sql("SELECT version_num FROM alembic_version").scalar() == "party_0002"
+        assert reader.exec_driver_sql("SELECT version_num FROM alembic_version").scalar() == "party_0003"
 
 
 async def test_before_an_upgrade_a_copy_is_laid_beside_the_database_and_never_after(tmp_path: Path) -> None:
@@ -101,7 +106,7 @@ async def test_before_an_upgrade_a_copy_is_laid_beside_the_database_and_never_af
     with closing(sqlite3.connect(path)) as before:
         expected = list(before.iterdump())
     await _in(path, "aggregator", lambda connection: None)
-    copy = tmp_path / "aggregator.sqlite.before-0003"
+    copy = tmp_path / "aggregator.sqlite.before-0004"
     with closing(sqlite3.connect(copy)) as kept:
         assert list(kept.iterdump()) == expected
         assert kept.execute("PRAGMA user_version").fetchone() == (1,)
@@ -176,3 +181,54 @@ def test_alembic_is_only_loaded_when_there_is_something_to_upgrade(tmp_path: Pat
     for loaded in ("True", "False"):
         done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60, check=True)
         assert done.stdout.strip() == loaded
+
+
+FORGED = {
+    "another line of version 1": ("UPDATE ledger SET digest = :digest, line = :line WHERE sequence = 2", 2),
+    "one line more": ("INSERT INTO ledger VALUES (3, :digest, :line)", 3),
+    "one line less": ("DELETE FROM ledger WHERE sequence = 2", 2),
+}
+
+
+@pytest.mark.parametrize(("statement", "named"), FORGED.values(), ids=FORGED.keys())
+async def test_no_lines_of_version_1_but_those_that_were_upgraded(tmp_path: Path, statement: str, named: int) -> None:
+    """They are not signed, and the first signed entry after them would vouch for whatever stands there."""
+    path = _make(tmp_path / "party.sqlite", "party")
+    store = LedgerStore(MetaData(), signer=EntrySigner(SigningKey.generate()))
+    assert len(await _in(path, "party", store.entries)) == 2
+    with closing(sqlite3.connect(path)) as database:
+        for trigger in ("no_update", "no_delete", "in_order"):
+            database.execute(f"DROP TRIGGER ledger_{trigger}")
+        line = database.execute("SELECT line FROM ledger WHERE sequence = 2").fetchone()[0]
+        old = from_line(line)
+        place = old.sequence + (named == 3)
+        forged = replace(old, sequence=place, at=AT, previous=old.digest if named == 3 else old.previous, reason="x")
+        if named == 3:
+            forged = replace(forged, kind="refusal")
+        forged = replace(forged, digest=entry_digest(forged))
+        database.execute(statement, {"digest": forged.digest, "line": to_line(forged)} if ":" in statement else {})
+        database.commit()
+    for reading in (store.verify, LedgerStore(MetaData()).entries):
+        with pytest.raises(LedgerError, match=f"entry {named}: the lines of version 1 are not those"):
+            await _in(path, "party", reading)
+
+
+async def test_a_database_at_the_revision_before_pins_its_lines_of_version_1_and_refuses_a_digest_twice(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = _make(tmp_path / "party.sqlite", "party")
+    with monkeypatch.context() as patch:
+        patch.setitem(HISTORIES, "party", HISTORIES["party"][:2])
+        await _in(path, "party", lambda connection: None)
+    with closing(sqlite3.connect(path)) as database:
+        database.execute("DROP TRIGGER ledger_in_order")
+        (as_it_was,) = [
+            each for each in (VECTORS / FIRST["party"]).read_text("utf-8").splitlines() if "in_order" in each
+        ]
+        database.execute(as_it_was)
+        database.commit()
+    entries = await _in(path, "party", LedgerStore(MetaData()).entries)
+    with closing(sqlite3.connect(path)) as database:
+        assert database.execute("SELECT entries, head FROM ledger_version_1").fetchall() == [(2, entries[-1].digest)]
+        with pytest.raises(sqlite3.IntegrityError, match="append-only"):
+            database.execute("INSERT OR REPLACE INTO ledger VALUES (3, ?, 'x')", (entries[-1].digest,))

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Final, cast
 
 from src.privacy import ledger
-from src.privacy.events import SampledNoisySum
+from src.privacy.events import NoisySum, SampledNoisySum
 from src.protocol.canonical import canonical_bytes, digest, real
 from src.protocol.ledger import EntrySigner
 from src.protocol.merkle import MerkleHasher
@@ -81,6 +81,10 @@ def ledger_entries_2() -> list[ledger.Entry]:
                 reason="asked for by \U0001f600",
             )
         )
+    of_round = {"at": at, "job_id": "job-4", "round": 1, "unit": "party", "subject": "federation:demo"}
+    noise = NoisySum(noise_multiplier=4.0, dimension=60)
+    book.add(ledger.reserve(book.entries, reservation_id="job-4/1", event=noise, parties=["b", "a"], **of_round))
+    book.add(ledger.finalise(book.entries, "job-4/1", at=at))
     return book.entries
 
 

@@ -325,7 +325,7 @@ def ledger_head(lines: list[str], *, key: str | None) -> str:
         version = entry["version"]
         require(version in versions, f"line {place} is of a version that may stand here")
         versions = {each for each in versions if each >= version}
-        fields(entry, *(LEDGER_FIELDS if version == 1 else LEDGER_FIELDS_2))
+        fields(entry, *(LEDGER_FIELDS if version == 1 else LEDGER_FIELDS_2), *ledger_parties(entry))
         require(entry["sequence"] == place, f"line {place} is in its place")
         require(entry["previous"] == head, f"line {place} follows from the line before")
         head = entry.pop("digest")
@@ -340,6 +340,15 @@ def ledger_head(lines: list[str], *, key: str | None) -> str:
             check_signature(bytes.fromhex(signature[:64]), signed, bytes.fromhex(signature[64:]))
         ledger_event(entry["event"])
     return head
+
+
+def ledger_parties(entry: Json) -> list[str]:
+    """The name of that field, where a line of version 2 has it: then it names somebody."""
+    if entry["version"] == 1 or "parties" not in entry:
+        return []
+    parties = entry["parties"]
+    require(bool(parties) and parties == sorted(set(parties)) and all(parties), "parties are sorted names, if any")
+    return ["parties"]
 
 
 def ledger_event(value: Json | None) -> None:

@@ -263,8 +263,8 @@ def test_signatures_on_ledger_lines_verify() -> None:
     vector = load("ledger_2")
     entries = ledger.verify_lines(vector["lines"])
     keys = [bytes.fromhex(vector["verify_key"])]
-    assert check_signatures(entries, verify_keys=keys) == sum(entry.version == 2 for entry in entries) == 9
-    assert [entry.version for entry in entries] == [1] * 6 + [2] * 9
+    assert check_signatures(entries, verify_keys=keys) == sum(entry.version == 2 for entry in entries) == 11
+    assert [entry.version for entry in entries] == [1] * 6 + [2] * 11
     assert {entry.kind for entry in entries} == set(get_args(ledger.Kind))
 
 

@@ -17,8 +17,10 @@ from ..schema import something_else
 from .aggregator import v0001 as aggregator_v0001
 from .aggregator import v0002 as aggregator_v0002
 from .aggregator import v0003 as aggregator_v0003
+from .aggregator import v0004 as aggregator_v0004
 from .party import v0001 as party_v0001
 from .party import v0002 as party_v0002
+from .party import v0003 as party_v0003
 
 if TYPE_CHECKING:
     from types import ModuleType
@@ -39,8 +41,10 @@ class Revision(Protocol):
 
 
 HISTORIES: Final[dict[History, tuple[Revision, ...]]] = {
-    "aggregator": tuple(cast(Revision, each) for each in (aggregator_v0001, aggregator_v0002, aggregator_v0003)),
-    "party": tuple(cast(Revision, each) for each in (party_v0001, party_v0002)),
+    "aggregator": tuple(
+        cast(Revision, each) for each in (aggregator_v0001, aggregator_v0002, aggregator_v0003, aggregator_v0004)
+    ),
+    "party": tuple(cast(Revision, each) for each in (party_v0001, party_v0002, party_v0003)),
 }
 """Revisions, oldest first."""
 

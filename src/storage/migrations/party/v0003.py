@@ -1,0 +1,19 @@
+"""Ledger lines of version 1 are pinned, and a digest is refused a second time."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from ..ledger import pin_version_1, refuse_a_digest_twice
+
+if TYPE_CHECKING:
+    from alembic.operations import Operations
+
+revision = "party_0003"
+down_revision = "party_0002"
+
+
+def upgrade(op: Operations) -> None:
+    """No line changes."""
+    pin_version_1(op)
+    refuse_a_digest_twice(op)
