@@ -50,12 +50,14 @@ def limits_of(config: AggregatorConfig | PartyConfig) -> Limits:
     return party_limits(config)
 
 
-def enforced(config: AggregatorConfig | PartyConfig) -> dict[Unit, dict[str, frozenset[str] | None]]:
+def enforced(config: AggregatorConfig | PartyConfig | None) -> dict[Unit, dict[str, frozenset[str] | None]]:
     """The kinds of subjects that a role counts charges on, by unit, with their names where it counts on no others.
 
     The aggregator knows rounds, whom they invite and for which job; a party its datasets' rows, whose these are, for
-    which job, and itself as a whole.
+    which job, and itself as a whole; `sotto train` without a configuration users and jobs.
     """
+    if config is None:
+        return {"example": {"user": None, "job": None}}
     own = frozenset({config.federation})
     if isinstance(config, AggregatorConfig):
         return {"party": {"federation": own, "party": None, "job": None}}

@@ -13,7 +13,11 @@ import json
 import logging
 import sys
 import traceback
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import UTC, datetime
+from pathlib import Path
 from typing import Any, Final, Literal, TextIO
 
 from .errors import SottoError, meaning
@@ -48,6 +52,31 @@ def configure(*, level: str = "INFO", format: Literal["text", "json"] = "text", 
     for name in {ROOT, _PACKAGE}:
         logging.getLogger(name).setLevel(level)
     logging.captureWarnings(True)
+
+
+def type_and_place(error: BaseException) -> str:
+    """All that may be said of an error raised while private rows are at hand: its type, and where it was raised, as
+    file names and lines from the second frame inwards. Never its text, which may hold values."""
+    frames = traceback.extract_tb(error.__traceback__)[1:][-4:]
+    place = " > ".join(f"{Path(frame.filename).name}:{frame.lineno}" for frame in frames)
+    return f"{type(error).__name__} at {place}" if place else type(error).__name__
+
+
+@contextmanager
+def muted() -> Iterator[None]:
+    """Around what computes on private rows: nobody in this process logs or warns meanwhile, at any level.
+
+    What is computed on knows more than may be told, and tells it to whoever asks: torch, at DEBUG, the size of every
+    batch. For a process, or a part of its life, that has nothing else to log meanwhile.
+    """
+    before = logging.root.manager.disable
+    logging.disable(logging.CRITICAL)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(before)
 
 
 def _canonical(name: str) -> str:

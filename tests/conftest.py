@@ -41,6 +41,7 @@ LONG_FILES: Final = (
     "tests/integration/test_wrong_kit.py",
     "tests/integration/test_node_client.py",
     "tests/integration/test_fedsgd.py",
+    "tests/integration/test_private_values_told.py",
     "tests/faults/test_kill_and_resume.py",
     "tests/faults/test_crash_points.py",
     "tests/faults/test_cancelling.py",
@@ -50,7 +51,7 @@ LONG_FILES: Final = (
     "tests/integration/test_classic.py",
 )
 """With processes of their own, about a minute each: workers begin with these, so that none is left alone with one."""
-ONE_FEDERATION: Final = frozenset(LONG_FILES[:5])
+ONE_FEDERATION: Final = frozenset(LONG_FILES[:6])
 """Their tests share one federation, which takes half a minute to start: they belong into one worker."""
 
 if os.environ.pop("PYTHONDONTWRITEBYTECODE", None):
@@ -217,6 +218,7 @@ class Federation:
         self.kits = directory / "kits"
         self.processes = Processes(directory)
         self.address = ""
+        self.notebook: Path | None = None
         self._settings = dict(settings or {})
         self._client: SottoClient | None = None
         provision(

@@ -18,7 +18,17 @@ from pydantic import ValidationError
 
 from src import logs
 from src.config import AggregatorConfig, PartyConfig, load_aggregator_config, load_client_config, load_party_config
-from src.config_sections import Budget, is_loopback, split_address
+from src.config_sections import (
+    AggregatorPrivacy,
+    Budget,
+    DatasetSection,
+    JobQuotas,
+    PartyBudgets,
+    PartyPolicy,
+    PartyPrivacy,
+    is_loopback,
+    split_address,
+)
 from src.config_yaml import parse_yaml, read_document
 from src.errors import BudgetError, ConfigError
 
@@ -63,6 +73,17 @@ def test_the_shipped_files_load_as_they_are() -> None:
     assert config.state_dir == ROOT / "config/../var/aggregator"
     assert config.privacy.budget.delta == 1e-5
     assert config.keys.private_key == config.state_dir / "private_key.json"
+
+
+def test_the_shipped_files_show_every_setting_of_privacy_and_policy() -> None:
+    shown = read_document(ROOT / "config/aggregator.yaml")["privacy"]
+    assert set(shown) == set(AggregatorPrivacy.model_fields)
+    shown = read_document(ROOT / "config/party.yaml")
+    assert set(shown["policy"]) == set(PartyPolicy.model_fields)
+    assert set(shown["privacy"]) == set(PartyPrivacy.model_fields)
+    assert set(shown["privacy"]["budgets"]) == set(PartyBudgets.model_fields)
+    assert set(shown["privacy"]["budgets"]["per_job"]) == set(JobQuotas.model_fields)
+    assert set(shown["datasets"]["randhie"]) == set(DatasetSection.model_fields)
 
 
 @pytest.mark.parametrize(("name", "index"), [("a", 0), ("b", 1), ("z", 25)])

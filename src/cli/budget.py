@@ -6,17 +6,27 @@ import json
 import math
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from . import budget_change, budget_ledger
-from .budget_source import AsJson, ConfigFile, PartyName, SubjectOption, UnitOption, head_of, load, read_entries
+from .budget_source import (
+    AsJson,
+    ConfigFile,
+    PartyName,
+    StateDir,
+    SubjectOption,
+    UnitOption,
+    head_of,
+    load,
+    read_entries,
+)
 
 if TYPE_CHECKING:
     from ..privacy.budget import Account, Budget, Limits
     from ..privacy.ledger import Entry
+    from .budget_source import Source
 
 app = typer.Typer(
     add_completion=False,
@@ -58,8 +68,9 @@ def _group() -> None:
 
 @app.command()
 def show(
-    config: ConfigFile,
+    config: ConfigFile = None,
     name: PartyName = None,
+    state_dir: StateDir = None,
     unit: UnitOption = None,
     subject: SubjectOption = None,
     delta: Annotated[float | None, typer.Option(help="Also say the ε spent at this δ.")] = None,
@@ -69,7 +80,8 @@ def show(
 
     Reads beside the running role and writes nothing. A job's quota is shown when it is asked for: --subject job:ID.
     """
-    role, entries, rows, warnings = read(config, name=name, unit=unit, subject=subject, delta=delta)
+    source = load(config, name=name, state_dir=state_dir)
+    role, entries, rows, warnings = read(source, unit=unit, subject=subject, delta=delta)
     if as_json:
         body = {
             "role": role,
@@ -88,9 +100,8 @@ def show(
 
 
 def read(
-    path: Path,
+    source: Source,
     *,
-    name: str | None = None,
     unit: str | None = None,
     subject: str | None = None,
     delta: float | None = None,
@@ -98,7 +109,6 @@ def read(
     """(whose ledger, its entries, one row for each budget, warnings).
 
     Raises:
-        ConfigError: the file is no configuration of a role.
         InvalidInput: a δ out of range.
         NotFoundError: the role has no database yet.
         LedgerError: the ledger's chain is broken.
@@ -108,7 +118,6 @@ def read(
 
     if delta is not None and not 0.0 < delta < 1.0:
         raise InvalidInput("--delta must lie strictly between 0 and 1", violations={"delta": "in (0, 1)"})
-    source = load(path, name=name)
     entries = read_entries(source)
     asked = [
         account

@@ -11,7 +11,17 @@ from typing import TYPE_CHECKING, Annotated, Any, Final
 import typer
 
 from .budget_ledger import as_object, describe
-from .budget_source import AsJson, ConfigFile, PartyName, SubjectOption, UnitOption, account_of, load, read_entries
+from .budget_source import (
+    AsJson,
+    ConfigFile,
+    PartyName,
+    StateDir,
+    SubjectOption,
+    UnitOption,
+    account_of,
+    load,
+    read_entries,
+)
 
 if TYPE_CHECKING:
     from ..config import AggregatorConfig, PartyConfig
@@ -27,9 +37,10 @@ DEFAULT_DELTA: Final = 1e-5
 
 
 def set_(
-    config: ConfigFile,
     reason: Reason,
+    config: ConfigFile = None,
     name: PartyName = None,
+    state_dir: StateDir = None,
     unit: UnitOption = None,
     subject: SubjectOption = None,
     epsilon: Annotated[str | None, typer.Option(help='ε, or "none" for no limit in ε.')] = None,
@@ -40,9 +51,9 @@ def set_(
     """Enter a budget into the ledger, which is the only way to raise one. The role must be stopped meanwhile.
 
     Without --epsilon, --max-rounds and --delta the configuration's value is entered. What is not said stays as it was.
-    Where configuration and ledger differ afterwards, the smaller of both counts.
+    Where configuration and ledger differ afterwards, the smaller of both counts; without a configuration the ledger.
     """
-    source, account = load(config, name=name), account_of(unit, subject)
+    source, account = load(config, name=name, state_dir=state_dir), account_of(unit, subject)
     check_enforced(source.config, account)
     given = {"epsilon": epsilon, "max_rounds": max_rounds, "delta": delta}
 
@@ -54,9 +65,10 @@ def set_(
 
 
 def reset(
-    config: ConfigFile,
     reason: Reason,
+    config: ConfigFile = None,
     name: PartyName = None,
+    state_dir: StateDir = None,
     unit: UnitOption = None,
     subject: SubjectOption = None,
     as_json: AsJson = False,
@@ -67,13 +79,13 @@ def reset(
     and the limit as it is. Whoever's data it is has been exposed to all periods together: that figure is shown from now
     on beside the new one.
     """
-    source, account = load(config, name=name), account_of(unit, subject, one=True)
+    source, account = load(config, name=name, state_dir=state_dir), account_of(unit, subject, one=True)
     check_enforced(source.config, account)
     entry, entries = _correct(source, account, action="reset", choose=lambda _: None, reason=reason)
     _report(source, account, entry=entry, entries=entries, as_json=as_json)
 
 
-def check_enforced(config: AggregatorConfig | PartyConfig, account: Account) -> None:
+def check_enforced(config: AggregatorConfig | PartyConfig | None, account: Account) -> None:
     """Raise InvalidInput for an account on which the role of this configuration never counts anything."""
     from ..config_budgets import enforced
     from ..errors import InvalidInput
@@ -153,7 +165,7 @@ def _correct(
 
     if not reason.strip():
         raise InvalidInput("a change of a budget needs a reason", violations={"reason": "must not be empty"})
-    if not source.config.keys.signing_key.is_file():
+    if not source.signing_key.is_file():
         raise NotFoundError("this role has no signing key yet: it has never run", private="keys.signing_key")
     read_entries(source)  # a database that is not there is not made here
     return asyncio.run(_write(source, account, action=action, choose=choose, reason=reason))
@@ -173,7 +185,7 @@ async def _write(
     from ..storage.ledger import LedgerStore
     from ..storage.migrations import Migrations
 
-    store = LedgerStore(MetaData(), signer=EntrySigner(SigningKey.load(source.config.keys.signing_key)))
+    store = LedgerStore(MetaData(), signer=EntrySigner(SigningKey.load(source.signing_key)))
     books = Books(store, source.limits)
 
     def work(connection: Connection) -> tuple[Entry, list[Entry]]:

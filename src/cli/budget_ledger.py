@@ -13,6 +13,7 @@ from .budget_source import (
     AsJson,
     ConfigFile,
     PartyName,
+    StateDir,
     SubjectOption,
     UnitOption,
     head_of,
@@ -32,8 +33,9 @@ WORTH_SEEING = 50
 
 
 def history(
-    config: ConfigFile,
+    config: ConfigFile = None,
     name: PartyName = None,
+    state_dir: StateDir = None,
     unit: UnitOption = None,
     subject: SubjectOption = None,
     job: Annotated[str | None, typer.Option("--job", help="Of this job only.")] = None,
@@ -42,7 +44,7 @@ def history(
     as_json: AsJson = False,
 ) -> None:
     """The ledger's entries, oldest first. Reads beside the running role and writes nothing."""
-    source = load(config, name=name)
+    source = load(config, name=name, state_dir=state_dir)
     entries = read_entries(source)
     found = [
         entry
@@ -107,8 +109,9 @@ def _mechanism(entry: Entry) -> str:
 
 
 def export(
-    config: ConfigFile,
+    config: ConfigFile = None,
     name: PartyName = None,
+    state_dir: StateDir = None,
     out: Annotated[Path | None, typer.Option("--out", "-o", help="A new file; stdout if left out.")] = None,
     as_json: Annotated[
         bool, typer.Option("--json", help="With --out: print one JSON object. (Lines are JSON anyway.)")
@@ -121,7 +124,7 @@ def export(
     from ..errors import ConflictError
     from ..privacy.ledger import to_line
 
-    entries = read_entries(load(config, name=name))
+    entries = read_entries(load(config, name=name, state_dir=state_dir))
     text = "".join(f"{to_line(entry)}\n" for entry in entries)
     if out is None:
         typer.echo(text, nl=False)
@@ -140,10 +143,9 @@ def export(
 
 def verify(
     file: Annotated[Path | None, typer.Argument(help="What `sotto budget export` wrote.", show_default=False)] = None,
-    config: Annotated[
-        Path | None, typer.Option("--config", "-c", help="Instead: the ledger of this role, and its key.")
-    ] = None,
+    config: ConfigFile = None,
     name: PartyName = None,
+    state_dir: StateDir = None,
     verify_key: Annotated[
         str | None, typer.Option("--verify-key", help="Who must have signed: 64 hex digits of an Ed25519 public key.")
     ] = None,
@@ -161,15 +163,16 @@ def verify(
 ) -> None:
     """Replay a ledger: its form, its chain, its rules, its signatures, and heads recorded elsewhere.
 
-    Needs no server. The first bad entry is named, by its line. FILE by itself: signatures must hold, whoever made them.
+    Needs no server. The first bad entry is named, by its line. FILE by itself: signatures must hold, whoever made them;
+    with --config or --state-dir they must be of the key that is found there.
     """
-    source = load(config, name=name) if config is not None else None
+    source = _source_of(file, config, name=name, state_dir=state_dir)
     key = _key(verify_key, roster, signer=signer) or (None if source is None else verify_key_of(source))
     heads = [_hex(each, "--head") for each in head or []]
-    if file is None:
-        report = _verify_source(source, key=key, heads=heads)
-    else:
+    if file is not None:
         report = replay(_lines(file), key=key, heads=heads)
+    elif source is not None:
+        report = _verify_source(source, key=key, heads=heads)
     if as_json:
         typer.echo(json.dumps(report, ensure_ascii=False))
         return
@@ -184,7 +187,7 @@ def _about_signatures(report: dict[str, Any]) -> list[str]:
     signed, old = report["signed"], report["version_1"]
     lines = [f"{signed} signatures hold, by {', '.join(report['signed_by']) or 'nobody'}"]
     if not report["whose_is_checked"]:
-        lines.append("whose key that is was not checked: say --config, --roster or --verify-key")
+        lines.append("whose key that is was not checked: say --config, --state-dir, --roster or --verify-key")
     if old:
         lines.append(f"{old} entries of version 1 carry no signature; a signed entry after them vouches for them")
     if report["entries"] > old + signed or (old and not signed):
@@ -206,18 +209,15 @@ def replay(lines: Sequence[str | bytes], *, key: bytes | None, heads: list[str])
     return _what_was_found(entries, signed=signatures.signed, key=key, heads=heads)
 
 
-def _verify_source(source: Source | None, *, key: bytes | None, heads: list[str]) -> dict[str, Any]:
-    """The same of the ledger in a role's database, its rows and lines. Raises InvalidInput where there is no source."""
+def _verify_source(source: Source, *, key: bytes | None, heads: list[str]) -> dict[str, Any]:
+    """The same of the ledger in a role's database, its rows and lines."""
     from sqlalchemy import MetaData
 
-    from ..errors import InvalidInput
     from ..protocol.ledger import Signatures
     from ..storage.database import read_only
     from ..storage.ledger import LedgerStore
     from ..storage.migrations import Migrations
 
-    if source is None:
-        raise InvalidInput("say what to verify: FILE, or --config")
     store, signatures = LedgerStore(MetaData()), Signatures([key] if key else [])
     with read_only(source.location, schema=Migrations(source.history)) as connection:
         store.verify(connection, known_heads=heads, judge=signatures)
@@ -237,6 +237,12 @@ def _what_was_found(entries: list[Entry], *, signed: int, key: bytes | None, hea
         "version_1": sum(entry.version == 1 for entry in entries),
         "heads": heads,
     }
+
+
+def _source_of(file: Path | None, config: Path | None, *, name: str | None, state_dir: Path | None) -> Source | None:
+    """Whose ledger it is said to be; of a file by itself nobody's."""
+    by_itself = file is not None and (config, name, state_dir) == (None, None, None)
+    return None if by_itself else load(config, name=name, state_dir=state_dir)
 
 
 def _lines(file: Path) -> list[bytes]:

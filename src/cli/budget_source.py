@@ -16,7 +16,16 @@ if TYPE_CHECKING:
     from ..privacy.ledger import Entry
     from ..storage.migrations import History
 
-ConfigFile = Annotated[Path, typer.Option("--config", "-c", help="aggregator.yaml or party.yaml.")]
+ConfigFile = Annotated[
+    Path | None,
+    typer.Option("--config", "-c", help="aggregator.yaml or party.yaml; without it, the ledger of --state-dir."),
+]
+StateDir = Annotated[
+    Path | None,
+    typer.Option(
+        "--state-dir", help="Of `sotto train` without a configuration; by default where it keeps the user's own ledger."
+    ),
+]
 PartyName = Annotated[str | None, typer.Option("--name", help="The party, where one file serves several.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
 UnitOption = Annotated[str | None, typer.Option("--unit", help="example or party.")]
@@ -30,21 +39,46 @@ KINDS = ("dataset", "user", "federation", "party", "job")
 
 @dataclass(frozen=True, slots=True)
 class Source:
-    """A role's ledger: whose it is, where it lies, and what its configuration allows."""
+    """A role's ledger.
 
-    config: AggregatorConfig | PartyConfig
+    Attributes:
+        role: whose it is, for people.
+        history, location: of the database.
+        limits: what the configuration allows, or what holds without one.
+        signing_key: the file with the key that signs the ledger.
+        config: None where `sotto train` keeps it without one.
+    """
+
     role: str
     history: History
     location: Path | str | URL
     limits: Limits
+    signing_key: Path
+    config: AggregatorConfig | PartyConfig | None
 
 
-def load(path: Path, *, name: str | None = None) -> Source:
-    """The role that a configuration describes.
+def load(path: Path | None, *, name: str | None = None, state_dir: Path | None = None) -> Source:
+    """The role that a configuration describes, or `sotto train` on this node where there is none.
+
+    Args:
+        path: of the configuration; None for none.
+        name: the party, where one file serves several.
+        state_dir: where `sotto train` keeps its ledger without a configuration; None for where it does by default.
 
     Raises:
         ConfigError: the file is no configuration of a role.
+        InvalidInput: options that do not go together.
     """
+    from ..errors import InvalidInput
+
+    if path is None and name is not None:
+        raise InvalidInput("--name says which party of a configuration: it needs --config")
+    if path is not None and state_dir is not None:
+        raise InvalidInput("a ledger is that of --config or that of --state-dir, not of both")
+    return _without_configuration(state_dir) if path is None else _configured(path, name=name)
+
+
+def _configured(path: Path, *, name: str | None) -> Source:
     from ..config import load_aggregator_config, load_party_config
     from ..config_budgets import limits_of
     from ..config_yaml import read_document
@@ -58,7 +92,16 @@ def load(path: Path, *, name: str | None = None) -> Source:
         config = load_aggregator_config(path)
         role, history = f"aggregator of {config.federation}", "aggregator"
     location = database_location(config.database_path, config.database.url, config.database.password_file)
-    return Source(config, role, cast("History", history), location, limits_of(config))
+    key = config.keys.signing_key
+    return Source(role, cast("History", history), location, limits_of(config), signing_key=key, config=config)
+
+
+def _without_configuration(state_dir: Path | None) -> Source:
+    from .train_ledger import DATABASE_FILE, DEFAULT_LIMITS, KEY_FILE, default_state_dir
+
+    place = default_state_dir() if state_dir is None else state_dir
+    role, key = f"sotto train in {place}", place / KEY_FILE
+    return Source(role, "party", place / DATABASE_FILE, DEFAULT_LIMITS, signing_key=key, config=None)
 
 
 def read_entries(source: Source) -> list[Entry]:
@@ -70,12 +113,19 @@ def read_entries(source: Source) -> list[Entry]:
     """
     from sqlalchemy import MetaData
 
+    from ..errors import NotFoundError
     from ..storage.database import read_only
     from ..storage.ledger import LedgerStore
     from ..storage.migrations import Migrations
 
-    with read_only(source.location, schema=Migrations(source.history)) as connection:
-        return LedgerStore(MetaData()).entries(connection)
+    try:
+        with read_only(source.location, schema=Migrations(source.history)) as connection:
+            return LedgerStore(MetaData()).entries(connection)
+    except NotFoundError as error:
+        if source.config is not None:
+            raise
+        text = f"{error.message}: `sotto train` has charged nothing there; a role's ledger is named by --config"
+        raise NotFoundError(text) from error
 
 
 def head_of(entries: list[Entry]) -> str:
@@ -86,16 +136,16 @@ def head_of(entries: list[Entry]) -> str:
 
 
 def verify_key_of(source: Source) -> bytes | None:
-    """The key that signs this ledger: by the kit's roster, or else this role's own; None where there is neither."""
+    """The key that signs this ledger: by the kit's roster, or else this node's own; None where there is neither."""
     from ..config import PartyConfig
     from ..protocol.roster import AGGREGATOR, load_roster
     from ..protocol.signing import SigningKey
 
-    config, keys = source.config, source.config.keys
-    if keys.roster is not None:
-        _, roster = load_roster(keys.roster)
+    config = source.config
+    if config is not None and config.keys.roster is not None:
+        _, roster = load_roster(config.keys.roster)
         return roster.verify_key(config.name if isinstance(config, PartyConfig) else AGGREGATOR)
-    return SigningKey.load(keys.signing_key).verify_key if keys.signing_key.is_file() else None
+    return SigningKey.load(source.signing_key).verify_key if source.signing_key.is_file() else None
 
 
 def account_of(unit: str | None, subject: str | None, *, one: bool = False) -> Account:

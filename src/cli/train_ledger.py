@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Final, TypeVar
@@ -15,9 +15,9 @@ from sqlalchemy import URL, Connection, MetaData
 from ..errors import BudgetError, ConflictError, StateError
 from ..jobs.states import utc
 from ..privacy import ledger
-from ..privacy.budget import ANY, Account, Limits, balance, check_affordable, subject_of
+from ..privacy.budget import ANY, Account, Budget, Limits, balance, check_affordable, entered, subject_of
 from ..privacy.events import Event, NonPrivate
-from ..privacy.ledger import Limit, charges
+from ..privacy.ledger import Entry, Limit, charges
 from ..protocol.ledger import EntrySigner
 from ..protocol.signing import SigningKey
 from ..storage.books import Books, Cost, reservation_id
@@ -29,7 +29,27 @@ T = TypeVar("T")
 
 DEFAULT_USER_LIMIT: Final = Limit(max_rounds=None, epsilon=10.0, delta=1e-5)
 """A user's budget on a node without a configuration: what the shipped config/party.yaml gives."""
-DEFAULT_LIMITS: Final = Limits({("example", subject_of("user", ANY)): DEFAULT_USER_LIMIT})
+
+
+class DefaultLimits(Limits):
+    """What holds on a node without a configuration: what the ledger says, and these where it says nothing.
+
+    There is nothing for an operator to change but the ledger, so that what `sotto budget set` enters is what counts.
+    """
+
+    __slots__ = ()
+
+    def budgets(self, entries: Iterable[Entry], account: Account) -> tuple[Budget, ...]:
+        """The account's limit."""
+        limit = entered(entries, account) or self.configured(account)
+        return () if limit is None else (Budget.of(account, limit),)
+
+    def differences(self, entries: Sequence[Entry]) -> dict[Account, tuple[Limit | None, Limit]]:
+        """None: nothing else says anything."""
+        return {}
+
+
+DEFAULT_LIMITS: Final = DefaultLimits({("example", subject_of("user", ANY)): DEFAULT_USER_LIMIT})
 
 DATABASE_FILE: Final = "party.sqlite"
 KEY_FILE: Final = "signing.key"

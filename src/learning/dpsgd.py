@@ -14,7 +14,7 @@ from __future__ import annotations
 import copy
 import math
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Final, cast
@@ -36,6 +36,9 @@ from .task import Dataset, Loss
 NORMALS_PER_DRAW: Final = 4
 """Normals summed for one noise value, so that its low bits tell nothing of it: Holohan & Braghin 2021, "Secure Random
 Sampling in Differential Privacy", section 5.1, with n = 2 as Opacus has it in its secure mode."""
+
+LossesOf = Callable[[torch.Tensor], torch.Tensor]
+"""Positions of rows, shape (k,) → one loss for each, shape (k,)."""
 
 _MANTISSA_BITS: Final = 53
 _WORD_BITS: Final = 64
@@ -61,8 +64,9 @@ def train_dpsgd(
 ) -> None:
     """Train `model` in place with DP-SGD: `config.steps` steps of SGD on clipped, noised gradients.
 
-    A step whose sample is empty is a step of pure noise. The caller sets torch's threads. Losses are neither returned
-    nor logged: they are functions of private rows.
+    A step whose sample is empty is a step of pure noise. An example whose gradient is not finite counts as zero: what
+    one example adds is bounded whatever it holds, and none of them makes the training fail or diverge. The caller sets
+    torch's threads. Losses are neither returned nor logged: they are functions of private rows.
 
     Args:
         model: float32; buffers stay as they are.
@@ -79,12 +83,16 @@ def train_dpsgd(
         raise InvalidInput(f"DP-SGD cannot train this model: {'; '.join(map(str, found))}")
     mechanism = _mechanism(working, config, entropy)
     features, labels = torch.from_numpy(dataset.features), torch.from_numpy(dataset.labels)
+
+    def losses(rows: torch.Tensor) -> torch.Tensor:
+        return checked_losses(loss(mechanism.model(features[rows]), labels[rows]), len(rows))
+
     for _ in range(config.steps):
         mechanism.optimizer.zero_grad()
         chosen = _sample(dataset, config, entropy)
         if len(chosen):
             with known_warnings():
-                mechanism.backward(checked_losses(loss(mechanism.model(features[chosen]), labels[chosen]), len(chosen)))
+                mechanism.backward(losses, chosen)
         else:
             mechanism.no_gradients()
         mechanism.optimizer.step()
@@ -161,8 +169,12 @@ class _PerExample:
     model: Any
     optimizer: Any
 
-    def backward(self, losses: torch.Tensor) -> None:
-        torch.autograd.backward(losses.sum())
+    def backward(self, losses: LossesOf, rows: torch.Tensor) -> None:
+        torch.autograd.backward(losses(rows).sum())
+        found = [parameter.grad_sample for parameter in self.optimizer.params]
+        finite = torch.stack([torch.isfinite(each).flatten(1).all(dim=1) for each in found]).all(dim=0)
+        for each in found:
+            each[~finite] = 0.0
 
     def no_gradients(self) -> None:
         for parameter in self.optimizer.params:
@@ -176,7 +188,17 @@ class _Ghost:
     model: Any
     optimizer: Any
 
-    def backward(self, losses: torch.Tensor) -> None:
+    def backward(self, losses: LossesOf, rows: torch.Tensor) -> None:
+        self._backward(losses(rows))
+        finite = torch.isfinite(self.model.per_sample_gradient_norms)
+        if not bool(finite.all()):  # times zero they would still be NaN: once more, without them
+            self.optimizer.zero_grad()
+            if bool(finite.any()):
+                self._backward(losses(rows[finite]))
+            else:
+                self.no_gradients()
+
+    def _backward(self, losses: torch.Tensor) -> None:
         DPTensorFastGradientClipping(self.model, self.optimizer, losses, loss_reduction="sum").backward()
 
     def no_gradients(self) -> None:

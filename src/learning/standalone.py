@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from importlib.util import find_spec
 from typing import Any, Final, Protocol
 
-from ..errors import ConfigError, InvalidInput, JobFailed, LimitError, PolicyError, Refused
+from ..errors import ConfigError, InvalidInput, JobFailed, LimitError, PolicyError, Refused, SottoError
+from ..logs import muted, type_and_place
 from ..privacy.accounting import calibrate_dp_sgd, epsilon
 from ..privacy.entropy import Entropy
 from ..privacy.events import DpSgdSteps, Event, NonPrivate
@@ -206,7 +208,8 @@ def run_plan(plan: Plan, *, purse: Purse, entropy: Entropy, max_model_bytes: int
         BudgetError: nothing was charged and no data touched.
         LimitError: the model is too large; nothing was charged.
         InvalidInput: DP-SGD cannot train the task's model (found after the reservation: it counts as spent).
-        JobFailed: the parameters are not finite numbers; charged.
+        JobFailed: the training failed, for a reason of which type and place are told, or its parameters are not finite
+            numbers; charged.
     """
     from .dpsgd import train_dpsgd, train_plain
     from .evaluation import evaluate
@@ -224,7 +227,8 @@ def run_plan(plan: Plan, *, purse: Purse, entropy: Entropy, max_model_bytes: int
     holdout = _holdout(task, options)  # public; also shows whether data can be loaded, before that is paid for
     purse.reserve(plan.job.job_id, plan.event)
     train = train_dpsgd if plan.job.private else train_plain
-    train(model, task.load_data(options), loss=loss_of(task), config=plan.local, entropy=entropy)
+    with _nothing_told():
+        train(model, task.load_data(options), loss=loss_of(task), config=plan.local, entropy=entropy)
     tensors = model_to_tensors(model)
     content = to_safetensors(tensors)
     head = purse.finalise({"model_sha256": hashlib.sha256(content).hexdigest()})
@@ -260,6 +264,19 @@ def _event(job: TrainJob, rate: float, steps: int, *, allow_without_dp: bool) ->
             epsilon=costs,
         )
     return event
+
+
+@contextmanager
+def _nothing_told() -> Iterator[None]:
+    """Around what touches private rows: what is logged there, or the text of an error, may hold a row or a loss."""
+    try:
+        with muted():
+            yield
+    except SottoError:
+        raise  # its text is public
+    except (Exception, SystemExit) as error:  # of the latter the interpreter would print the text
+        failed = f"the training failed: {type_and_place(error)}; what it cost is charged"
+        raise JobFailed(failed) from None
 
 
 def _finite(metrics: Mapping[str, float]) -> dict[str, float]:

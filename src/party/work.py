@@ -20,6 +20,7 @@ from ..errors import InvalidInput, PolicyError
 from ..jobs.executors.units import Handler, WorkContext
 from ..learning.flatten import flatten, from_safetensors, load_tensors, model_to_tensors
 from ..learning.settings import LocalTraining
+from ..logs import muted
 from ..privacy.clipping import clip, l2_norm
 from ..privacy.entropy import Entropy, SystemEntropy
 from ..privacy.noise import discrete_gaussian
@@ -47,7 +48,8 @@ def contribute(params: Params, context: WorkContext) -> Result:
     plan, entropy = unit_plan(params), SystemEntropy()
     scheme = unit_scheme(params, plan)
     with scheme.prepare(Layout.from_json(plan.layout), entropy=entropy) as prepared:
-        values = contribution(plan, params, context, entropy=entropy)
+        with muted():
+            values = contribution(plan, params, context, entropy=entropy)
         batch = write_batch(
             scheme,
             plan,

@@ -132,7 +132,7 @@ class SampledNoisySum:
         rounds: ≥ 1.
         tau: `noise.sum_divergence` of the noise in one round; 0 for a single draw.
         dimension: coordinates of the sum, ≥ 1.
-        failure_probability: as in `NoisySum`; a sample that was refused for its size belongs here.
+        failure_probability: as in `NoisySum`; a batch above its cap, whose sum was shortened, belongs here.
     """
 
     type: ClassVar[str] = "sampled_noisy_sum"

@@ -439,10 +439,6 @@ def test_the_aggregator_counts_on_its_federation_parties_and_jobs_and_on_nothing
             check_enforced(config, ("example", subject))
 
 
-def test_verify_needs_something_to_verify(role: Role) -> None:
-    assert role.run("verify")[0] == CATALOGUE[InvalidInput].exit_code
-
-
 def test_a_role_that_never_ran_has_nothing_to_change_and_no_database_is_made(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

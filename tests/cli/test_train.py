@@ -174,7 +174,8 @@ def test_a_training_that_dies_counts_as_spent(train: Run, home: Path, monkeypatc
 
     with monkeypatch.context() as patch:
         patch.setattr(dpsgd, "train_dpsgd", dies)
-        assert train(dp=DEARER)[0] == 1
+        code, said = train(dp=DEARER)
+    assert (code, "OSError at " in said, "on fire" in said) == (13, True, False)
     assert kinds(own(home)) == ["reservation"]
     code, said = train(job_id="another", dp=DEARER)
     assert code == 6

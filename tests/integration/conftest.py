@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import math
+import os
 from collections.abc import AsyncIterator, Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -356,9 +357,41 @@ SMALL_EPSILON = 40.0
 
 
 @pytest.fixture(scope="session")
-def federation(make_federation: Callable[..., Any]) -> Any:
-    """Kits for parties a, b and c, any two of whom can open; nobody runs until `federation.start(…)`."""
-    return make_federation(
-        party={"privacy": {"budgets": {"example": {"epsilon": 1000.0}}}},
-        settings={"c": {"SOTTO__PRIVACY__BUDGETS__EXAMPLE__EPSILON": str(SMALL_EPSILON)}},
+def planted_package(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    """The import path of `planted/planted_rows.py`, installed as any package of tasks is."""
+    place = tmp_path_factory.mktemp("installed")
+    about = place / "planted_rows-1.dist-info"
+    about.mkdir()
+    (about / "METADATA").write_text("Metadata-Version: 2.1\nName: planted-rows\nVersion: 1\n")
+    (about / "entry_points.txt").write_text("[sotto.tasks]\nplanted = planted_rows:PlantedTask\n")
+    return [Path(__file__).parent / "planted", place]
+
+
+@pytest.fixture(scope="session")
+def federation(
+    make_federation: Callable[..., Any], planted_package: list[Path], tmp_path_factory: pytest.TempPathFactory
+) -> Any:
+    """Kits for parties a, b and c, any two of whom can open; nobody runs until `federation.start(…)`.
+
+    Each party has planted rows too, which b cannot train on if a job says how to `fail`; what is computed from them is
+    noted in the file `federation.notebook`. All log at DEBUG.
+    """
+    notebook = tmp_path_factory.mktemp("notebook") / "notebook"
+    common = {
+        "SOTTO__LOGGING__LEVEL": "DEBUG",
+        "PYTHONPATH": os.pathsep.join([*map(str, planted_package), os.environ.get("PYTHONPATH", "")]).rstrip(
+            os.pathsep
+        ),
+        "PLANTED_NOTEBOOK": str(notebook),
+        "PLANTED_WATCHED": "1",
+    }
+    planted = {"declared_rows": 150_000, "options": {"who": "{name}", "fails_at": "b", "fail": None}}
+    made = make_federation(
+        party={"privacy": {"budgets": {"example": {"epsilon": 1000.0}}}, "datasets": {"planted": planted}},
+        settings={
+            **dict.fromkeys(("aggregator", "a", "b"), common),
+            "c": {**common, "SOTTO__PRIVACY__BUDGETS__EXAMPLE__EPSILON": str(SMALL_EPSILON)},
+        },
     )
+    made.notebook = notebook
+    return made

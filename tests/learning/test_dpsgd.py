@@ -78,6 +78,25 @@ def clipped_sum(model: torch.nn.Module, dataset: Dataset, bound: float) -> NDArr
 
 
 @pytest.mark.parametrize("build", [mlp, normalised])
+@pytest.mark.parametrize("share", ["one row", "every row"])
+def test_a_row_whose_gradient_is_not_finite_counts_as_zero_and_nobody_sees_it(
+    build: Build, share: str, data: MakeData, training: MakeTraining, entropy: MakeEntropy
+) -> None:
+    """Else one row could make a training diverge or fail, which no noise hides."""
+    good, model = data(12), build()
+    bad = Dataset(np.array([[3e38, -3e38, 3e38, 3e38]], np.float32), np.array([1]), "overflows")
+    rows = [bad] if share == "every row" else [good, bad]
+    features = np.concatenate([each.features for each in rows])
+    labels = np.concatenate([each.labels for each in rows])
+    both = Dataset(features, labels.astype(good.labels.dtype), "with a bad row")
+    config = training(sampling_rate=1.0, steps=3)
+    found = update(model, both, config, entropy("same"))
+    assert np.isfinite(found).all()
+    if share == "one row":
+        np.testing.assert_allclose(found, update(model, good, config, entropy("same")), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("build", [mlp, normalised])
 def test_without_noise_and_clipping_it_is_sgd(
     build: Build, data: MakeData, training: MakeTraining, entropy: MakeEntropy
 ) -> None:

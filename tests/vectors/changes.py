@@ -243,3 +243,24 @@ NODE_NOTICES: dict[str, Callable[[Json], object]] = {
     "a sum": lambda vector: vector.update(sums=[vector["sums"][0] + 1, *vector["sums"][1:]]),
     "a prime": lambda vector: vector["primes"].update(p=f"{int(vector['primes']['p'], 16) + 2:x}"),
 }
+
+
+def without_strategy(statement: Json) -> None:
+    del statement["strategy"], statement["gradient_sum"]
+
+
+WRONG_SUMS: list[tuple[str, Callable[[Json], None], str]] = [
+    ("a larger cap", planned("gradient_sum", "batch_cap", value=299), "batch_cap follows"),
+    ("another norm of the sum", planned("clipping_norm", value="0.7"), "clipping_norm follows"),
+    ("a smaller sensitivity", planned("rounded_bound", value=11469), "rounded_bound follows"),
+    ("a noise that nobody draws", planned("local", "noise_multiplier", value="1.3"), "local.noise_multiplier follows"),
+    ("two steps", planned("local", "steps", value=2), "local.steps follows"),
+    ("a higher sampling rate", planned("local", "sampling_rate", value="0.2"), "batch_cap follows|offset follows"),
+    ("a coarser grid", planned("resolution_bits", value=10), "a hundredth"),
+    ("fewer rounds", planned("priced_rounds", value=1), "bound follows|batch_cap follows"),
+    ("a trusted aggregator", planned("gradient_sum", "trusted_aggregator", value=True), "called trusted"),
+    ("a party that declares nothing", planned("gradient_sum", "declared_rows", value={"a": 300}), "declares its rows"),
+    ("another strategy", planned("strategy", value="fedavg"), "the strategy"),
+    ("a plan of fedavg", stated("plan", without_strategy), "the fields are"),
+]
+"""Of a plan of fedsgd, signed again."""

@@ -42,6 +42,7 @@ from src.protocol.roster import AGGREGATOR, OPERATOR, Member, Roster, sign_roste
 from src.protocol.signing import Signed, SigningKey
 
 from .generate_forms import forms_vector, ledger_entries, ledger_vector, ledger_vector_2
+from .generate_plans import plan_vectors
 
 HERE: Final = Path(__file__).parent
 Json = dict[str, Any]
@@ -424,6 +425,9 @@ def build() -> dict[str, str]:
     """Every file's text by its name."""
     vectors = {case.name: Played(case).vector() for case in CASES}
     vectors |= {"ledger": ledger_vector(), "ledger_2": ledger_vector_2(), "forms": forms_vector()}
+    p, q = PRIMES[512]
+    key, _ = deal(p, q, threshold=2, holders=3, entropy=SeededEntropy("plans deal"))
+    vectors |= plan_vectors(PaillierScheme(key.public, key))
     return {f"{name}.json": pretty(vector) + "\n" for name, vector in vectors.items()}
 
 

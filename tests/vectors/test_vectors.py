@@ -26,28 +26,31 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from src.encryption.batch import BatchHeader
+from src.encryption.dealer import deal
 from src.encryption.keys import KeyShare, PrivateKey, ThresholdKey, check_kit
 from src.encryption.paillier_scheme import PaillierScheme
 from src.encryption.scheme import Layout
-from src.errors import BatchError, InvalidInput, KnowledgeError, LedgerError, ShareError, SignatureError
+from src.errors import BatchError, InvalidInput, KnowledgeError, LedgerError, PlanError, ShareError, SignatureError
 from src.privacy import ledger
 from src.protocol.batches import check_batch_header, check_knowledge
 from src.protocol.canonical import canonical_bytes, digest, parse_canonical, real
-from src.protocol.derive import derive, derive_again
+from src.protocol.derive import derive, derive_again, derive_gradient_sum, example_multiplier
 from src.protocol.ledger import check_signatures
 from src.protocol.merkle import MerkleHasher, batch_root
 from src.protocol.plan import RoundPlan, signed_digest
 from src.protocol.roster import Roster
 from src.protocol.signing import Signed, open_signed
 from tests.vectors import generate
-from tests.vectors.changes import NODE_NOTICES, WRONG, Json, Path_, flipped, load, places
+from tests.vectors.changes import NODE_NOTICES, WRONG, WRONG_SUMS, Json, Path_, flipped, load, places
 from tests.vectors.slow_forms import VectorError, parse_header
-from tests.vectors.verify_slow import derived, verify
+from tests.vectors.slow_plans import derived, derived_of_sum
+from tests.vectors.verify_slow import verify
 
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
 ROUNDS = [case.name for case in generate.CASES]
-EVERY = [*ROUNDS, "ledger", "ledger_2", "forms"]
+PLANS = ["plan_fedsgd", "plan_fedsgd_trusted"]
+EVERY = [*ROUNDS, *PLANS, "ledger", "ledger_2", "forms"]
 
 
 def test_the_generator_writes_these_very_bytes() -> None:
@@ -63,8 +66,8 @@ def test_the_slow_verifier_agrees(name: str) -> None:
 
 
 def test_the_slow_verifier_shares_no_code_with_the_package() -> None:
-    known = set(sys.stdlib_module_names) | {"slow_forms", "slow_knowledge"}
-    for file in ("verify_slow.py", "slow_forms.py", "slow_knowledge.py"):
+    known = set(sys.stdlib_module_names) | {"slow_forms", "slow_knowledge", "slow_plans"}
+    for file in ("verify_slow.py", "slow_forms.py", "slow_knowledge.py", "slow_plans.py"):
         for node in ast.walk(ast.parse((HERE / file).read_text(encoding="utf-8"))):
             names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
             names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
@@ -216,6 +219,20 @@ def test_the_package_refuses_what_is_changed_in_a_round(read: Read) -> None:
         read.open("plan", "operator")
 
 
+@pytest.mark.parametrize("name", PLANS)
+def test_a_plan_of_fedsgd_has_the_bytes_and_the_figures_recorded(name: str) -> None:
+    vector = load(name)
+    key = bytes.fromhex(vector["signing_keys"]["aggregator"]["verify_key"])
+    signed = Signed.from_json(vector["plan"])
+    plan = RoundPlan.from_statement(open_signed(signed, "plan", verify_key=key))
+    assert plan.strategy == "fedsgd"
+    assert canonical_bytes({**plan.to_statement(), "kind": "plan"}) == signed.statement
+    assert signed_digest(signed, "plan") == vector["plan_digest"]
+    p, q = generate.PRIMES[512]
+    public = deal(p, q, threshold=2, holders=3, entropy=generate.SeededEntropy("plans deal"))[0]
+    assert derive_again(PaillierScheme(public.public, public), plan).cap == plan.gradient_sum.batch_cap  # type: ignore[union-attr]
+
+
 @settings(deadline=None, max_examples=60)
 @given(
     clipping_norm=st.floats(1e-3, 1e3),
@@ -246,6 +263,41 @@ def test_what_a_plan_derives_is_what_exact_arithmetic_gives(data: st.DataObject,
     assert expected["share_sigma2"] == found.noise_plan.share_sigma2
     assert expected["aggregator_sigma2"] == found.noise_plan.aggregator_sigma2
     for name in ("slot_bits", "offset", "contributions", "slots_per_ciphertext", "ciphertext_count"):
+        assert expected[name] == getattr(found.layout, name)
+
+
+@settings(deadline=None, max_examples=30)
+@given(
+    max_grad_norm=st.floats(0.05, 50),
+    sampling_rate=st.floats(0.001, 1),
+    resolution_bits=st.integers(12, 24),
+    dimension=st.integers(1, 10**5),
+    noise_by=st.sampled_from(["both", "parties", "aggregator"]),
+    noise_multiplier=st.floats(0.1, 8),
+    priced_rounds=st.integers(1, 1000),
+    declared=st.lists(st.integers(1, 120), min_size=2, max_size=6),
+    data=st.data(),
+)
+def test_what_a_plan_of_fedsgd_derives_is_what_exact_arithmetic_gives(data: st.DataObject, **chosen: Any) -> None:
+    """The cap by whole numbers, which the package has from logarithms of 60 digits."""
+    read, rows = Read(ROUNDS[0]), {f"p{i}": count for i, count in enumerate(chosen.pop("declared"))}
+    quorum = data.draw(st.integers(1, len(rows)))
+    chosen |= {"quorum": quorum, "colluders": data.draw(st.integers(0, quorum - 1))}
+    trusted = chosen["noise_by"] == "aggregator"
+    try:
+        found = derive_gradient_sum(read.scheme, delta=1e-5, declared_rows=rows, trusted_aggregator=trusted, **chosen)
+    except (InvalidInput, PlanError):
+        assume(False)
+    noise = {name: str(chosen[name]) for name in ("noise_by", "noise_multiplier")}
+    local = {name: real(chosen[name]) for name in ("max_grad_norm", "sampling_rate")}
+    plan = {**chosen, "cohort": list(rows), "noise": noise, "local": local, "scheme": "paillier", "key_id": ""}
+    plan |= {"gradient_sum": {"declared_rows": rows}, "layout": {"modulus_bits": read.layout.modulus_bits}}
+    expected = derived_of_sum(plan)
+    assert (expected["batch_cap"], expected["rounded_bound"]) == (found.cap, found.rounded_bound)
+    assert expected["clipping_norm"] == real(found.contribution_norm)
+    assert expected["local.noise_multiplier"] == real(example_multiplier(found.noise_plan))
+    assert (expected["bound"], expected["offset"]) == (found.noise.bound, found.layout.offset)
+    for name in ("slot_bits", "contributions", "slots_per_ciphertext", "ciphertext_count"):
         assert expected[name] == getattr(found.layout, name)
 
 
@@ -290,7 +342,7 @@ def test_forms_are_the_ones_recorded() -> None:
 
 PLACES = [
     pytest.param(name, path, id=f"{name}:{where}")
-    for name in ("round_512_2of3", "ledger", "ledger_2", "forms")
+    for name in ("round_512_2of3", *PLANS, "ledger", "ledger_2", "forms")
     for where, path in places(name).items()
 ]
 
@@ -320,6 +372,14 @@ def test_a_text_counts_as_refused_only_if_it_is(why: str) -> None:
 @pytest.mark.parametrize(("change", "claim"), [pytest.param(*rest, id=name) for name, *rest in WRONG])
 def test_the_slow_verifier_names_what_is_wrong(change: Callable[[Json], None], claim: str) -> None:
     vector = copy.deepcopy(load("round_512_2of3"))
+    change(vector)
+    with pytest.raises(VectorError, match=claim):
+        list(verify(vector))
+
+
+@pytest.mark.parametrize(("change", "claim"), [pytest.param(*rest, id=name) for name, *rest in WRONG_SUMS])
+def test_the_slow_verifier_names_what_is_wrong_in_a_plan_of_fedsgd(change: Callable[[Json], None], claim: str) -> None:
+    vector = copy.deepcopy(load("plan_fedsgd"))
     change(vector)
     with pytest.raises(VectorError, match=claim):
         list(verify(vector))

@@ -11,10 +11,9 @@ import json
 import struct
 import sys
 from collections.abc import Callable, Iterator
-from decimal import Context, Decimal
 from fractions import Fraction
 from itertools import combinations
-from math import ceil, factorial, gcd, isqrt, prod
+from math import factorial, gcd, prod
 from pathlib import Path
 from typing import Final
 
@@ -46,6 +45,7 @@ from .slow_forms import (
     verify_ledger_2,
 )
 from .slow_knowledge import check_knowledge
+from .slow_plans import PLAN_FIELDS, check_figures, derived, verify_plan
 
 
 class Round:
@@ -141,76 +141,18 @@ def check_roster(r: Round) -> None:
         require(member["verify_key"] == keys[member["name"]]["verify_key"], "a party's key")
 
 
-def derived(plan: Json) -> Json:
-    """What follows from a plan's settings (docs/protocol.md, "The round plan")."""
-    exact = Context(prec=100)
-    d, cohort = plan["dimension"], len(plan["cohort"])
-    c = Fraction(real(plan["clipping_norm"])) * 2 ** plan["resolution_bits"]
-    length, root = exact.divide(Decimal(c.numerator), Decimal(c.denominator)), exact.sqrt(Decimal(d))
-    whole = exact.power(exact.add(length, root), 2)
-    likely = sum((length * length, Decimal(d) / 4, length, root / 2), Decimal(0))
-    bound = ceil(exact.sqrt(min(whole, likely)))
-    total = (Fraction(real(plan["noise"]["noise_multiplier"])) * bound) ** 2
-    by_parties = {"both": Fraction(1, 2), "parties": Fraction(1), "aggregator": Fraction(0)}[plan["noise"]["noise_by"]]
-
-    def on_grid(value: Fraction) -> Fraction:
-        return Fraction(ceil(value * 2**20), 2**20)
-
-    aggregator = on_grid(total * (1 - by_parties))
-    share = on_grid(total * by_parties / (plan["quorum"] - plan["colluders"]))
-    largest, draws = max(aggregator, share), d * (cohort + 1) * plan["priced_rounds"]
-    log2_draws = next(k for k in range(200) if 1 << k >= draws)
-    ln2 = Fraction(6931471806, 10**10)
-    tail = isqrt(ceil(2 * largest * ln2 * (65 + log2_draws))) + 1 if largest else 0
-    offset, contributions = ceil(c) + tail, cohort + (aggregator > 0)
-    slot_bits = (contributions * 2 * offset).bit_length()
-    slots = (plan["layout"]["modulus_bits"] - 1) // slot_bits
-    return {
-        "rounded_bound": bound,
-        "share_sigma2": share,
-        "aggregator_sigma2": aggregator,
-        "bound": tail,
-        "offset": offset,
-        "contributions": contributions,
-        "slot_bits": slot_bits,
-        "slots_per_ciphertext": slots,
-        "ciphertext_count": -(-d // slots),
-        "ciphertext_bytes": plan["layout"]["modulus_bits"] // 4,
-        "parameter_count": d,
-        "scheme": plan["scheme"],
-        "key_id": plan["key_id"],
-        "version": 1,
-    }
-
-
-PLAN_FIELDS: Final = names_in(
-    "federation job_id round priced_rounds spec_digest task task_options seed model_sha256 model_bytes dimension local "
-    "clipping_norm resolution_bits rounded_bound scheme key_id layout noise roster_digest cohort quorum colluders "
-    "threshold custody"
-)
-
-
 def check_plan(r: Round) -> None:
     """The plan's fields, and every figure that follows from others."""
     plan = opened(r.vector, r.vector["plan"], "plan", signer="aggregator")
     require(digest_of(r.vector["plan"], "plan") == r.vector["plan_digest"], "the digest of the plan")
     fields(plan, *PLAN_FIELDS)
+    check_figures(plan, derived(plan))
     roster = json.loads(r.vector["roster"]["statement"])
     require(plan["roster_digest"] == r.vector["roster_digest"], "the plan names the roster")
     for name in ("federation", "key_id", "custody", "threshold", "colluders"):
         require(plan[name] == roster[name], f"plan and roster agree on {name}")
     require(set(plan["cohort"]) <= {member["name"] for member in roster["members"]}, "the cohort is in the roster")
     require(r.layout["modulus_bits"] == r.bits, "the layout is for this modulus")
-    expected, noise = derived(plan), plan["noise"]
-    fields(noise, "noise_by", "noise_multiplier", "share_sigma2", "aggregator_sigma2", "bound", "delta")
-    found = {**r.layout, "rounded_bound": plan["rounded_bound"], "bound": noise["bound"]}
-    found |= {name: rational(noise[name]) for name in ("share_sigma2", "aggregator_sigma2")}
-    for name, value in expected.items():
-        require(found.pop(name) == value, f"the plan's {name} follows from its settings")
-    require(set(found) == {"modulus_bits"}, "the layout has no other field")
-    fields(plan["local"], "steps", "sampling_rate", "learning_rate", "max_grad_norm", "noise_multiplier", "delta")
-    for text in [value for name, value in plan["local"].items() if name != "steps"] + [noise["delta"]]:
-        real(text)
 
 
 def check_batches(r: Round) -> None:
@@ -466,6 +408,7 @@ def verify_round(vector: Json) -> Iterator[str]:
 
 KINDS: Final = {
     "sotto-round-vector/1": verify_round,
+    "sotto-plan-vector/1": verify_plan,
     "sotto-ledger-vector/1": verify_ledger,
     "sotto-ledger-vector/2": verify_ledger_2,
     "sotto-forms-vector/1": verify_forms,

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import importlib
 import json
-import traceback
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +25,7 @@ from ...errors import (
     WorkerError,
     meaning,
 )
+from ...logs import type_and_place
 from ...storage.blobs import Blobs
 
 ROOT: Final = __name__.removesuffix(".jobs.executors.units")
@@ -128,8 +128,7 @@ def execute(frame: bytes, handlers: Mapping[str, Handler], context: WorkContext)
     except BaseException as error:  # a handler that exits or is interrupted failed, and the worker lives on
         if isinstance(error, RuntimeError) and _TORCH_NO_MEMORY in str(error):
             return _encode(_described(_no_memory(name, context)))
-        private = f"{type(error).__name__} at {_location(error)}"
-        return _encode(_described(WorkerError(f"unit {name} failed", private=private, unit=name)))
+        return _encode(_described(WorkerError(f"unit {name} failed", private=type_and_place(error), unit=name)))
     return reply
 
 
@@ -181,9 +180,3 @@ def _described(error: SottoError) -> dict[str, Any]:
     if isinstance(error, ConfigError):
         description["problems"] = list(error.problems)
     return {"error": description}
-
-
-def _location(error: BaseException) -> str:
-    """Where it was raised, as file names and lines from the handler inwards; never the text of the exception."""
-    frames = traceback.extract_tb(error.__traceback__)[1:][-4:]
-    return " > ".join(f"{Path(frame.filename).name}:{frame.lineno}" for frame in frames) or "units.py"

@@ -1,0 +1,92 @@
+"""The vectors of round plans of `fedsgd`; its rounds have the bytes of any other round. See `generate.py`."""
+
+from __future__ import annotations
+
+import hashlib
+from typing import Any, Final
+
+from src.encryption.scheme import Scheme
+from src.protocol.canonical import real
+from src.protocol.derive import derive_gradient_sum, example_multiplier
+from src.protocol.plan import PLAN_KIND, GradientSum, LocalPlan, RoundPlan, signed_digest
+from src.protocol.roster import AGGREGATOR
+from src.protocol.signing import SigningKey
+
+Json = dict[str, Any]
+
+SEED: Final = b"fedsgd plans".ljust(32, b"-")
+DECLARED: Final = {"a": 300, "b": 40, "c": 257, "\u00f6": 1}
+"""The cap is below the largest; the smallest is one row."""
+
+
+def plan_vectors(scheme: Scheme) -> dict[str, Json]:
+    """By name: noise by both sides, with a colluder; and by an aggregator that is trusted."""
+    both = _plan(scheme, noise_by="both", quorum=3, colluders=1, noise_multiplier=1.3)
+    trusted = _plan(scheme, noise_by="aggregator", quorum=2, colluders=0, noise_multiplier=0.9)
+    return {name: _vector(name, plan) for name, plan in (("plan_fedsgd", both), ("plan_fedsgd_trusted", trusted))}
+
+
+def _vector(name: str, plan: RoundPlan) -> Json:
+    key = SigningKey.from_bytes(SEED)
+    signed = key.sign(PLAN_KIND, plan.to_statement(), signer=AGGREGATOR)
+    return {
+        "format": "sotto-plan-vector/1",
+        "name": name,
+        "signing_keys": {AGGREGATOR: {"seed": SEED.hex(), "verify_key": key.verify_key.hex()}},
+        "plan": signed.to_json(),
+        "plan_digest": signed_digest(signed, PLAN_KIND),
+    }
+
+
+def _plan(scheme: Scheme, *, noise_by: str, quorum: int, colluders: int, noise_multiplier: float) -> RoundPlan:
+    local: Json = {"max_grad_norm": 0.7, "sampling_rate": 0.15}
+    trusted = noise_by == "aggregator"
+    derived = derive_gradient_sum(
+        scheme,
+        **local,
+        dimension=123,
+        resolution_bits=14,
+        noise_by=noise_by,
+        noise_multiplier=noise_multiplier,
+        delta=1e-5,
+        declared_rows=DECLARED,
+        trusted_aggregator=trusted,
+        quorum=quorum,
+        colluders=colluders,
+        priced_rounds=25,
+    )
+    return RoundPlan(
+        federation="vectors",
+        job_id="job-4",
+        round=7,
+        priced_rounds=25,
+        spec_digest=hashlib.sha256(b"specification").hexdigest(),
+        task="randhie",
+        task_options="{}",
+        seed=7,
+        model_sha256=hashlib.sha256(b"model").hexdigest(),
+        model_bytes=1234,
+        dimension=123,
+        local=LocalPlan(
+            steps=1,
+            sampling_rate=real(local["sampling_rate"]),
+            learning_rate=real(1.5),
+            max_grad_norm=real(local["max_grad_norm"]),
+            noise_multiplier=real(example_multiplier(derived.noise_plan)),
+            delta=real(1e-5),
+        ),
+        clipping_norm=real(derived.contribution_norm),
+        resolution_bits=derived.resolution_bits,
+        rounded_bound=derived.rounded_bound,
+        scheme=scheme.name,
+        key_id=derived.layout.key_id,
+        layout=derived.layout.to_json(),
+        noise=derived.noise,
+        roster_digest=hashlib.sha256(b"roster").hexdigest(),
+        cohort=tuple(DECLARED),
+        quorum=quorum,
+        colluders=colluders,
+        threshold=2,
+        custody="threshold",
+        gradient_sum=GradientSum(batch_cap=derived.cap, declared_rows=DECLARED, trusted_aggregator=trusted),
+    )

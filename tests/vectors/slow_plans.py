@@ -1,0 +1,153 @@
+"""A round plan's figures by their formulas (docs/protocol.md, "The round plan"): whole numbers and fractions.
+
+Part of the slow verifier (`verify_slow.py`), which shares no code with the package.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from decimal import Context, Decimal
+from fractions import Fraction
+from math import ceil, isqrt, nextafter, sqrt
+from typing import Final
+
+from .slow_forms import Json, digest_of, fields, names_in, opened, rational, real, require, unhex, verify_key_of
+
+PLAN_FIELDS: Final = names_in(
+    "federation job_id round priced_rounds spec_digest task task_options seed model_sha256 model_bytes dimension local "
+    "clipping_norm resolution_bits rounded_bound scheme key_id layout noise roster_digest cohort quorum colluders "
+    "threshold custody"
+)
+
+
+def derived(plan: Json) -> Json:
+    """What follows from the settings of a plan of fedavg (docs/protocol.md, "The round plan")."""
+    exact, d = Context(prec=100), plan["dimension"]
+    c = Fraction(real(plan["clipping_norm"])) * 2 ** plan["resolution_bits"]
+    length, root = exact.divide(Decimal(c.numerator), Decimal(c.denominator)), exact.sqrt(Decimal(d))
+    whole = exact.power(exact.add(length, root), 2)
+    likely = sum((length * length, Decimal(d) / 4, length, root / 2), Decimal(0))
+    return _derived(plan, bound=ceil(exact.sqrt(min(whole, likely))), coordinate=ceil(c))
+
+
+def derived_of_sum(plan: Json) -> Json:
+    """The same for fedsgd, and what only such a plan has."""
+    local, declared = plan["local"], plan["gradient_sum"]["declared_rows"]
+    scale, norm, root = (
+        2 ** plan["resolution_bits"],
+        Fraction(real(local["max_grad_norm"])),
+        least_root(plan["dimension"]),
+    )
+    require((norm * scale) ** 2 >= 100**2 * plan["dimension"], "rounding is at most a hundredth of the norm")
+    draws = len(plan["cohort"]) * plan["priced_rounds"]
+    cap = batch_cap(max(declared.values()), Fraction(real(local["sampling_rate"])), draws=draws)
+    clipping_norm = cap * real(local["max_grad_norm"])
+    multiplier = real(plan["noise"]["noise_multiplier"])
+    if plan["noise"]["noise_by"] == "both":
+        multiplier = nextafter(multiplier * sqrt(0.5), 0.0)
+    bounds = {"bound": ceil(norm * scale) + root, "coordinate": ceil(Fraction(clipping_norm) * scale)}
+    return {
+        **_derived(plan, **bounds),
+        "batch_cap": cap,
+        "clipping_norm": repr(clipping_norm),
+        "local.noise_multiplier": repr(multiplier),
+        "local.steps": 1,
+    }
+
+
+def least_root(number: int) -> int:
+    """⌈√number⌉."""
+    return next(k for k in range(number + 1) if k * k >= number)
+
+
+def batch_cap(rows: int, rate: Fraction, *, draws: int) -> int:
+    """The smallest K above which the bound e^(−n·KL(k/n ‖ q)) is at most 2^−(64 + ⌈log₂ draws⌉), in whole numbers.
+
+    With k = K + 1 that is q^k·(1 − q)^(n − k)·n^n·2^m ≤ k^k·(n − k)^(n − k), times the denominator of q to the n.
+    """
+    bits = 64 + least_bits(draws)
+    part, whole = rate.numerator, rate.denominator
+    for k in range(1, rows + 1):
+        rare = part**k * (whole - part) ** (rows - k) * rows**rows << bits
+        if k > rate * rows and rare <= k**k * (rows - k) ** (rows - k) * whole**rows:
+            return k - 1
+    return rows
+
+
+def least_bits(number: int) -> int:
+    """⌈log₂ number⌉."""
+    return next(k for k in range(200) if 1 << k >= number)
+
+
+def _derived(plan: Json, *, bound: int, coordinate: int) -> Json:
+    """Noise and slots for a sensitivity and the largest coordinate, both in units."""
+    d, cohort = plan["dimension"], len(plan["cohort"])
+    total = (Fraction(real(plan["noise"]["noise_multiplier"])) * bound) ** 2
+    by_parties = {"both": Fraction(1, 2), "parties": Fraction(1), "aggregator": Fraction(0)}[plan["noise"]["noise_by"]]
+
+    def on_grid(value: Fraction) -> Fraction:
+        return Fraction(ceil(value * 2**20), 2**20)
+
+    aggregator = on_grid(total * (1 - by_parties))
+    share = on_grid(total * by_parties / (plan["quorum"] - plan["colluders"]))
+    largest, draws = max(aggregator, share), d * (cohort + 1) * plan["priced_rounds"]
+    ln2 = Fraction(6931471806, 10**10)
+    tail = isqrt(ceil(2 * largest * ln2 * (65 + least_bits(draws)))) + 1 if largest else 0
+    offset, contributions = coordinate + tail, cohort + (aggregator > 0)
+    slot_bits = (contributions * 2 * offset).bit_length()
+    slots = (plan["layout"]["modulus_bits"] - 1) // slot_bits
+    return {
+        "rounded_bound": bound,
+        "share_sigma2": share,
+        "aggregator_sigma2": aggregator,
+        "bound": tail,
+        "offset": offset,
+        "contributions": contributions,
+        "slot_bits": slot_bits,
+        "slots_per_ciphertext": slots,
+        "ciphertext_count": -(-d // slots),
+        "ciphertext_bytes": plan["layout"]["modulus_bits"] // 4,
+        "parameter_count": d,
+        "scheme": plan["scheme"],
+        "key_id": plan["key_id"],
+        "version": 1,
+    }
+
+
+def check_figures(plan: Json, expected: Json) -> None:
+    """Every figure that follows from others, and the form of those that do not."""
+    noise = plan["noise"]
+    fields(noise, "noise_by", "noise_multiplier", "share_sigma2", "aggregator_sigma2", "bound", "delta")
+    found = {**plan["layout"], "rounded_bound": plan["rounded_bound"], "bound": noise["bound"]}
+    found |= {name: rational(noise[name]) for name in ("share_sigma2", "aggregator_sigma2")}
+    if "gradient_sum" in plan:
+        found |= {"batch_cap": plan["gradient_sum"]["batch_cap"], "clipping_norm": plan["clipping_norm"]}
+        found |= {f"local.{name}": plan["local"][name] for name in ("steps", "noise_multiplier")}
+    for name, value in expected.items():
+        require(found.pop(name) == value, f"the plan's {name} follows from its settings")
+    require(set(found) == {"modulus_bits"}, "the layout has no other field")
+    fields(plan["local"], "steps", "sampling_rate", "learning_rate", "max_grad_norm", "noise_multiplier", "delta")
+    for text in [value for name, value in plan["local"].items() if name != "steps"] + [noise["delta"]]:
+        real(text)
+
+
+def verify_plan(vector: Json) -> Iterator[str]:
+    """Every check of a plan of fedsgd that stands by itself; yields what held."""
+    fields(vector, "format", "name", "signing_keys", "plan", "plan_digest")
+    fields(vector["signing_keys"], "aggregator")
+    keys = vector["signing_keys"]["aggregator"]
+    require(verify_key_of(unhex(keys["seed"])).hex() == keys["verify_key"], "a verification key is its seed's")
+    plan = opened(vector, vector["plan"], "plan", signer="aggregator")
+    require(digest_of(vector["plan"], "plan") == vector["plan_digest"], "the digest of the plan")
+    fields(plan, *PLAN_FIELDS, "strategy", "gradient_sum")
+    require(plan["strategy"] == "fedsgd", "the strategy is fedsgd")
+    own = plan["gradient_sum"]
+    fields(own, "batch_cap", "declared_rows", "trusted_aggregator")
+    trusted = plan["noise"]["noise_by"] == "aggregator"
+    require(own["trusted_aggregator"] is trusted, "an aggregator that draws all noise is called trusted, and no other")
+    require(vector["name"] == "plan_fedsgd" + "_trusted" * trusted, "the name says what it is")
+    require(set(own["declared_rows"]) == set(plan["cohort"]), "every party of the cohort declares its rows")
+    require(min(own["declared_rows"].values()) >= 1, "nobody declares no rows")
+    yield "plan: the form, the digest, the signature"
+    check_figures(plan, derived_of_sum(plan))
+    yield "figures: what follows from the settings"
