@@ -35,13 +35,30 @@ def verify(
     verify_key: Annotated[
         str | None, typer.Option("--verify-key", help="It must be signed with this key: 64 hex digits.")
     ] = None,
+    config: Annotated[
+        Path | None,
+        typer.Option("--config", "-c", help="party.yaml, whose key is this node's; else that of `sotto train`."),
+    ] = None,
+    name: Annotated[str | None, typer.Option("--name", help="The party, where one file serves several.")] = None,
+    allow_unsigned: Annotated[
+        bool, typer.Option("--allow-unsigned", help="Take an artifact that nobody has signed.")
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
-    """Check form, hash, model, ε and signature. A mock is refused. The exit code is the answer."""
+    """Check form, hash, model, ε and signature. A mock, or what is not signed, is refused. The exit code is the answer.
+
+    Whose signature it is follows from its key: the one named, or this node's own. Else nobody vouches for it.
+    """
     from ..learning.standalone_artifact import verify_artifact
 
     stdin = str(file) == _STDIN
-    found = verify_artifact(_read(file), directory=None if stdin else file.parent, verify_key=_key(verify_key))
+    found = verify_artifact(
+        _read(file),
+        directory=None if stdin else file.parent,
+        verify_key=_key(verify_key),
+        allow_unsigned=allow_unsigned,
+    )
+    vouched_by = _vouched_by(found.verify_key, named=verify_key is not None, config=config, name=name)
     if as_json:
         body = {
             "job_id": found.job_id,
@@ -50,6 +67,7 @@ def verify(
             "delta": found.delta,
             "signer": found.signer or None,
             "verify_key": found.verify_key or None,
+            "vouched_by": vouched_by,
         }
         typer.echo(json.dumps(body, ensure_ascii=False))
         return
@@ -58,11 +76,38 @@ def verify(
     typer.echo(f"job {found.job_id}: {costs}")
     typer.echo(f"hash {found.hash}: form, hash, model and ε are in order")
     if not found.signer:
-        typer.echo("not signed: the hash shows damage, not who made it")
-    elif verify_key is None:
-        typer.echo(f"signed by {found.signer!r} with key {found.verify_key}: name it (--verify-key) to rely on it")
+        typer.echo("NOT SIGNED: the hash shows damage, not who made it")
+    elif vouched_by is None:
+        typer.echo(
+            f"signed by who calls itself {found.signer!r}, with key {found.verify_key}: NOBODY VOUCHES FOR THIS KEY, "
+            "it is not this node's. Get the key from who trained, and name it (--verify-key)"
+        )
     else:
-        typer.echo(f"signed by {found.signer!r} with the key that was named")
+        typer.echo(f"signed by {found.signer!r} with {vouched_by}")
+
+
+def _vouched_by(key: str, *, named: bool, config: Path | None, name: str | None) -> str | None:
+    """Why the key that signed is to be relied on; None if nothing says so."""
+    if not key:
+        return None
+    if named:
+        return "the key that was named"
+    own = _own_key_file(config, name)
+    if not own.exists():
+        return None
+    from ..protocol.signing import SigningKey
+
+    return "this node's key" if SigningKey.load(own).verify_key.hex() == key else None
+
+
+def _own_key_file(config: Path | None, name: str | None) -> Path:
+    from .train_ledger import KEY_FILE, default_state_dir
+
+    if config is None:
+        return default_state_dir() / KEY_FILE
+    from ..config import load_party_config
+
+    return load_party_config(config, name=name).keys.signing_key
 
 
 def _read(file: Path) -> bytes:

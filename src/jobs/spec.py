@@ -11,6 +11,7 @@ from google.protobuf import json_format
 from pydantic import Field, JsonValue, ValidationInfo, field_validator, model_validator
 
 from ..communication.generated import jobs_pb2
+from ..privacy.clipping import MIN_NORM
 from .spec_base import Name, Part, Sha256, Spec, set_fields
 
 MAX_EXACT_INTEGER: Final = 2**53 - 1
@@ -30,7 +31,7 @@ class LocalTraining(Part):
     steps: int = Field(default=10, ge=1, le=1_000_000)
     sampling_rate: float = Field(default=0.05, gt=0, le=1, allow_inf_nan=False)
     learning_rate: Positive = 0.1  # Opacus' MNIST example trains with it under the same norm bound of 1
-    max_grad_norm: Positive = 1.0
+    max_grad_norm: float = Field(default=1.0, ge=MIN_NORM, allow_inf_nan=False)
     epsilon: Positive = 4.0
     delta: Delta = 1e-5
 

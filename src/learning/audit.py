@@ -40,7 +40,8 @@ from ..privacy.audit import (
 from ..privacy.entropy import Entropy
 from ..privacy.events import DpSgdSteps
 from .canaries import CANARY_WEIGHT, Watch, WithCanaries
-from .dpsgd import train_dpsgd, uses_ghost_clipping
+from .dpsgd import train_dpsgd
+from .per_example import uses_ghost_clipping
 from .settings import LocalTraining
 from .synthetic import SyntheticTask
 from .task import Dataset, Loss, Task, find_task, holdout_of
@@ -66,7 +67,7 @@ ANCHORS_PER_STEP: Final = 4.0
 """Rows on that one weight that a step of the variance test sees on average: few steps are empty, but some are."""
 
 MAX_BATCH_VALUES: Final = 1 << 29
-"""Values (2 GiB) that the canary layer may need for one step's batch; beyond it an audit asks for fewer canaries."""
+"""Values that the canary layer may bring into one step's batch (seconds of work); beyond it an audit asks for fewer."""
 
 _CHUNK: Final = 4096  # rows in one forward pass when losses are computed
 
@@ -349,11 +350,10 @@ def _dirac_scores(
     watch = Watch(training, plan.canaries)
     wrapped = WithCanaries(model, rows, side=math.isqrt(plan.canaries - 1) + 1, watch=watch)
     dataset = wrapped.dataset(rows, rows, np.flatnonzero(included).astype(np.int64))
-    per_row = wrapped.side if uses_ghost_clipping(wrapped) else wrapped.side**2
+    linear = uses_ghost_clipping(wrapped, dataset.features.shape[1:])
+    per_row = wrapped.side if linear else wrapped.side**2
     if training.sampling_rate * len(dataset) * per_row > MAX_BATCH_VALUES:
-        raise ConfigError(
-            "so many canaries do not fit into memory", problems=("canaries: fewer, or a lower sampling rate",)
-        )
+        raise ConfigError("so many canaries take too long", problems=("canaries: fewer, or a lower sampling rate",))
     beside = wrapped.loss_beside(loss, OVERREACH * training.max_grad_norm)
     train(wrapped, dataset, loss=beside, config=training, entropy=entropy)
     watch.look(wrapped.canaries.weight)

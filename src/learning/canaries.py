@@ -50,7 +50,7 @@ class Watch:
 
     def look(self, weight: torch.Tensor) -> None:
         """Called with the canary layer's weights; does nothing if they are those of the last call."""
-        now = weight.detach().double().numpy().reshape(-1)[: len(self.scores)]
+        now = weight.detach().numpy().reshape(-1)[: len(self.scores)].astype(np.float64)  # copied: it is trained on
         if np.array_equal(now, self._last):
             return
         if not np.isfinite(now).all():  # the training diverged: nothing is told, and every later score says so

@@ -1,9 +1,8 @@
 """Local training with DP-SGD (Abadi et al. 2016, "Deep Learning with Differential Privacy", algorithm 1), and without.
 
-Opacus computes and clips the gradients: by ghost clipping (Li et al. 2021, "Large Language Models Can Be Strong
-Differentially Private Learners", section 4) where every trainable layer is linear, else from per-example gradients.
-What protects somebody is ours: which examples a step sees (Poisson sampling) and the Gaussian noise both come from the
-entropy that the caller hands in. Neither torch's nor numpy's generators are touched.
+Sums of clipped gradients come from `per_example`; Opacus's optimizer and sampler are subclassed for what protects
+somebody: which examples a step sees (Poisson sampling) and the Gaussian noise both come from the entropy that the
+caller hands in. Neither torch's nor numpy's generators are touched.
 
 What a run costs is a function of `sampling_rate`, `noise_multiplier` and `steps` alone, under the adding or removing of
 one row. The divisor of a step is public (`sampling_rate * declared_rows`), so the number of private rows shows nowhere.
@@ -13,32 +12,24 @@ from __future__ import annotations
 
 import copy
 import math
-import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import Any, Final, cast
+from collections.abc import Iterator
+from typing import Final
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from opacus.grad_sample import GradSampleModule, GradSampleModuleFastGradientClipping
-from opacus.optimizers import DPOptimizer, DPOptimizerFastGradientClipping
-from opacus.utils.fast_gradient_clipping_utils import DPTensorFastGradientClipping
-from opacus.validators import ModuleValidator
+from opacus.optimizers import DPOptimizerFastGradientClipping
+from opacus.utils.uniform_sampler import UniformWithReplacementSampler
 
-from ..errors import InvalidInput
 from ..privacy.entropy import Entropy
 from ..privacy.sampling import poisson_sample
+from .per_example import ClippedSums, checked_losses
 from .settings import LocalTraining
 from .task import Dataset, Loss
 
 NORMALS_PER_DRAW: Final = 4
 """Normals summed for one noise value, so that its low bits tell nothing of it: Holohan & Braghin 2021, "Secure Random
 Sampling in Differential Privacy", section 5.1, with n = 2 as Opacus has it in its secure mode."""
-
-LossesOf = Callable[[torch.Tensor], torch.Tensor]
-"""Positions of rows, shape (k,) → one loss for each, shape (k,)."""
 
 _MANTISSA_BITS: Final = 53
 _WORD_BITS: Final = 64
@@ -64,38 +55,34 @@ def train_dpsgd(
 ) -> None:
     """Train `model` in place with DP-SGD: `config.steps` steps of SGD on clipped, noised gradients.
 
-    A step whose sample is empty is a step of pure noise. An example whose gradient is not finite counts as zero: what
-    one example adds is bounded whatever it holds, and none of them makes the training fail or diverge. The caller sets
-    torch's threads. Losses are neither returned nor logged: they are functions of private rows.
+    A step whose sample is empty is a step of pure noise, and so is one whose every row has no finite gradient. No row
+    makes this fail. The caller sets torch's threads. Losses are neither returned nor logged: they are functions of
+    private rows.
 
     Args:
-        model: float32; buffers stay as they are.
+        model: float32, trained in float64 and rounded at the end; buffers stay as they are.
         dataset: private rows.
         loss: one loss for each example, shape (n,).
 
     Raises:
         InvalidInput: DP-SGD cannot train this model (it mixes examples, as batch normalisation does), or `loss` does
-            not return one value for each example.
+            not return one value for each example. Found on blank rows, before the others are looked at.
     """
-    working = copy.deepcopy(model).train()  # what Opacus leaves behind (un-noised sums, norms) dies with the copy
-    found = [*ModuleValidator.validate(working, strict=False), *GradSampleModule.validate(working, strict=False)]
-    if found:
-        raise InvalidInput(f"DP-SGD cannot train this model: {'; '.join(map(str, found))}")
-    mechanism = _mechanism(working, config, entropy)
-    features, labels = torch.from_numpy(dataset.features), torch.from_numpy(dataset.labels)
-
-    def losses(rows: torch.Tensor) -> torch.Tensor:
-        return checked_losses(loss(mechanism.model(features[rows]), labels[rows]), len(rows))
-
-    for _ in range(config.steps):
-        mechanism.optimizer.zero_grad()
-        chosen = _sample(dataset, config, entropy)
-        if len(chosen):
-            with known_warnings():
-                mechanism.backward(losses, chosen)
-        else:
-            mechanism.no_gradients()
-        mechanism.optimizer.step()
+    working = copy.deepcopy(model).double().train()  # what is left behind (un-noised sums) dies with the copy
+    trainable = [parameter for parameter in working.parameters() if parameter.requires_grad]
+    sums = ClippedSums(working, dataset, loss=loss, parameters=trainable, max_grad_norm=config.max_grad_norm)
+    optimizer = SecureDPOptimizer(
+        torch.optim.SGD(trainable, lr=config.learning_rate, momentum=config.momentum),
+        noise_multiplier=config.noise_multiplier,
+        max_grad_norm=config.max_grad_norm,
+        expected_batch_size=config.expected_batch,
+        loss_reduction="mean",  # Opacus divides the noised sum by `expected_batch_size`
+    )
+    optimizer.entropy = entropy
+    for chosen in _sampler(dataset, config, entropy):
+        optimizer.zero_grad()
+        optimizer.clipped_sum = sums.over(dataset, chosen)
+        optimizer.step()
     _copy_parameters(working, model)
 
 
@@ -113,142 +100,65 @@ def train_plain(
     model.train()
     optimizer = torch.optim.SGD(model.parameters(), lr=config.learning_rate, momentum=config.momentum)
     features, labels = torch.from_numpy(dataset.features), torch.from_numpy(dataset.labels)
-    for _ in range(config.steps):
+    for chosen in _sampler(dataset, config, entropy):
         optimizer.zero_grad()
-        chosen = _sample(dataset, config, entropy)
         if len(chosen):
             losses = checked_losses(loss(model(features[chosen]), labels[chosen]), len(chosen))
             torch.autograd.backward(losses.sum() / config.expected_batch)
         optimizer.step()
 
 
-def uses_ghost_clipping(model: torch.nn.Module) -> bool:
-    """Whether every trainable layer is `torch.nn.Linear` and no parameter is used by two of them.
+class SecureDPOptimizer(DPOptimizerFastGradientClipping):  # type: ignore[misc]  # opacus ships no types
+    """Opacus's optimizer for sums that are clipped already, with our noise.
 
-    Opacus has ghost norms for embeddings too; here they go by per-example gradients, which hold for any layer.
+    Attributes:
+        clipped_sum: of the next step; shape (d,), float64, in the order of its parameters.
+        entropy: where the noise comes from.
     """
-    owners = [
-        (module, parameter)
-        for module in model.modules()
-        for parameter in module.parameters(recurse=False)
-        if parameter.requires_grad
-    ]
-    distinct = {id(parameter) for _, parameter in owners}
-    return len(distinct) == len(owners) and all(type(module) is torch.nn.Linear for module, _ in owners)
 
-
-class _EntropyNoise:
-    """Replaces the noise of an Opacus optimizer by ours. Comes first among the base classes."""
-
-    params: list[torch.nn.Parameter]
-    noise_multiplier: float
-    max_grad_norm: float
+    clipped_sum: torch.Tensor
     entropy: Entropy
+
+    def accumulate(self) -> None:
+        """Set each parameter's `summed_grad` to its part of `clipped_sum`."""
+        parts = torch.split(self.clipped_sum, [parameter.numel() for parameter in self.params])
+        for parameter, part in zip(self.params, parts, strict=True):
+            parameter.summed_grad = part.reshape(parameter.shape)
 
     def add_noise(self) -> None:
         """Set `p.grad` to the clipped sum plus noise, added in float64, so that rounding comes after the noise."""
         for parameter in self.params:
-            total = cast(Any, parameter).summed_grad.detach().to(torch.float64)
+            total = parameter.summed_grad
             noise = torch.from_numpy(secure_normals(total.numel(), self.entropy)).reshape(total.shape)
-            noised = total + self.noise_multiplier * self.max_grad_norm * noise
-            parameter.grad = noised.to(parameter.dtype).view_as(parameter)
+            parameter.grad = total + self.noise_multiplier * self.max_grad_norm * noise
 
 
-class _PerExampleOptimizer(_EntropyNoise, DPOptimizer):  # type: ignore[misc]  # opacus ships no types
-    pass
+class SecurePoissonSampler(UniformWithReplacementSampler):  # type: ignore[misc]  # opacus ships no types
+    """Opacus's Poisson sampler, drawing from `entropy`: each batch when it is asked for.
+
+    Args:
+        num_samples: rows there are; 0 gives empty batches (Opacus's own refuses it, and would tell of it).
+        sample_rate: in (0, 1].
+        steps: batches.
+    """
+
+    def __init__(self, *, num_samples: int, sample_rate: float, steps: int, entropy: Entropy) -> None:
+        self.num_samples, self.sample_rate, self.steps = num_samples, sample_rate, steps
+        self.entropy = entropy
+
+    def __iter__(self) -> Iterator[NDArray[np.int64]]:
+        """The rows of each batch, in increasing order."""
+        for _ in range(self.steps):
+            yield poisson_sample(self.num_samples, sampling_rate=self.sample_rate, entropy=self.entropy)
 
 
-class _GhostOptimizer(_EntropyNoise, DPOptimizerFastGradientClipping):  # type: ignore[misc]  # opacus ships no types
-    pass
-
-
-@dataclass(frozen=True, slots=True)
-class _PerExample:
-    """Clips per-example gradients that hooks have collected."""
-
-    model: Any
-    optimizer: Any
-
-    def backward(self, losses: LossesOf, rows: torch.Tensor) -> None:
-        torch.autograd.backward(losses(rows).sum())
-        found = [parameter.grad_sample for parameter in self.optimizer.params]
-        finite = torch.stack([torch.isfinite(each).flatten(1).all(dim=1) for each in found]).all(dim=0)
-        for each in found:
-            each[~finite] = 0.0
-
-    def no_gradients(self) -> None:
-        for parameter in self.optimizer.params:
-            parameter.grad_sample = torch.zeros((0, *parameter.shape), dtype=parameter.dtype)
-
-
-@dataclass(frozen=True, slots=True)
-class _Ghost:
-    """Clips by re-weighting the losses: norms in a first backward pass, the clipped sum in a second."""
-
-    model: Any
-    optimizer: Any
-
-    def backward(self, losses: LossesOf, rows: torch.Tensor) -> None:
-        self._backward(losses(rows))
-        finite = torch.isfinite(self.model.per_sample_gradient_norms)
-        if not bool(finite.all()):  # times zero they would still be NaN: once more, without them
-            self.optimizer.zero_grad()
-            if bool(finite.any()):
-                self._backward(losses(rows[finite]))
-            else:
-                self.no_gradients()
-
-    def _backward(self, losses: torch.Tensor) -> None:
-        DPTensorFastGradientClipping(self.model, self.optimizer, losses, loss_reduction="sum").backward()
-
-    def no_gradients(self) -> None:
-        for parameter in self.optimizer.params:
-            parameter.grad = torch.zeros_like(parameter)
-
-
-def _mechanism(model: torch.nn.Module, config: LocalTraining, entropy: Entropy) -> _PerExample | _Ghost:
-    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    sgd = torch.optim.SGD(trainable, lr=config.learning_rate, momentum=config.momentum)
-    # "mean": Opacus divides the noised sum by `expected_batch_size`; the backward pass below sums.
-    settings = {
-        "noise_multiplier": config.noise_multiplier,
-        "max_grad_norm": config.max_grad_norm,
-        "expected_batch_size": config.expected_batch,
-        "loss_reduction": "mean",
-    }
-    mechanism: _PerExample | _Ghost
-    if uses_ghost_clipping(model):
-        wrapped = GradSampleModuleFastGradientClipping(model, loss_reduction="sum", max_grad_norm=config.max_grad_norm)
-        mechanism = _Ghost(wrapped, _GhostOptimizer(sgd, **settings))
-    else:
-        wrapped = GradSampleModule(model, loss_reduction="sum")
-        mechanism = _PerExample(wrapped, _PerExampleOptimizer(sgd, **settings))
-    mechanism.optimizer.entropy = entropy
-    return mechanism
-
-
-def _sample(dataset: Dataset, config: LocalTraining, entropy: Entropy) -> torch.Tensor:
-    return torch.from_numpy(poisson_sample(len(dataset), sampling_rate=config.sampling_rate, entropy=entropy))
-
-
-def checked_losses(losses: torch.Tensor, examples: int) -> torch.Tensor:
-    """`losses` as they are; InvalidInput unless there is one for each example, shape (examples,)."""
-    # A mean over the batch would make every clipped gradient a function of the other examples.
-    if losses.shape != (examples,):
-        raise InvalidInput("a task's loss returns one value for each example, shape (n,), with no reduction")
-    return losses
+def _sampler(dataset: Dataset, config: LocalTraining, entropy: Entropy) -> SecurePoissonSampler:
+    return SecurePoissonSampler(
+        num_samples=len(dataset), sample_rate=config.sampling_rate, steps=config.steps, entropy=entropy
+    )
 
 
 def _copy_parameters(source: torch.nn.Module, target: torch.nn.Module) -> None:
     with torch.no_grad():
         for trained, parameter in zip(source.parameters(), target.parameters(), strict=True):
             parameter.copy_(trained)
-
-
-@contextmanager
-def known_warnings() -> Iterator[None]:
-    """Passes over what Opacus's hooks make torch warn of."""
-    with warnings.catch_warnings():
-        # The first layer's input needs no gradient; its hook fires all the same, and Opacus counts on it.
-        warnings.filterwarnings("ignore", message="Full backward hook is firing", category=UserWarning)
-        yield

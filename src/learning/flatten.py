@@ -154,9 +154,12 @@ def load_tensors(model: torch.nn.Module, tensors: Tensors) -> None:
     """Set a model's trainable parameters, in place.
 
     Raises:
-        InvalidInput: names or shapes are not the model's, or an array is not float32; the model is left as it was.
+        InvalidInput: names or shapes are not the model's, an array is not float32, or a value is not finite; the model
+            is left as it was.
     """
     vector, signature = flatten(tensors)
+    if not np.isfinite(vector).all():
+        raise InvalidInput("a parameter of the model is not finite")
     expected = signature_of(model_to_tensors(model))
     if signature != expected:
         difference = sorted(set(signature.entries) ^ set(expected.entries))

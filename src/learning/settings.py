@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass
 
 from ..errors import ConfigError
+from ..privacy.clipping import MIN_NORM
 
 
 @dataclass(frozen=True, slots=True)
@@ -16,7 +17,7 @@ class LocalTraining:
         steps: gradient steps, ≥ 1.
         sampling_rate: probability with which a step sees an example, in (0, 1].
         learning_rate: of SGD, > 0.
-        max_grad_norm: bound on the L2 norm of one example's gradient, > 0.
+        max_grad_norm: bound on the L2 norm of one example's gradient, at least `privacy.clipping.MIN_NORM`.
         noise_multiplier: standard deviation of the noise on a step's gradient sum, in units of `max_grad_norm`; ≥ 0,
             and 0 is no privacy at all.
         declared_rows: a public number of rows, ≥ 1, that stands for the private one in the divisor of a step.
@@ -39,7 +40,7 @@ class LocalTraining:
             "steps: at least 1": self.steps >= 1,
             "sampling_rate: above 0 and at most 1": 0 < self.sampling_rate <= 1,
             "learning_rate: finite and above 0": 0 < self.learning_rate < math.inf,
-            "max_grad_norm: finite and above 0": 0 < self.max_grad_norm < math.inf,
+            f"max_grad_norm: finite and at least {MIN_NORM:g}": MIN_NORM <= self.max_grad_norm < math.inf,
             "noise_multiplier: finite and at least 0": 0 <= self.noise_multiplier < math.inf,
             "declared_rows: at least 1": self.declared_rows >= 1,
             "momentum: at least 0 and below 1": 0 <= self.momentum < 1,

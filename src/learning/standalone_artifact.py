@@ -113,13 +113,19 @@ class Verified:
     verify_key: str
 
 
-def verify_artifact(data: bytes, *, directory: Path | None, verify_key: bytes | None = None) -> Verified:
+def verify_artifact(
+    data: bytes, *, directory: Path | None, verify_key: bytes | None = None, allow_unsigned: bool = False
+) -> Verified:
     """Check an artifact as it is: form, hash, model, ε, signature.
+
+    Only a signature tells a real one from a mock, or anything else, that was edited and hashed anew; and only one of a
+    key that is known to be somebody's.
 
     Args:
         data: the JSON text.
         directory: where a model in a file lies; None where there is no such place.
-        verify_key: that must have signed it; None takes an unsigned artifact, and a signature by any key.
+        verify_key: that must have signed it; None takes a signature by any key.
+        allow_unsigned: whether one without a signature will do, where no key is named.
 
     Raises:
         InvalidInput: it breaks the schema, is a mock, or its ε is less than what its settings cost.
@@ -127,7 +133,7 @@ def verify_artifact(data: bytes, *, directory: Path | None, verify_key: bytes | 
         SignatureError: the signature does not verify, is missing, or is of another key.
     """
     artifact = read_object(data, what="the artifact")
-    if artifact.get("mock") is True:
+    if artifact.get("mock") is True or MOCK_STATEMENT in _said(artifact):
         raise InvalidInput("this artifact is a MOCK: nothing was trained, and it stands for nothing")
     problems = violations(SCHEMA, artifact)
     if problems:
@@ -138,7 +144,7 @@ def verify_artifact(data: bytes, *, directory: Path | None, verify_key: bytes | 
     _check_coherence(artifact)
     _check_epsilon(artifact)
     signature = artifact.get("signature", {})
-    _check_signature(artifact, signature, verify_key)
+    _check_signature(artifact, signature, verify_key, allow_unsigned=allow_unsigned)
     return Verified(
         job_id=artifact["job_id"],
         hash=artifact["hash"],
@@ -277,10 +283,19 @@ def _check_epsilon(artifact: Mapping[str, Any]) -> None:
             raise InvalidInput(f"{path} is {claimed:.6g}, but the settings cost {costs:.6g}")
 
 
-def _check_signature(artifact: Mapping[str, Any], signature: Mapping[str, str], verify_key: bytes | None) -> None:
+def _said(artifact: Mapping[str, Any]) -> list[Any]:
+    """The statements of what may not be an artifact at all."""
+    privacy = artifact.get("privacy")
+    found = privacy.get("statements") if isinstance(privacy, dict) else None
+    return found if isinstance(found, list) else []
+
+
+def _check_signature(
+    artifact: Mapping[str, Any], signature: Mapping[str, str], verify_key: bytes | None, *, allow_unsigned: bool
+) -> None:
     if not signature:
-        if verify_key is not None:
-            raise SignatureError("the artifact is not signed")
+        if verify_key is not None or not allow_unsigned:
+            raise SignatureError("the artifact is not signed: nothing shows that it was not made up or edited")
         return
     own = bytes.fromhex(signature["verify_key"])
     if verify_key not in (None, own):

@@ -41,8 +41,8 @@ class Dataset:
         description: public text on what the rows are; no count or statistic of private rows.
 
     Raises:
-        InvalidInput: the shapes or dtypes are others, or a feature is not finite (one such row would turn a whole
-            gradient sum into NaN, which no noise hides).
+        InvalidInput: the shapes or dtypes are others, or a feature or label is not finite: found when rows are loaded,
+            which is their owner's matter, and not when somebody's model meets them.
     """
 
     features: NDArray[np.float32]
@@ -56,6 +56,8 @@ class Dataset:
             raise InvalidInput("there is one label for each row of features")
         if not np.isfinite(self.features).all():
             raise InvalidInput("every feature is finite")
+        if self.labels.dtype.kind == "f" and not np.isfinite(self.labels).all():
+            raise InvalidInput("every label is finite")
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -68,7 +70,8 @@ class Task(Protocol):
 
     - `load_holdout(options) -> Dataset`: public rows on which the aggregator evaluates;
     - `loss(outputs, labels) -> Tensor` of shape (n,): one loss for each example, never their mean, since DP-SGD clips
-      each example's gradient by itself;
+      each example's gradient by itself. Model and loss are computed in float64, and tried on blank rows first (features
+      and labels of zero); of an example for which the loss is not finite, or fails, nothing is learnt;
     - `metrics(outputs, labels) -> dict[str, float]`, over numpy arrays;
     - `preload()`: imports what its data needs, once for all workers.
     """
@@ -146,10 +149,17 @@ def metrics_of(task: Task) -> Metrics:
 
 
 def default_loss(outputs: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    """Binary cross entropy of logits for one output, cross entropy for several; shape (n,), in nats."""
+    """Binary cross entropy of logits for one output, cross entropy for several; shape (n,), in nats.
+
+    NaN for a label that is no class of these outputs: such an example is passed over, where an error would tell of it.
+    """
+    import torch
     from torch.nn import functional
 
     if outputs.ndim == 1 or outputs.shape[-1] == 1:
         logits = outputs.reshape(len(outputs))
         return functional.binary_cross_entropy_with_logits(logits, labels.to(logits.dtype), reduction="none")
-    return functional.cross_entropy(outputs, labels.long(), reduction="none")
+    classes = labels.long()
+    known = (classes >= 0) & (classes < outputs.shape[-1])
+    losses = functional.cross_entropy(outputs, torch.where(known, classes, 0), reduction="none")
+    return torch.where(known, losses, torch.nan)

@@ -49,9 +49,11 @@ class PartyAccounts:
         plan, costs = checked.plan, self._costs(connection, checked)
         self._books.refuse(connection, plan.job_id, plan.round, costs, error=error, at=utc(now))
 
-    def spend(self, connection: Connection, job_id: str, number: int, *, now: float) -> None:
-        """A byte may leave: the round's charges are irrevocable."""
-        self._books.spend(connection, job_id, number, at=utc(now), reason="the upload begins")
+    def spend(
+        self, connection: Connection, job_id: str, number: int, *, now: float, reason: str = "the upload begins"
+    ) -> None:
+        """Something of the data may leave: the round's charges are irrevocable."""
+        self._books.spend(connection, job_id, number, at=utc(now), reason=reason)
 
     def return_(self, connection: Connection, job_id: str, number: int, *, now: float, reason: str) -> None:
         """Give back what a round reserved of which no byte left."""

@@ -15,7 +15,16 @@ from sqlalchemy import Connection
 from ..communication.generated import federation_pb2, federation_pb2_grpc
 from ..communication.messages import signed_from_proto, signed_to_proto
 from ..communication.streams import blob_pieces, receive_blob
-from ..errors import BudgetError, OpeningError, PlanError, SottoError, meaning
+from ..errors import (
+    AbandonedError,
+    BudgetError,
+    OpeningError,
+    PlanError,
+    SottoError,
+    UnavailableError,
+    WorkerError,
+    meaning,
+)
 from ..jobs.executors.pool import WorkerPool
 from ..protocol.batches import StoredBatch, expected_header
 from ..protocol.plan import ROOT_KIND, SHARES_KIND, TRANSCRIPT_KIND, OpeningStatement, RootStatement
@@ -42,6 +51,9 @@ LOG = logging.getLogger("sotto.party")
 
 PIECE_BYTES: Final = 1 << 19
 """Of an upload in one message."""
+
+NO_CONTRIBUTION: Final = "this party could not compute its contribution"
+"""All that anybody hears of a failure once data was touched: which failure it was may tell of a row."""
 
 Stub: TypeAlias = "federation_pb2_grpc.FederationServiceAsyncStub"
 """Exists for the type checker only: the generated stub's asynchronous face."""
@@ -127,6 +139,10 @@ class RoundWorker:
         }
         try:
             batch = StoredBatch(**await self._pool.run("contribute", params))
+        except (AbandonedError, UnavailableError):  # this process is being stopped: it is done again
+            raise
+        except Exception as error:
+            raise await self._failed_on_data(row, error) from None
         finally:
             self._blobs.path(plan.model_sha256).unlink(missing_ok=True)
         statement = RootStatement(
@@ -141,6 +157,22 @@ class RoundWorker:
         row = replace(row, stage=Stage.COMMITTED, batch=batch.to_json(), root=root.to_json())
         await self._database.run(lambda c: self._memory.put(c, row))
         return row
+
+    async def _failed_on_data(self, row: PartyRound, error: Exception) -> WorkerError:
+        """What is said of a failure that a row may have caused; that it happened is told, so the round is spent."""
+        failure = WorkerError(NO_CONTRIBUTION)
+        # Of the worker's own errors the private text is a place in the code or an exit status; others may quote a row.
+        detail = error.private if isinstance(error, WorkerError) else ""
+        LOG.error("no contribution: %s %s", type(error).__name__, detail, extra={"job": row.job_id})
+        said = replace(row, stage=Stage.FAILED, failure=(meaning(failure).reason, failure.message))
+
+        def note(connection: Connection) -> None:
+            reason = "computing the contribution failed after data was touched"
+            self._accounts.spend(connection, row.job_id, row.number, now=self._clock(), reason=reason)
+            self._memory.put(connection, said)
+
+        await self._database.run(note)
+        return failure
 
     # --- reveal -------------------------------------------------------------------------------------------------------
 
@@ -326,6 +358,7 @@ class RoundWorker:
     ) -> None:
         """Remember a refusal or failure, give back what did not leave, and tell the aggregator, by public text.
 
+        A round in which data was touched is not given back: `_failed_on_data` has entered it as spent.
         `plan` is the digest of what was asked for: a refusal of another plan changes nothing in the round as it is.
         """
         text = error.message if isinstance(error, SottoError) else "internal error"

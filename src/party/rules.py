@@ -6,6 +6,7 @@ nothing is believed because the aggregator says so.
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ from ..config import PartyConfig
 from ..encryption.dealer import check_threshold
 from ..encryption.scheme import Scheme
 from ..errors import InvalidInput, KeyMaterialError, OpeningError, PlanError, PolicyError, SignatureError
+from ..privacy.clipping import MIN_NORM
 from ..privacy.events import NoisySum
 from ..privacy.noise_plan import NoisePlan
 from ..protocol.derive import derive_again, party_event
@@ -84,7 +86,7 @@ def _check_ranges(plan: RoundPlan) -> None:
         "priced_rounds": 1 <= plan.priced_rounds < 2**32,
         "local.steps": 1 <= plan.local.steps <= MAX_LOCAL_STEPS,
         "local.sampling_rate": 0 < float(plan.local.sampling_rate) <= 1,
-        "local.max_grad_norm": float(plan.local.max_grad_norm) > 0,
+        "local.max_grad_norm": MIN_NORM <= float(plan.local.max_grad_norm) < math.inf,
     }
     for field, holds in checks.items():
         if not holds:

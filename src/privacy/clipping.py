@@ -13,6 +13,10 @@ from numpy.typing import NDArray
 
 from ..errors import InvalidInput
 
+MIN_NORM: Final = 1e-6
+"""The smallest norm that gradients of single examples are clipped to: far above the numbers that float32, in which
+models are sent, holds with fewer digits (below 1.2e-38), where rounding could move a sum by more than the bound."""
+
 _MARGIN: Final = 1.0 - 2.0**-22
 """A float32 is off by at most 2^-24 of itself, so a vector scaled to `_MARGIN`·C stays within C after the cast."""
 

@@ -127,7 +127,9 @@ def test_a_piped_job_prints_an_artifact_that_verifies_until_the_budget_is_gone(
     file = home / "artifact.json"
     file.write_text(done.stdout)
     assert cli.run(["artifact", "verify", str(file)]) == 0
-    assert "job test_123: ε = 5.99" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "job test_123: ε = 5.99" in said
+    assert "signed by 'standalone' with this node's key" in said
 
     job = '{"job_id": "more", "dp": {"noise_multiplier": 0.73}}'
     refused = sotto("train", "--user", "user_456", home=home, job=job)
@@ -300,6 +302,39 @@ def test_with_out_the_model_lies_beside_and_nothing_is_overwritten(train: Run, h
     code, said = train("--out", str(out))
     assert (code, "is there already" in said) == (8, True)
     assert len(own(home)) == before
+
+
+def test_verifying_says_whose_signature_it_is_or_that_nobody_vouches_for_it(
+    train: Run, home: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, made = train()
+    file = home / "artifact.json"
+    file.write_text(json.dumps(made))
+    monkeypatch.setenv("XDG_STATE_HOME", str(home / "elsewhere"))
+    assert cli.run(["artifact", "verify", str(file)]) == 0
+    assert "NOBODY VOUCHES FOR THIS KEY" in capsys.readouterr().out
+    assert cli.run(["artifact", "verify", str(file), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["vouched_by"] is None
+    assert cli.run(["artifact", "verify", str(file), "--verify-key", "0" * 64]) == 4
+    assert capsys.readouterr().out == ""
+    del made["signature"]
+    file.write_text(json.dumps(made))
+    assert cli.run(["artifact", "verify", str(file)]) == 4
+    captured = capsys.readouterr()
+    assert (captured.out, "not signed" in captured.err) == ("", True)
+    assert cli.run(["artifact", "verify", str(file), "--allow-unsigned"]) == 0
+    assert "NOT SIGNED" in capsys.readouterr().out
+
+
+def test_the_partys_own_key_is_found_by_its_configuration(
+    train: Run, home: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = party(home)
+    _, made = train("--config", config, user="ada")
+    file = home / "artifact.json"
+    file.write_text(json.dumps(made))
+    assert cli.run(["artifact", "verify", str(file), "--config", config]) == 0
+    assert "signed by 'a' with this node's key" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

@@ -385,7 +385,10 @@ def federation(
         "PLANTED_NOTEBOOK": str(notebook),
         "PLANTED_WATCHED": "1",
     }
-    planted = {"declared_rows": 150_000, "options": {"who": "{name}", "fails_at": "b", "fail": None}}
+    planted = {
+        "declared_rows": 150_000,
+        "options": {"who": "{name}", "fails_at": "b", "fail": None, "unreadable": None},
+    }
     made = make_federation(
         party={"privacy": {"budgets": {"example": {"epsilon": 1000.0}}}, "datasets": {"planted": planted}},
         settings={

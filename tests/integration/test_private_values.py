@@ -162,13 +162,13 @@ def everything_heard() -> Iterator[Heard]:
 def searched(notebook: Path, capfd: pytest.CaptureFixture[str]) -> Callable[..., list[str]]:
     """Run something; what of the planted values is in its log, in its output, or in what it returns."""
 
-    def run(work: Callable[[], Any], *, loggers: frozenset[str] = frozenset()) -> list[str]:
+    def run(work: Callable[[], Any], *, loggers: frozenset[str] = frozenset(), unread: bool = False) -> list[str]:
         capfd.readouterr()
         with everything_heard() as heard:
             returned = work()
         output = capfd.readouterr()
         planted = Planted.read(notebook)
-        assert {"rows", "vector", "values", "count"} <= planted.kinds
+        assert {"rows", "count"} | (set() if unread else {"vector", "values"}) <= planted.kinds
         assert loggers <= heard.names
         return planted.found("\n".join([*heard.lines, output.out, output.err, repr(returned)]))
 
@@ -268,21 +268,38 @@ def test_a_round_says_nothing_of_what_it_computes(
     assert searched(Units(tmp_path, strategy, options={}).round) == []
 
 
-@pytest.mark.parametrize("strategy", ["fedavg", "fedsgd"])
-@pytest.mark.parametrize("fail", ["range", "index", "memory", "leave"])
+@pytest.mark.parametrize(
+    ("strategy", "options"),
+    [
+        ("fedavg", {"unreadable": "range"}),
+        ("fedsgd", {"unreadable": "index"}),
+        ("fedavg", {"unreadable": "memory"}),
+        ("fedsgd", {"unreadable": "leave"}),
+        ("fedavg", {"fail": "leave"}),
+        ("fedsgd", {"fail": "leave"}),
+    ],
+)
 def test_a_training_that_fails_on_a_bad_row_says_where_and_not_on_what(
-    strategy: str, fail: str, tmp_path: Path, searched: Callable[..., list[str]]
+    strategy: str, options: Json, tmp_path: Path, searched: Callable[..., list[str]]
 ) -> None:
     told: list[str] = []
 
     def work() -> list[str]:
-        told.extend(Units(tmp_path, strategy, options={"fail": fail}).round(parties=("a",)))
+        told.extend(Units(tmp_path, strategy, options=options).round(parties=("a",)))
         return told
 
-    found = searched(work)
+    found = searched(work, unread="unreadable" in options)
     assert "WORKER_FAILED" in told[0]
-    assert fail == "memory" or "planted_rows.py" in told[0]
+    assert "memory" in options.values() or "planted_rows.py" in told[0]
     assert found == []
+
+
+@pytest.mark.parametrize("strategy", ["fedavg", "fedsgd"])
+@pytest.mark.parametrize("fail", ["range", "index", "memory"])
+def test_a_row_of_which_no_gradient_can_be_had_counts_for_nothing_and_nobody_hears_of_it(
+    strategy: str, fail: str, tmp_path: Path, searched: Callable[..., list[str]]
+) -> None:
+    assert searched(Units(tmp_path, strategy, options={"fail": fail}).round) == []
 
 
 @pytest.mark.parametrize("strategy", ["fedavg", "fedsgd"])
@@ -318,7 +335,7 @@ state_dir: state
 server: {insecure: true}
 keys: {custody: aggregator}
 policy: {allow_without_dp: true}
-datasets: {planted: {declared_rows: 150000, options: {fail: FAIL}}}
+datasets: {planted: {declared_rows: 150000, options: {fail: FAIL, unreadable: UNREADABLE}}}
 privacy: {budgets: {example: {epsilon: 100}, default_user_epsilon: 100}}
 """
 PRIVATE: Final = {"noise_multiplier": 2.0, "delta": 1e-6}
@@ -329,9 +346,9 @@ Train = Callable[..., tuple[int, list[str]]]
 def train(searched: Callable[..., list[str]], tmp_path: Path) -> Train:
     """Run `sotto train` on the planted rows: its exit code, and what is found of them in all that it says."""
 
-    def run(*arguments: str, fail: str = "", **fields: Any) -> tuple[int, list[str]]:
+    def run(*arguments: str, fail: str = "", unreadable: str = "", **fields: Any) -> tuple[int, list[str]]:
         config, job = tmp_path / "party.yaml", tmp_path / "job.json"
-        config.write_text(PARTY.replace("FAIL", fail or "null"))
+        config.write_text(PARTY.replace("FAIL", fail or "null").replace("UNREADABLE", unreadable or "null"))
         job.write_text(json.dumps({"job_id": "j", "dataset": "planted", "dp": PRIVATE, "batch_size": 15000, **fields}))
         codes: list[int] = []
 
@@ -340,7 +357,7 @@ def train(searched: Callable[..., list[str]], tmp_path: Path) -> Train:
             cli.run(["budget", "history", "--config", str(config)])
             cli.run(["budget", "export", "--config", str(config)])
 
-        found = searched(work, loggers=frozenset({"sqlalchemy.engine.Engine", "asyncio"}))
+        found = searched(work, loggers=frozenset({"sqlalchemy.engine.Engine", "asyncio"}), unread=bool(unreadable))
         return codes[0], found
 
     return run
@@ -353,9 +370,17 @@ def test_sotto_train_says_nothing_of_what_it_computes(dp: Json, train: Train) ->
 
 
 @pytest.mark.parametrize(
-    ("fail", "arguments"),
-    [("range", ()), ("index", ()), ("index", ("--json",)), ("memory", ()), ("leave", ()), ("tell", ())],
+    ("fail", "code"), [("range", 0), ("memory", 0), ("tell", 0), ("leave", 13)], ids=lambda each: str(each)
 )
-def test_sotto_train_says_where_it_failed_and_not_on_what(fail: str, arguments: tuple[str, ...], train: Train) -> None:
-    code, found = train(*arguments, fail=fail, epochs=1)
-    assert (code, found) == (0 if fail == "tell" else 13, [])
+def test_sotto_train_says_nothing_of_a_bad_row(fail: str, code: int, train: Train) -> None:
+    """It counts for nothing; if the task ends the process, the text of that is not told."""
+    assert train(fail=fail, epochs=1) == (code, [])
+
+
+@pytest.mark.parametrize(
+    ("unreadable", "arguments"), [("range", ()), ("index", ("--json",)), ("memory", ()), ("leave", ())]
+)
+def test_sotto_train_says_where_it_failed_and_not_on_what(
+    unreadable: str, arguments: tuple[str, ...], train: Train
+) -> None:
+    assert train(*arguments, unreadable=unreadable, epochs=1) == (13, [])

@@ -10,14 +10,15 @@ import pytest
 
 from src import cli
 from src.communication.generated import jobs_pb2
+from src.party.rounds import NO_CONTRIBUTION
 from src.privacy.ledger import to_line
 from src.protocol.roster import AGGREGATOR
 
 from .planted.search import Planted
 
 PARTIES = ("a", "b", "c")
-FAILURES = {"fedavg": "index", "fedsgd": "range"}
-"""What happens to b in the middle of its training, by the job's strategy."""
+FAILURES = {"fedavg": {"unreadable": "index"}, "fedsgd": {"fail": "leave"}}
+"""What happens to b when its rows are read, or in the middle of its training, by the job's strategy."""
 
 
 def submit(federation: Any, strategy: str) -> str:
@@ -34,7 +35,7 @@ def submit(federation: Any, strategy: str) -> str:
         local_training=local,
         round_timeout_s=150.0,
     )
-    training.task_options.update({"fail": FAILURES[strategy]})
+    training.task_options.update(FAILURES[strategy])
     return str(federation.client.submit(training).job_id)
 
 
@@ -51,12 +52,12 @@ def test_a_federation_tells_nothing_of_its_rows_and_a_party_that_fails_says_only
     job = federation.succeed(submit(federation, strategy))
     (row,) = federation.rounds(job.job_id)
     assert row.contributors == ("a", AGGREGATOR, "c")
-    assert (row.failures["b"].reason, row.failures["b"].message) == ("WORKER_FAILED", "unit contribute failed")
+    assert (row.failures["b"].reason, row.failures["b"].message) == ("WORKER_FAILED", NO_CONTRIBUTION)
 
     planted = Planted.read(federation.notebook)
     assert {"rows", "vector", "values", "count"} <= planted.kinds
     said = {name: federation.processes.log(name).read_bytes()[at:].decode() for name, at in began.items()}
-    assert "is refused: unit contribute failed" in said["b"]
+    assert NO_CONTRIBUTION in said["b"]
     ledgers = {name: [to_line(entry) for entry in federation.ledger(name)] for name in said}
     files = federation.client.fetch_artifact(job.job_id, tmp_path)
     events = list(federation.client.watch(job.job_id))

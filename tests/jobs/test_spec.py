@@ -44,6 +44,7 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"local_training": {"learning_rate": -0.1}}, "local_training.learning_rate"),
     ({"local_training": {"learning_rate": INF}}, "local_training.learning_rate"),
     ({"local_training": {"max_grad_norm": -1.0}}, "local_training.max_grad_norm"),
+    ({"local_training": {"max_grad_norm": 9e-7}}, "local_training.max_grad_norm"),
     ({"local_training": {"epsilon": -1.0}}, "local_training.epsilon"),
     ({"local_training": {"epsilon": INF}}, "local_training.epsilon"),
     ({"local_training": {"delta": 1.0}}, "local_training.delta"),

@@ -136,6 +136,7 @@ REFUSED: dict[str, Callable[[], object]] = {
     "a stored dtype that is not ours": lambda: from_safetensors(crafted("I32", 4)),
     "bfloat16, unknown to numpy": lambda: from_safetensors(crafted("BF16", 2)),
     "a model with other names": lambda: load_tensors(torch.nn.Linear(2, 2), {"w": W}),
+    "a model that is not finite": lambda: load_tensors(torch.nn.Linear(2, 2, bias=False), {"weight": W + np.inf}),
     "a model of another shape": lambda: load_tensors(torch.nn.Linear(2, 3, bias=False), {"weight": W}),
     "a model in float64": lambda: model_to_tensors(torch.nn.Linear(2, 2).double()),
 }

@@ -249,7 +249,7 @@ def artifact(run: tuple[Plan, Trained], **options: Any) -> dict[str, Any]:
 
 
 def check(value: dict[str, Any], **options: Any) -> Any:
-    return verify_artifact(json.dumps(value).encode(), **{"directory": None, **options})
+    return verify_artifact(json.dumps(value).encode(), **{"directory": None, "allow_unsigned": True, **options})
 
 
 def test_an_artifact_says_what_was_done_and_verifies(run: tuple[Plan, Trained]) -> None:
@@ -275,7 +275,7 @@ def test_white_space_order_and_the_way_a_number_is_written_do_not_matter(run: tu
     made = artifact(run)
     text = json.dumps(dict(reversed(made.items())), indent=3).replace('"clip": 1.0', '"clip": 1')
     assert '"clip": 1,' in text
-    assert verify_artifact(text.encode(), directory=None).hash == made["hash"]
+    assert verify_artifact(text.encode(), directory=None, allow_unsigned=True).hash == made["hash"]
 
 
 def test_the_model_may_lie_in_a_file_beside(run: tuple[Plan, Trained], tmp_path: Path) -> None:
@@ -394,8 +394,35 @@ def test_a_mock_has_no_model_and_cannot_lose_its_mark() -> None:
     with pytest.raises(InvalidInput, match="MOCK: nothing was trained"):
         check(made)
     with pytest.raises(InvalidInput) as refused:
-        check(resealed({**made, "mock": False}))
+        check(resealed({**made, "mock": False, "privacy": {**made["privacy"], "statements": ["all is well"]}}))
     assert {"model", "n"} <= set(refused.value.violations)
+
+
+def made_up(run: tuple[Plan, Trained], *, said: bool) -> dict[str, Any]:
+    """A mock that was given everything that a real artifact has, and hashed anew."""
+    real = artifact(run)
+    forged = {**build_mock(plan(), created_at=CREATED_AT), "mock": False, "model": real["model"], "n": real["n"]}
+    forged |= {"epsilon": real["epsilon"], "provenance": {"accuracy": "not evaluated", "n": "generated rows"}}
+    forged["privacy"] = {**forged["privacy"], "ledger_head": "0" * 64}
+    if not said:
+        forged["privacy"]["statements"] = real["privacy"]["statements"]
+    return resealed(forged)
+
+
+def test_a_mock_never_verifies_as_real_whatever_is_edited(run: tuple[Plan, Trained]) -> None:
+    """All of it can be edited but the signature that it lacks, and that of a real one does not fit it."""
+    with pytest.raises(InvalidInput, match="MOCK"):
+        check(made_up(run, said=True))
+    forged = made_up(run, said=False)
+    with pytest.raises(SignatureError, match="not signed"):
+        verify_artifact(json.dumps(forged).encode(), directory=None)
+    key = SigningKey.from_bytes(b"k" * 32)
+    real = artifact(run, signing_key=key, signer="a")
+    with pytest.raises(SignatureError, match="does not verify"):
+        check({**forged, "signature": real["signature"]})
+    other = artifact((run[0], run[1]), signing_key=SigningKey.from_bytes(b"o" * 32), signer="a")
+    with pytest.raises(SignatureError, match="another key"):
+        check(other, verify_key=key.verify_key)
 
 
 def test_a_signature_says_who_made_it(run: tuple[Plan, Trained]) -> None:

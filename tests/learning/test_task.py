@@ -117,6 +117,12 @@ def test_default_losses_by_hand() -> None:
     assert several.tolist() == pytest.approx([np.log(3)] * 2, rel=1e-6)
 
 
+def test_a_label_that_is_no_class_has_no_loss_and_leaves_the_others_theirs() -> None:
+    found = default_loss(torch.zeros(4, 3), torch.tensor([1, 7, -1, -100]))
+    assert found[0].item() == pytest.approx(np.log(3))
+    assert found[1:].isnan().all()
+
+
 def test_unknown_options_are_named() -> None:
     with pytest.raises(ConfigError) as caught:
         check_options({"seed": 1, "sede": 2, "path": 3}, known=("seed",), task="t")
@@ -128,6 +134,8 @@ REFUSED = {
     "features without a second axis": (np.zeros(2, np.float32), np.zeros(2)),
     "one label too few": (np.zeros((2, 1), np.float32), np.zeros(1)),
     "a feature that is not finite": (np.full((2, 1), np.nan, np.float32), np.zeros(2)),
+    "a label that is not a number": (np.zeros((2, 1), np.float32), np.array([0.0, np.nan])),
+    "a label that is infinite": (np.zeros((2, 1), np.float32), np.array([0.0, np.inf], np.float32)),
     "labels in a column": (np.zeros((2, 1), np.float32), np.zeros((2, 1))),
 }
 

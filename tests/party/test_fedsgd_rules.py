@@ -61,6 +61,11 @@ REFUSED: list[tuple[str, Callable[[RoundPlan], RoundPlan], str]] = [
     ("a larger cap", lambda p: summed(p, batch_cap=100), "batch_cap"),
     ("another norm", lambda p: replace(p, clipping_norm="1.0"), "clipping_norm"),
     ("another gradient norm", lambda p: replace(p, local=replace(p.local, max_grad_norm="2.0")), "does not follow"),
+    (
+        "a gradient norm of next to nothing",
+        lambda p: replace(p, local=replace(p.local, max_grad_norm="1e-45")),
+        "max_grad_norm",
+    ),
     ("no gradient norm", lambda p: replace(p, local=replace(p.local, max_grad_norm="0.0")), "max_grad_norm"),
     ("a larger rate", lambda p: replace(p, local=replace(p.local, sampling_rate="0.1")), "does not follow"),
     ("a rate of none", lambda p: replace(p, local=replace(p.local, sampling_rate="0.0")), "sampling_rate"),

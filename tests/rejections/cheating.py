@@ -33,6 +33,7 @@ from src.party.rounds import RoundWorker
 from src.party.store import RoundMemory
 from src.party.work import HANDLERS
 from src.privacy.entropy import SystemEntropy
+from src.privacy.ledger import charges
 from src.protocol.batches import StoredBatch, expected_header, fold_batches, write_batch
 from src.protocol.canonical import canonical_bytes, parse_canonical
 from src.protocol.keyring import Keyring, load_share
@@ -108,6 +109,7 @@ class CheatingAggregator(federation_pb2_grpc.FederationServiceServicer):
         self.model = to_safetensors({"w": np.zeros(DIMENSION, np.float32)})
         self.served: dict[str, bytes] = {}
         self.received: list[Answer] = []
+        self.told: list[str] = []
         self.answers: asyncio.Queue[Answer] = asyncio.Queue()
         self._work: asyncio.Queue[federation_pb2.Assignment] = asyncio.Queue()
         self.gone = asyncio.Event()
@@ -157,6 +159,7 @@ class CheatingAggregator(federation_pb2_grpc.FederationServiceServicer):
         return federation_pb2.UploadSharesResponse(accepted=True)
 
     async def ReportFailure(self, request: Any, context: Any) -> federation_pb2.ReportFailureResponse:
+        self.told.append(request.message)
         self._came("failure", (request.stage, request.reason))
         return federation_pb2.ReportFailureResponse()
 
@@ -286,6 +289,7 @@ class Pool:
     def __init__(self, blobs: Blobs) -> None:
         self._blobs = blobs
         self.dies_at = ""
+        self.error: Exception | None = None
 
     def cores_for_a_unit(self) -> int:
         """One: batches here are small."""
@@ -293,7 +297,7 @@ class Pool:
 
     async def run(self, name: str, params: Mapping[str, Any]) -> dict[str, Any]:
         if name == self.dies_at:
-            raise WorkerError(f"unit {name} was killed")
+            raise self.error or WorkerError(f"unit {name} was killed")
         data = json.loads(json.dumps(params))
         if name != "contribute":
             return HANDLERS[name](data, WorkContext(self._blobs, Path()))
@@ -318,6 +322,7 @@ class PartyA:
     async def start(self) -> None:
         metadata = MetaData()
         memory, ledger = RoundMemory(metadata), LedgerStore(metadata)
+        self._ledger = ledger
         home = Home(self.config)
         self._database = Database(self.config.state_dir / "party.sqlite", Migrations("party"))
         await self._database.open()
@@ -341,6 +346,11 @@ class PartyA:
             dial=lambda: connect(self._address, tls=files),
         )
         self._task = asyncio.create_task(self._node.run())
+
+    async def charges(self) -> list[str]:
+        """What became of everything that was charged: "reserved", "final" or "returned"."""
+        books = charges(await self._database.run(self._ledger.entries)).values()
+        return [each.settled.kind if each.settled else "reserved" for each in books]
 
     async def idle(self) -> None:
         """Until nothing of what was asked for is under way."""

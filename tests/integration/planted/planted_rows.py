@@ -61,7 +61,7 @@ def note(kind: str, values: Any) -> None:
 def watch(put: Callable[[Any, str, Any], None]) -> None:
     """Note what goes into and out of every mechanism, by `put(module, name, function)` in its place."""
     import src.learning.dpsgd as dpsgd
-    import src.learning.gradients as gradients
+    import src.learning.per_example as per_example
     import src.party.work as party_work
 
     def around(module: Any, name: str, see: Callable[[tuple[Any, ...], Any], None]) -> None:
@@ -83,14 +83,14 @@ def watch(put: Callable[[Any, str, Any], None]) -> None:
             _vector(total)
 
     parts = iter(range(PARTS))
-    around(gradients, "_clipped_sum", of_a_part)
+    around(per_example.ClippedSums, "_add", of_a_part)
     around(dpsgd, "secure_normals", lambda _, noise: _vector(noise))
     around(dpsgd, "poisson_sample", sampled)
     around(party_work, "poisson_sample", sampled)
     around(party_work, "discrete_gaussian", lambda _, noise: _vector(noise))
     for name in ("clip", "encode", "encode_sum", "_with_share"):
         around(party_work, name, lambda given, result: _vectors(given[0], result))
-    real_add_noise = dpsgd._EntropyNoise.add_noise
+    real_add_noise = dpsgd.SecureDPOptimizer.add_noise
 
     def add_noise(optimizer: Any) -> None:
         for parameter in optimizer.params:
@@ -99,7 +99,7 @@ def watch(put: Callable[[Any, str, Any], None]) -> None:
         for parameter in optimizer.params:
             _vector(parameter.grad)
 
-    put(dpsgd._EntropyNoise, "add_noise", add_noise)
+    put(dpsgd.SecureDPOptimizer, "add_noise", add_noise)
 
 
 def _vectors(*given: Any) -> None:
@@ -161,12 +161,15 @@ class PlantedTask:
         return model
 
     def load_data(self, options: Mapping[str, object]) -> Dataset:
-        """The planted rows. `fail` is what a bad row does, for party `fails_at` (anybody, if absent)."""
+        """The planted rows. `fail` is what a bad row does in training, `unreadable` when it is read; for party
+        `fails_at` (anybody, if absent)."""
         mine = options.get("fails_at") in (None, options.get("who"))
         self._fail = str(options.get("fail") or "") if mine else ""
         note("rows", MARKERS)
         note("rows", [SECRET])
         note("count", [ROWS, LABEL])
+        if mine and options.get("unreadable"):
+            FAILURES[str(options["unreadable"])]("a bad row")
         return _dataset(MARKERS, ROWS)
 
     def load_holdout(self, options: Mapping[str, object]) -> Dataset:
