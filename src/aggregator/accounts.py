@@ -6,7 +6,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
-from sqlalchemy import Connection
+from sqlalchemy import Connection, MetaData
 
 from ..config_budgets import aggregator_limits
 from ..config_sections import AggregatorPrivacy
@@ -16,6 +16,7 @@ from ..privacy.budget import ANY, Account, check_affordable, subject_of
 from ..privacy.entries import Entry
 from ..privacy.events import Event
 from ..storage.books import Books, Cost
+from ..storage.heads import Head, HeadStore, check_head
 from ..storage.ledger import LedgerStore
 
 
@@ -32,6 +33,7 @@ class Accounts:
 
     def __init__(self, store: LedgerStore, privacy: AggregatorPrivacy, *, federation: str) -> None:
         self._store = store
+        self._heads = HeadStore(MetaData())
         self.subject = subject_of("federation", federation)
         self._account: Account = ("party", self.subject)
         self._books = Books(store, aggregator_limits(privacy, federation=federation))
@@ -120,6 +122,24 @@ class Accounts:
     def head(self, connection: Connection) -> str:
         """Digest of the ledger's last entry."""
         return self._store.head(connection)
+
+    def check_head(self, connection: Connection, head: Head, *, party: str) -> None:
+        """Raises LedgerError unless this ledger once had the head that a party remembers of it."""
+        check_head(
+            self._store.entries(connection),
+            head,
+            whose="this aggregator's",
+            told_by=f"party {party}",
+            account=self._account,
+        )
+
+    def remember(self, connection: Connection, party: str, head: Head) -> None:
+        """Keep what a party says of its own ledger."""
+        self._heads.remember(connection, party, head)
+
+    def head_of(self, connection: Connection, party: str) -> Head | None:
+        """Of a party's ledger, as it told it last; None before the first time."""
+        return self._heads.last(connection, party)
 
     def verify(self, connection: Connection) -> None:
         """Raises LedgerError, which names the first bad entry, when the chain is broken."""

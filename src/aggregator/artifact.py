@@ -33,6 +33,7 @@ from ..storage.blobs import Blobs
 from .federation import Federation
 from .planning import plan_of
 from .round_row import RoundRow, RoundState
+from .steps import party_ledger_heads
 
 MANIFEST_VERSION: Final = 1
 MODEL_FILE: Final = "model.safetensors"
@@ -76,6 +77,7 @@ def write_artifact(
         "encryption": _encryption(plan, federation),
         "rounds": [_round(row) for row in history],
         "ledger_head": ledger_head,
+        **({"party_ledger_heads": heads} if (heads := party_ledger_heads(history)) else {}),
         "versions": _versions(),
         "statements": statements(plan, federation.keyring.modulus_bits, last),
     }

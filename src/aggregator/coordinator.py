@@ -19,7 +19,7 @@ from sqlalchemy import Connection
 
 from .. import __version__
 from ..config import AggregatorConfig
-from ..errors import LeaseError, LimitError, SottoError
+from ..errors import LeaseError, LedgerError, LimitError, SottoError
 from ..jobs.scheduler import Capacity
 from ..jobs.service import Activity, PartyStatus, Status
 from ..jobs.spec import FederatedTrainingSpec
@@ -29,6 +29,7 @@ from ..jobs.states import EventKind, JobRow, JobState, expired_event, seconds, s
 from ..jobs.store import JobStore
 from ..storage.blobs import Blobs
 from ..storage.database import Database
+from ..storage.heads import Head
 from ..storage.leftovers import Leftovers
 from .accounts import Accounts
 from .computations import Computations
@@ -307,6 +308,31 @@ class Coordinator:
         members = await self._database.run(write)
         self._federation.enrol(members, created_at=utc(self._clock()))
         self.wake()
+
+    async def meet(self, party: str, seen: Head | None) -> Head | None:
+        """What this aggregator remembers of a party's ledger; None before it told anything.
+
+        Args:
+            seen: what the party remembers of this aggregator's ledger.
+
+        Raises:
+            LedgerError: this ledger never had that entry: the database was rolled back.
+        """
+
+        def read(connection: Connection) -> Head | None:
+            if seen is not None:
+                self._accounts.check_head(connection, seen, party=party)
+            return self._accounts.head_of(connection, party)
+
+        try:
+            return await self._database.run(read)
+        except LedgerError as error:
+            LOG.error("%s", error.message)
+            raise
+
+    async def told(self, party: str, head: Head) -> None:
+        """Remember what a party says of its own ledger, to tell it again when it joins."""
+        await self._database.run(lambda connection: self._accounts.remember(connection, party, head))
 
 
 def capacity_of(config: AggregatorConfig) -> Capacity:

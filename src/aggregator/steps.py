@@ -7,8 +7,9 @@ a crash either finds its work done or does it afresh before anything of it was s
 from __future__ import annotations
 
 import asyncio
+import json
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -137,6 +138,7 @@ class RoundSteps:
             "epsilon_party": real(epsilons[0]),
             "epsilon_party_against_aggregator": real(epsilons[1]),
             "ledger_head": ledger_head,
+            "party_ledger_heads": party_ledger_heads([row]),
             **_next_norm(opened),
         }
         return self._federation.sign(TRANSCRIPT_KIND, statement)
@@ -152,6 +154,16 @@ class RoundSteps:
             proof=batch.proof,
         )
         return self._federation.sign(ROOT_KIND, statement.to_statement())
+
+
+def party_ledger_heads(rows: Iterable[RoundRow]) -> dict[str, str]:
+    """Where the parties' own ledgers were when they last committed to a batch, by party, as far as they told."""
+    found: dict[str, str] = {}
+    for row in rows:
+        for name in row.committed:
+            statement = json.loads(row.roots[name]["statement"])
+            found |= {name: statement["ledger_head"]} if statement.get("ledger_head") else {}
+    return dict(sorted(found.items()))
 
 
 def costs_of(row: RoundRow) -> tuple[Mechanism, Mechanism]:

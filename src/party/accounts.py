@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 
-from sqlalchemy import Connection
+from sqlalchemy import Connection, MetaData
 
 from ..config import PartyConfig
 from ..config_budgets import party_limits
@@ -13,7 +13,9 @@ from ..errors import BudgetError
 from ..jobs.states import utc
 from ..privacy.budget import Account, balance, subject_of
 from ..protocol.derive import example_event, party_event
+from ..protocol.roster import AGGREGATOR
 from ..storage.books import Books, Cost
+from ..storage.heads import Head, HeadStore, check_head
 from ..storage.ledger import LedgerStore
 from .rules import CheckedPlan
 
@@ -24,6 +26,7 @@ class PartyAccounts:
     def __init__(self, store: LedgerStore, config: PartyConfig) -> None:
         self._books = Books(store, party_limits(config))
         self._store = store
+        self._heads = HeadStore(MetaData())
         self._config = config
 
     def open(self, connection: Connection, *, now: float) -> list[str]:
@@ -79,6 +82,28 @@ class PartyAccounts:
     def verify(self, connection: Connection) -> None:
         """Raises LedgerError, which names the first bad entry, when the chain is broken."""
         self._store.verify(connection)
+
+    def head(self, connection: Connection) -> str:
+        """Digest of the ledger's last entry."""
+        return self._store.head(connection)
+
+    def check_head(self, connection: Connection, head: Head) -> None:
+        """Raises LedgerError unless this ledger once had the head that the aggregator remembers of it."""
+        check_head(
+            self._store.entries(connection),
+            head,
+            whose=f"party {self._config.name}'s",
+            told_by="the aggregator",
+            account=("party", subject_of("federation", self._config.federation)),
+        )
+
+    def remember(self, connection: Connection, head: Head) -> None:
+        """Keep what a transcript says of the aggregator's ledger."""
+        self._heads.remember(connection, AGGREGATOR, head)
+
+    def aggregator_head(self, connection: Connection) -> Head | None:
+        """Of the aggregator's ledger, as the last transcript said it; None before the first."""
+        return self._heads.last(connection, AGGREGATOR)
 
     def _costs(self, connection: Connection, checked: CheckedPlan) -> list[Cost]:
         plan = checked.plan

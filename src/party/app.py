@@ -65,7 +65,14 @@ class App:
             blobs=self._blobs,
             pool=self._pool,
         )
-        self._node = Node(home=home, database=self._database, memory=self._memory, worker=worker, dial=self._dial)
+        self._node = Node(
+            home=home,
+            database=self._database,
+            memory=self._memory,
+            accounts=self._accounts,
+            worker=worker,
+            dial=self._dial,
+        )
 
     def _dial(self) -> grpc.aio.Channel:
         server = self.config.server

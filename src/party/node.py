@@ -31,6 +31,8 @@ from ..protocol.plan import PLAN_KIND, signed_digest
 from ..protocol.roster import AGGREGATOR
 from ..protocol.signing import open_signed
 from ..storage.database import Database
+from ..storage.heads import Head
+from .accounts import PartyAccounts
 from .home import Home
 from .rounds import RoundWorker, Stub
 from .store import RoundMemory
@@ -66,12 +68,14 @@ class Node:
         home: Home,
         database: Database,
         memory: RoundMemory,
+        accounts: PartyAccounts,
         worker: RoundWorker,
         dial: Callable[[], grpc.aio.Channel],
     ) -> None:
         self._home = home
         self._database = database
         self._memory = memory
+        self._accounts = accounts
         self._worker = worker
         self._dial = dial
         self._session_id = secrets.token_hex(8)
@@ -119,8 +123,17 @@ class Node:
                 self._take(stub, assignment)
 
     async def _join(self, stub: Stub) -> float:
-        answer = await stub.Join(self._home.introduction())
+        request = self._home.introduction()
+        seen = await self._database.run(self._accounts.aggregator_head)
+        if seen:
+            name = federation_pb2.RoundName(job_id=seen.job_id, round=seen.round)
+            request.aggregator_ledger.CopyFrom(federation_pb2.LedgerHead(digest=seen.digest, round=name))
+        answer = await stub.Join(request)
         self._home.accept(answer)
+        if answer.HasField("party_ledger"):
+            told = answer.party_ledger
+            head = Head(told.digest, told.round.job_id, told.round.round)
+            await self._database.run(lambda c: self._accounts.check_head(c, head))
         self._pause_s = FIRST_PAUSE_S  # it is there: the next time it is away is a first time again
         LOG.info(
             "joined federation %s at %s (key id %s, custody %s)",

@@ -27,11 +27,12 @@ from ..errors import (
 )
 from ..jobs.executors.pool import WorkerPool
 from ..protocol.batches import StoredBatch, expected_header
-from ..protocol.plan import ROOT_KIND, SHARES_KIND, TRANSCRIPT_KIND, OpeningStatement, RootStatement
+from ..protocol.plan import ROOT_KIND, SHARES_KIND, TRANSCRIPT_KIND, OpeningStatement, RootStatement, RoundPlan
 from ..protocol.roster import AGGREGATOR
 from ..protocol.signing import Signed, open_signed
 from ..storage.blobs import Blobs
 from ..storage.database import Database
+from ..storage.heads import Head
 from .accounts import PartyAccounts, finite
 from .home import Home
 from .rules import (
@@ -145,17 +146,22 @@ class RoundWorker:
             raise await self._failed_on_data(row, error) from None
         finally:
             self._blobs.path(plan.model_sha256).unlink(missing_ok=True)
+        return await self._database.run(lambda c: self._commit(c, row, plan, batch))
+
+    def _commit(self, connection: Connection, row: PartyRound, plan: RoundPlan, batch: StoredBatch) -> PartyRound:
+        """Sign for the batch, and for where the ledger is: others then know an entry that it must have from now on."""
         statement = RootStatement(
-            plan=checked.digest,
+            plan=row.plan,
             contributor=self._home.name,
             root=batch.root,
             ciphertexts=int(plan.layout["ciphertext_count"]),
             body_bytes=batch.size,
             proof=batch.proof,
+            ledger_head=self._accounts.head(connection),
         )
         root = self._home.signing_key.sign(ROOT_KIND, statement.to_statement(), signer=self._home.name)
         row = replace(row, stage=Stage.COMMITTED, batch=batch.to_json(), root=root.to_json())
-        await self._database.run(lambda c: self._memory.put(c, row))
+        self._memory.put(connection, row)
         return row
 
     async def _failed_on_data(self, row: PartyRound, error: Exception) -> WorkerError:
@@ -182,7 +188,7 @@ class RoundWorker:
         checked = self._check(signed, name)
         roots = check_list(listed, self._home.roster, plan=checked.plan, plan_digest=checked.digest)
 
-        def accept(connection: Connection) -> PartyRound:
+        def accept(connection: Connection) -> tuple[PartyRound, str]:
             row = self._memory.find(connection, name.job_id, name.round)
             if row is None or row.plan != checked.digest or row.batch is None:
                 raise OpeningError("this party has committed to nothing in this round")
@@ -193,10 +199,10 @@ class RoundWorker:
                 self._accounts.spend(connection, row.job_id, row.number, now=self._clock())
                 row = replace(row, stage=Stage.REVEALED, list=digest)
                 self._memory.put(connection, row)
-            return row
+            return row, self._accounts.head(connection)
 
-        row = await self._database.run(accept)
-        answer = await stub.UploadUpdate(self._upload(row))
+        row, head = await self._database.run(accept)
+        answer = await stub.UploadUpdate(self._upload(row, ledger_head=head))
         if answer.accepted:
             await self._database.run(lambda c: self._delivered(c, row))
             LOG.info("delivered", extra={"job": row.job_id, "round": row.number})
@@ -207,12 +213,13 @@ class RoundWorker:
         self._accounts.release(connection, row.job_id, row.number, figures=figures, now=self._clock())
         self._memory.put(connection, replace(row, stage=Stage.DELIVERED))
 
-    async def _upload(self, row: PartyRound) -> AsyncIterator[federation_pb2.UploadUpdateRequest]:
+    async def _upload(self, row: PartyRound, *, ledger_head: str) -> AsyncIterator[federation_pb2.UploadUpdateRequest]:
         batch = StoredBatch(**(row.batch or {}))
         header = federation_pb2.UpdateHeader(
             round=_round_name(row),
             root=signed_to_proto(Signed.from_json(row.root or {})),
             batch_header=bytes.fromhex(batch.header),
+            ledger_head=ledger_head,
         )
         yield federation_pb2.UploadUpdateRequest(header=header)
         async for piece in blob_pieces(self._blobs, batch.sha256, piece_bytes=PIECE_BYTES):
@@ -330,9 +337,11 @@ class RoundWorker:
 
     async def ended(self, name: federation_pb2.RoundName, work: federation_pb2.RoundEnded) -> None:
         """Note how the round ended; give back what was reserved if no byte left; drop what nobody needs any more."""
+        head: Head | None = None
         if work.HasField("transcript"):
             signed = signed_from_proto(work.transcript)
-            open_signed(signed, TRANSCRIPT_KIND, verify_key=self._home.roster.verify_key(AGGREGATOR))
+            transcript = open_signed(signed, TRANSCRIPT_KIND, verify_key=self._home.roster.verify_key(AGGREGATOR))
+            head = Head(str(transcript.get("ledger_head")), name.job_id, name.round)
 
         def note(connection: Connection) -> PartyRound | None:
             row = self._memory.find(connection, name.job_id, name.round)
@@ -342,6 +351,8 @@ class RoundWorker:
                 reason = f"the round ended ({work.state[:20]}) before anything was sent"
                 self._accounts.return_(connection, row.job_id, row.number, now=self._clock(), reason=reason)
             self._memory.put(connection, replace(row, ended=work.state[:20] or "ENDED"))
+            if head is not None:
+                self._accounts.remember(connection, head)
             return row
 
         row = await self._database.run(note)

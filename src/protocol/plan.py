@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any, Final, Literal
@@ -24,7 +25,9 @@ SHARES_KIND: Final = "shares"
 TRANSCRIPT_KIND: Final = "transcript"
 MANIFEST_KIND: Final = "manifest"
 
-PROTOCOL_VERSION: Final = "1.0"
+_HEAD: Final = re.compile("[0-9a-f]{64}")
+
+PROTOCOL_VERSION: Final = "2.0"
 
 
 def signed_digest(signed: Signed, kind: str) -> str:
@@ -274,6 +277,9 @@ class RootStatement:
         body_bytes: length of the ciphertexts back to back.
         proof: that the contributor knows what is inside the ciphertexts (hex; see `knowledge_binding`); empty for a
             scheme without encryption. The signed list brings it to everybody who opens.
+        ledger_head: digest (hex) of the last entry of the contributor's own ledger when it signed, with the charge of
+            this round in it: so everybody who sees the list can say later that this ledger once had that entry. Empty
+            for the aggregator's noise, whose ledger is in the transcript; unknown, and empty, before protocol 2.0.
     """
 
     plan: str
@@ -282,6 +288,7 @@ class RootStatement:
     ciphertexts: int
     body_bytes: int
     proof: str
+    ledger_head: str = ""
 
     def to_statement(self) -> dict[str, Any]:
         """Canonical-JSON-able."""
@@ -294,10 +301,12 @@ class RootStatement:
             statement = cls(**value)
         except TypeError as error:
             raise InvalidInput("a root statement is malformed") from error
-        texts = (statement.plan, statement.contributor, statement.root, statement.proof)
+        texts = (statement.plan, statement.contributor, statement.root, statement.proof, statement.ledger_head)
         counts = (statement.ciphertexts, statement.body_bytes)
         if not all(type(text) is str for text in texts) or not all(type(n) is int and n >= 0 for n in counts):
             raise InvalidInput("a root statement is malformed")
+        if statement.ledger_head and not _HEAD.fullmatch(statement.ledger_head):
+            raise InvalidInput("a root statement is malformed: ledger_head is no digest")
         return statement
 
 

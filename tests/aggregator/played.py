@@ -248,7 +248,8 @@ class Place:
         """Roots of everybody invited."""
         row = await self.round(job_id, number)
         for party in row.cohort:
-            root = RootStatement(row.plan_digest, party, digest(party), 1, 1, "00").to_statement()
+            head = digest(f"ledger of {party}")
+            root = RootStatement(row.plan_digest, party, digest(party), 1, 1, "00", head).to_statement()
             signed = self.federation.sign(ROOT_KIND, root).to_json()
             await self.coordinator.trainings.happened(job_id, number, RootCommitted(party, signed))
 

@@ -15,6 +15,7 @@ from src.errors import StorageError
 from src.jobs.store import JobStore
 from src.party.store import RoundMemory
 from src.storage.database import Database, read_only
+from src.storage.heads import HeadStore
 from src.storage.ledger import LedgerStore
 from src.storage.migrations import HISTORIES, History, Migrations
 from src.storage.migrations.aggregator import v0002
@@ -24,8 +25,8 @@ from src.storage.schema import Schema
 OpenDatabase = Callable[[Schema], Awaitable[Database]]
 
 STORES: dict[History, tuple[Callable[[MetaData], object], ...]] = {
-    "aggregator": (JobStore, RoundStore, LedgerStore, EnrolmentStore),
-    "party": (RoundMemory, LedgerStore),
+    "aggregator": (JobStore, RoundStore, LedgerStore, EnrolmentStore, HeadStore),
+    "party": (RoundMemory, LedgerStore, HeadStore),
 }
 ROLES: tuple[History, ...] = ("aggregator", "party")
 

@@ -23,8 +23,9 @@ from src.protocol.roster import AGGREGATOR
 
 AFTER_EACH_COMMIT = "after 1"
 BEFORE_EACH_SECOND_COMMIT = "before 2"
-COMMITS_OF_A_ROUND = 14
-"""Plan, noise, two roots, list, two uploads, product, budget, opening, two shares, release, settling."""
+COMMITS_OF_A_ROUND = 18
+"""Plan, noise, two roots, list, two uploads, product, budget, opening, two shares, release, settling; and with each
+root and upload where the party's ledger is."""
 COMMITS_BESIDE = 3
 """The job is stored, started, and has succeeded."""
 PATIENCE_S = 200.0

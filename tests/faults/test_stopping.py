@@ -13,6 +13,7 @@ import pytest
 
 from src.communication.generated import federation_pb2
 from src.errors import UnavailableError
+from src.party.accounts import PartyAccounts
 from src.party.home import Home
 from src.party.node import Node
 from src.party.rounds import RoundWorker
@@ -72,6 +73,7 @@ async def test_a_stop_is_not_lost_when_the_stream_breaks_at_the_same_time(moment
         home=cast(Home, home),
         database=cast(Database, SimpleNamespace(run=no_rounds)),
         memory=cast(RoundMemory, SimpleNamespace(open_rounds=None)),
+        accounts=cast(PartyAccounts, SimpleNamespace(aggregator_head=None)),
         worker=cast(RoundWorker, None),
         dial=lambda: cast(grpc.aio.Channel, channel),
     )

@@ -27,7 +27,7 @@ from src.protocol.signing import SigningKey
 
 MakePlan = Callable[..., RoundPlan]
 KEY = SigningKey.from_bytes(bytes(range(32)))
-ROOT = RootStatement(plan="p" * 64, contributor="a", root="r" * 64, ciphertexts=3, body_bytes=384, proof="")
+ROOT = RootStatement("p" * 64, "a", "r" * 64, ciphertexts=3, body_bytes=384, proof="", ledger_head="1" * 64)
 OPENING = OpeningStatement(plan="p" * 64, list="l" * 64, contributors=("a", "b"), aggregate_root="r" * 64)
 
 
@@ -171,7 +171,9 @@ def test_roots_and_openings_are_read_back(names: list[str], text: str, count: in
 def test_a_malformed_root_or_opening_is_refused(statement: RootStatement | OpeningStatement) -> None:
     good = statement.to_statement()
     read = type(statement).from_statement
-    wrong = [{k: v for k, v in good.items() if k != name} for name in good] + [{**good, "extra": 1}]
+    needed = good.keys() - {"ledger_head"}  # which no root had before protocol 2.0
+    wrong = [{k: v for k, v in good.items() if k != name} for name in needed] + [{**good, "extra": 1}]
+    wrong += [{**good, "ledger_head": text} for text in ("x", "A" * 64, "a" * 63, "a" * 65) if "ledger_head" in good]
     for name, value in good.items():
         for other in (None, True, "x", 7, -1, ["x"], [7], {"x": "y"}):
             fits = isinstance(other, type(value)) and not isinstance(other, bool) and other != -1
@@ -180,6 +182,11 @@ def test_a_malformed_root_or_opening_is_refused(statement: RootStatement | Openi
     for each in wrong:
         with pytest.raises(InvalidInput, match="malformed"):
             read(each)
+
+
+def test_a_root_from_before_protocol_2_is_read_and_its_partys_ledger_is_unknown() -> None:
+    old = {key: value for key, value in ROOT.to_statement().items() if key != "ledger_head"}
+    assert RootStatement.from_statement(old) == replace(ROOT, ledger_head="")
 
 
 def test_a_digest_is_of_a_statement_and_its_kind() -> None:

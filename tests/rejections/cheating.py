@@ -30,13 +30,14 @@ from src.party.accounts import PartyAccounts
 from src.party.home import Home
 from src.party.node import Node
 from src.party.rounds import RoundWorker
-from src.party.store import RoundMemory
+from src.party.store import PartyRound, RoundMemory
 from src.party.work import HANDLERS
 from src.privacy.entropy import SystemEntropy
-from src.privacy.ledger import charges
+from src.privacy.ledger import Entry, charges
 from src.protocol.batches import StoredBatch, expected_header, fold_batches, write_batch
 from src.protocol.canonical import canonical_bytes, parse_canonical
 from src.protocol.keyring import Keyring, load_share
+from src.protocol.ledger import EntrySigner
 from src.protocol.merkle import MerkleHasher
 from src.protocol.plan import (
     LIST_KIND,
@@ -113,11 +114,14 @@ class CheatingAggregator(federation_pb2_grpc.FederationServiceServicer):
         self.answers: asyncio.Queue[Answer] = asyncio.Queue()
         self._work: asyncio.Queue[federation_pb2.Assignment] = asyncio.Queue()
         self.gone = asyncio.Event()
+        self.joined: list[federation_pb2.JoinRequest] = []
+        self.party_ledger: federation_pb2.LedgerHead | None = None
         self.settled: Callable[[], Awaitable[None]] | None = None
 
     # --- what a sees of it --------------------------------------------------------------------------------------------
 
     async def Join(self, request: Any, context: Any) -> federation_pb2.JoinResponse:
+        self.joined.append(request)
         return federation_pb2.JoinResponse(
             protocol_version=PROTOCOL_VERSION,
             federation=self.roster.federation,
@@ -126,6 +130,7 @@ class CheatingAggregator(federation_pb2_grpc.FederationServiceServicer):
             aggregator_verify_key=self.key.verify_key,
             custody="threshold",
             heartbeat_interval_s=60,
+            party_ledger=self.party_ledger,
         )
 
     async def StreamAssignments(self, request: Any, context: Any) -> AsyncIterator[federation_pb2.Assignment]:
@@ -141,11 +146,14 @@ class CheatingAggregator(federation_pb2_grpc.FederationServiceServicer):
             yield chunk
 
     async def CommitRoot(self, request: Any, context: Any) -> federation_pb2.CommitRootResponse:
-        self._came("root", signed_from_proto(request.root))
+        signed = signed_from_proto(request.root)
+        self._told(request.round, json.loads(signed.statement)["ledger_head"])
+        self._came("root", signed)
         return federation_pb2.CommitRootResponse()
 
     async def UploadUpdate(self, request_iterator: Any, context: Any) -> federation_pb2.UploadUpdateResponse:
         parts = [part async for part in request_iterator]
+        self._told(parts[0].header.round, parts[0].header.ledger_head)
         self._came("upload", (parts[0].header.batch_header, b"".join(part.body for part in parts)))
         return federation_pb2.UploadUpdateResponse(accepted=True)
 
@@ -163,6 +171,10 @@ class CheatingAggregator(federation_pb2_grpc.FederationServiceServicer):
         self._came("failure", (request.stage, request.reason))
         return federation_pb2.ReportFailureResponse()
 
+    def _told(self, name: federation_pb2.RoundName, digest: str) -> None:
+        """In this it is honest: it remembers the head of a's ledger."""
+        self.party_ledger = federation_pb2.LedgerHead(digest=digest, round=name)
+
     def _came(self, kind: str, what: Any) -> None:
         self.received.append(Answer(kind, what))
         self.answers.put_nowait(self.received[-1])
@@ -175,12 +187,16 @@ class CheatingAggregator(federation_pb2_grpc.FederationServiceServicer):
 
     async def ask(self, name: federation_pb2.RoundName, **work: Any) -> Answer:
         """Push an assignment, and wait for what comes of it."""
-        self._work.put_nowait(federation_pb2.Assignment(sequence=1, round=name, **work))
+        await self.tell(name, **work)
         async with asyncio.timeout(PATIENCE_S):
             answer = await self.answers.get()
             if self.settled is not None:  # what is asked for while the same work ends would be passed over
                 await self.settled()
         return answer
+
+    async def tell(self, name: federation_pb2.RoundName, **work: Any) -> None:
+        """Push an assignment."""
+        self._work.put_nowait(federation_pb2.Assignment(sequence=1, round=name, **work))
 
     async def ask_contribute(self, round_: Round) -> Answer:
         return await self.ask(round_.name, contribute=federation_pb2.Contribute(plan=signed_to_proto(round_.signed)))
@@ -321,9 +337,9 @@ class PartyA:
 
     async def start(self) -> None:
         metadata = MetaData()
-        memory, ledger = RoundMemory(metadata), LedgerStore(metadata)
-        self._ledger = ledger
         home = Home(self.config)
+        memory, ledger = RoundMemory(metadata), LedgerStore(metadata, signer=EntrySigner(home.signing_key))
+        accounts = PartyAccounts(ledger, self.config)
         self._database = Database(self.config.state_dir / "party.sqlite", Migrations("party"))
         await self._database.open()
         self.pool = Pool(self.blobs)
@@ -331,7 +347,7 @@ class PartyA:
             home=home,
             database=self._database,
             memory=memory,
-            accounts=PartyAccounts(ledger, self.config),
+            accounts=accounts,
             blobs=self.blobs,
             pool=cast(Any, self.pool),
         )
@@ -342,6 +358,7 @@ class PartyA:
             home=home,
             database=self._database,
             memory=memory,
+            accounts=accounts,
             worker=worker,
             dial=lambda: connect(self._address, tls=files),
         )
@@ -349,8 +366,16 @@ class PartyA:
 
     async def charges(self) -> list[str]:
         """What became of everything that was charged: "reserved", "final" or "returned"."""
-        books = charges(await self._database.run(self._ledger.entries)).values()
+        books = charges(await self.entries()).values()
         return [each.settled.kind if each.settled else "reserved" for each in books]
+
+    async def entries(self) -> list[Entry]:
+        """Of its ledger."""
+        return await self._database.run(LedgerStore(MetaData()).entries)
+
+    async def open_rounds(self) -> list[PartyRound]:
+        """Of which it does not know how they ended."""
+        return await self._database.run(RoundMemory(MetaData()).open_rounds)
 
     async def idle(self) -> None:
         """Until nothing of what was asked for is under way."""

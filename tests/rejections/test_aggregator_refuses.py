@@ -162,7 +162,7 @@ COMMITS: Final[list[Row]] = [
     ("joining with half a key", InvalidInput, lambda s: s.c.join(verify_key=b"\0" * 16)),
     ("joining with another public key", KeyMaterialError, lambda s: s.c.join(key_id="0" * 32)),
     ("joining with another roster", KeyMaterialError, lambda s: s.c.join(roster_digest="0" * 64)),
-    ("joining with another protocol", VersionError, lambda s: s.c.join(protocol_version="2.0")),
+    ("joining with another protocol", VersionError, lambda s: s.c.join(protocol_version="1.0")),
 ]
 
 

@@ -176,6 +176,10 @@ def exchanged_shares(vector: Json) -> None:
     one["data"], two["data"] = two["data"], one["data"]
 
 
+def other_head(statement: Json) -> None:
+    statement["party_ledger_heads"] |= {"a": "0" * 64}
+
+
 def unreduced_share(vector: Json) -> None:
     vector["key_shares"][0]["value"] = f"{int(vector['key_shares'][0]['value'], 16) + 1:x}"
 
@@ -200,6 +204,7 @@ WRONG: list[tuple[str, Callable[[Json], None], str]] = [
     ("a list in another order", stated("list", lambda s: s["roots"].reverse()), "of these roots"),
     ("an opening of fewer contributors", stated("opening", lambda s: s["contributors"].pop()), "of this aggregate"),
     ("a transcript that one holder opened", stated("transcript", lambda s: s["opened_by"].pop()), "enough holders"),
+    ("a transcript with another ledger head", stated("transcript", other_head), "party_ledger_heads"),
     ("two batches in each other's place", swapped("batches"), "each once|of these roots"),
     ("two share batches in each other's place", swapped("shares"), "every holder's share"),
     ("the data of two holders exchanged", exchanged_shares, "header of a share batch"),

@@ -303,7 +303,8 @@ class Played:
         prover = self.scheme.prover(layout, binding=binding, entropy=SeededEntropy(f"{self.case.name} proof of {name}"))
         prover.add(body, plaintexts, exponents)
         proof = prover.proof().hex()
-        statement = RootStatement(self.plan_digest, name, root, count, size, proof)
+        head = "" if name == AGGREGATOR else party_ledger_head(name)
+        statement = RootStatement(self.plan_digest, name, root, count, size, proof, head)
         return {
             "contributor": name,
             "values": values,
@@ -376,8 +377,14 @@ class Played:
             "epsilon_party": real(180.25),
             "epsilon_party_against_aggregator": real(float("inf")),
             "ledger_head": ledger_entries()[-1].digest,
+            "party_ledger_heads": {n: party_ledger_head(n) for n in self.case.contributors if n != AGGREGATOR},
         }
         return self.sign(TRANSCRIPT_KIND, statement)
+
+
+def party_ledger_head(name: str) -> str:
+    """Of a ledger of which no vector shows more."""
+    return hashlib.sha256(f"ledger of {name}".encode()).hexdigest()
 
 
 def pack(values: list[int], layout: Layout) -> list[int]:

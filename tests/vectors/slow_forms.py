@@ -250,6 +250,13 @@ def parse_header(data: bytes) -> Json:
     return header
 
 
+def told_head(batch: Json) -> str:
+    """Of the contributor's own ledger, as its root says it; the aggregator says its own in the transcript alone."""
+    head: str = json.loads(batch["signed_root"]["statement"])["ledger_head"]
+    require(len(unhex(head)) == 32 * (batch["contributor"] != "aggregator"), "a party says where its ledger was")
+    return head
+
+
 def merkle_root(leaves: list[bytes]) -> bytes:
     """As RFC 9162 defines it, from the top."""
     if len(leaves) <= 1:

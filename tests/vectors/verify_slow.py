@@ -37,6 +37,7 @@ from .slow_forms import (
     real,
     require,
     sha256,
+    told_head,
     tuple_hash,
     unhex,
     verify_forms,
@@ -182,6 +183,7 @@ def check_batches(r: Round) -> None:
             "ciphertexts": layout["ciphertext_count"],
             "body_bytes": layout["ciphertext_count"] * r.width,
             "proof": batch["proof"],
+            "ledger_head": told_head(batch),
         }
         require(statement == signed, "the signed root is of this batch")
 
@@ -361,13 +363,13 @@ def check_transcript(r: Round) -> None:
         "list": r.vector["list_digest"],
         "contributors": r.vector["aggregate"]["contributors"],
         "aggregate_root": r.vector["aggregate"]["root"],
+        "party_ledger_heads": {b["contributor"]: told_head(b) for b in r.vector["batches"] if told_head(b)},
     }
     for name, value in expected.items():
         require(statement.pop(name) == value, f"the transcript's {name}")
-    holders = {share["party"] for share in r.vector["shares"]}
     opened_by = statement.pop("opened_by")
     require(opened_by == sorted(opened_by) and len(opened_by) >= r.threshold, "enough holders opened")
-    require(set(opened_by) <= holders, "holders opened")
+    require(set(opened_by) <= {share["party"] for share in r.vector["shares"]}, "holders opened")
     real(statement.pop("epsilon_party"))
     real(statement.pop("epsilon_party_against_aggregator"))
     fields(statement, "model_sha256", "ledger_head")

@@ -36,6 +36,7 @@ from ...protocol.merkle import MerkleHasher
 from ...protocol.plan import PROTOCOL_VERSION, ROOT_KIND, SHARES_KIND, RootStatement
 from ...protocol.signing import Signed, open_signed
 from ...storage.blobs import Blobs
+from ...storage.heads import Head
 from ..coordinator import Coordinator
 from ..federation import Federation
 from ..pipeline import AggregatorPipeline
@@ -121,6 +122,7 @@ class FederationServicer(federation_pb2_grpc.FederationServiceServicer):
             self._check_member(name, request)
         else:
             await self._coordinator.enrol(name, request.verify_key)
+        remembered = await self._coordinator.meet(name, _seen(request))
         self._federation.declare(name, declared)
         LOG.info("party %s joined (Sotto %s)", name, request.software_version)
         return federation_pb2.JoinResponse(
@@ -133,6 +135,7 @@ class FederationServicer(federation_pb2_grpc.FederationServiceServicer):
             aggregator_verify_key=self._federation.signing_key.verify_key,
             custody=self._federation.custody,
             heartbeat_interval_s=self._config.server.heartbeat_interval_s,
+            party_ledger=None if remembered is None else _head_to_proto(remembered),
         )
 
     def _check_member(self, name: str, request: federation_pb2.JoinRequest) -> None:
@@ -189,7 +192,9 @@ class FederationServicer(federation_pb2_grpc.FederationServiceServicer):
         name = caller().name
         row = await self._row(request.round, cohort=True)
         signed = signed_from_proto(request.root)
-        self._root_statement(row, name, signed)
+        statement = self._root_statement(row, name, signed)
+        if row.roots.get(name) != signed.to_json():  # said again it may be older than what was told since
+            await self._told(row, name, statement.ledger_head)
         budget = (_disclosed(request, "example_epsilon_spent"), _disclosed(request, "example_epsilon_left"))
         await self._trainings.happened(row.job_id, row.number, RootCommitted(name, signed.to_json(), budget))
         return federation_pb2.CommitRootResponse()
@@ -237,12 +242,18 @@ class FederationServicer(federation_pb2_grpc.FederationServiceServicer):
         check_batch_header(plan_of(row.plan), row.plan_digest, name, header)
         if statement.body_bytes > self._config.limits.max_update_bytes:
             raise LimitError(f"an update of {statement.body_bytes} bytes is larger than limits.max_update_bytes")
+        await self._told(row, name, first.header.ledger_head)  # before a ciphertext of it is kept
         counter = _Counter(first.ByteSize())
         ref = await self._receive_body(row, statement, header, counter.bodies(request_iterator))
         await self._pipeline.check_body(row, ref, statement)
         batch = Batch(header.hex(), ref, statement.body_bytes)
         await self._trainings.happened(row.job_id, row.number, BatchStored(name, batch, counter.total))
         return federation_pb2.UploadUpdateResponse(accepted=True)
+
+    async def _told(self, row: RoundRow, party: str, digest: str) -> None:
+        """Remember the head of a party's ledger; one that is not said is not known."""
+        if digest:
+            await self._coordinator.told(party, Head(digest, row.job_id, row.number))
 
     async def _receive_body(
         self, row: RoundRow, statement: RootStatement, header: bytes, pieces: AsyncIterator[bytes]
@@ -335,6 +346,19 @@ def _declared_rows(request: federation_pb2.JoinRequest) -> dict[str, int]:
         text = f"at most {MAX_DECLARED_TASKS} tasks by short name, with 1 to {MAX_DECLARED_ROWS} rows each"
         raise InvalidInput(f"a party declares {text}", violations={"declared_rows": text})
     return declared
+
+
+def _seen(request: federation_pb2.JoinRequest) -> Head | None:
+    """What a party remembers of the aggregator's ledger; None before its first transcript."""
+    if not request.HasField("aggregator_ledger"):
+        return None
+    seen = request.aggregator_ledger
+    return Head(seen.digest, _printable(seen.round.job_id, 64), seen.round.round)
+
+
+def _head_to_proto(head: Head) -> federation_pb2.LedgerHead:
+    name = federation_pb2.RoundName(job_id=head.job_id, round=head.round)
+    return federation_pb2.LedgerHead(digest=head.digest, round=name)
 
 
 def _disclosed(request: federation_pb2.CommitRootRequest, field: str) -> float | None:

@@ -57,6 +57,7 @@ class JoinRequest(_message.Message):
     KEY_ID_FIELD_NUMBER: _builtins.int
     ROSTER_DIGEST_FIELD_NUMBER: _builtins.int
     DECLARED_ROWS_FIELD_NUMBER: _builtins.int
+    AGGREGATOR_LEDGER_FIELD_NUMBER: _builtins.int
     protocol_version: _builtins.str
     """The protocol spoken; the aggregator refuses another major number with VERSION_MISMATCH."""
     software_version: _builtins.str
@@ -69,6 +70,12 @@ class JoinRequest(_message.Message):
     def declared_rows(self) -> _containers.ScalarMap[_builtins.str, _builtins.int]:
         """By task, the number of rows that the party's owner is willing to make public. A round of fedsgd needs it."""
 
+    @_builtins.property
+    def aggregator_ledger(self) -> Global___LedgerHead:
+        """The aggregator's ledger, as the last transcript that this party has seen gives it. The aggregator refuses with
+        LEDGER_DAMAGED when its ledger never had that entry: its database was rolled back. Absent before the first.
+        """
+
     def __init__(
         self,
         *,
@@ -78,14 +85,41 @@ class JoinRequest(_message.Message):
         key_id: _builtins.str = ...,
         roster_digest: _builtins.str = ...,
         declared_rows: _abc.Mapping[_builtins.str, _builtins.int] | None = ...,
+        aggregator_ledger: Global___LedgerHead | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["aggregator_ledger", b"aggregator_ledger"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["declared_rows", b"declared_rows", "key_id", b"key_id", "protocol_version", b"protocol_version", "roster_digest", b"roster_digest", "software_version", b"software_version", "verify_key", b"verify_key"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["aggregator_ledger", b"aggregator_ledger", "declared_rows", b"declared_rows", "key_id", b"key_id", "protocol_version", b"protocol_version", "roster_digest", b"roster_digest", "software_version", b"software_version", "verify_key", b"verify_key"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___JoinRequest: _TypeAlias = JoinRequest  # noqa: Y015
+
+@_typing.final
+class LedgerHead(_message.Message):
+    """What one role knows of another's ledger: that it once had this entry, and since when that is known."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    DIGEST_FIELD_NUMBER: _builtins.int
+    ROUND_FIELD_NUMBER: _builtins.int
+    digest: _builtins.str
+    """SHA-256 of the entry, 64 hex digits."""
+    @_builtins.property
+    def round(self) -> Global___RoundName: ...
+    def __init__(
+        self,
+        *,
+        digest: _builtins.str = ...,
+        round: Global___RoundName | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["round", b"round"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["digest", b"digest", "round", b"round"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___LedgerHead: _TypeAlias = LedgerHead  # noqa: Y015
 
 @_typing.final
 class JoinResponse(_message.Message):
@@ -100,6 +134,7 @@ class JoinResponse(_message.Message):
     AGGREGATOR_VERIFY_KEY_FIELD_NUMBER: _builtins.int
     CUSTODY_FIELD_NUMBER: _builtins.int
     HEARTBEAT_INTERVAL_S_FIELD_NUMBER: _builtins.int
+    PARTY_LEDGER_FIELD_NUMBER: _builtins.int
     protocol_version: _builtins.str
     software_version: _builtins.str
     federation: _builtins.str
@@ -115,6 +150,12 @@ class JoinResponse(_message.Message):
     def roster(self) -> _common_pb2.Signed:
         """The roster, signed by the operator (pinned in every kit) or, in the classic set-up, by the aggregator."""
 
+    @_builtins.property
+    def party_ledger(self) -> Global___LedgerHead:
+        """The party's own ledger, as its last signed root or upload told it. A party whose ledger never had that entry goes
+        no further: its database was rolled back, or is another one. Absent before the first.
+        """
+
     def __init__(
         self,
         *,
@@ -127,10 +168,11 @@ class JoinResponse(_message.Message):
         aggregator_verify_key: _builtins.bytes = ...,
         custody: _builtins.str = ...,
         heartbeat_interval_s: _builtins.float = ...,
+        party_ledger: Global___LedgerHead | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["roster", b"roster"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["party_ledger", b"party_ledger", "roster", b"roster"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["aggregator_verify_key", b"aggregator_verify_key", "custody", b"custody", "federation", b"federation", "heartbeat_interval_s", b"heartbeat_interval_s", "key_id", b"key_id", "protocol_version", b"protocol_version", "public_key", b"public_key", "roster", b"roster", "software_version", b"software_version"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["aggregator_verify_key", b"aggregator_verify_key", "custody", b"custody", "federation", b"federation", "heartbeat_interval_s", b"heartbeat_interval_s", "key_id", b"key_id", "party_ledger", b"party_ledger", "protocol_version", b"protocol_version", "public_key", b"public_key", "roster", b"roster", "software_version", b"software_version"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -395,7 +437,9 @@ class CommitRootRequest(_message.Message):
     def round(self) -> Global___RoundName: ...
     @_builtins.property
     def root(self) -> _common_pb2.Signed:
-        """Statement of kind "root": plan digest, contributor, Merkle root, ciphertext count, batch bytes."""
+        """Statement of kind "root": plan digest, contributor, Merkle root, ciphertext count, batch bytes, proof of
+        knowledge, and the head of the party's own ledger with the charge of this round in it.
+        """
 
     def __init__(
         self,
@@ -468,8 +512,11 @@ class UpdateHeader(_message.Message):
     ROUND_FIELD_NUMBER: _builtins.int
     ROOT_FIELD_NUMBER: _builtins.int
     BATCH_HEADER_FIELD_NUMBER: _builtins.int
+    LEDGER_HEAD_FIELD_NUMBER: _builtins.int
     batch_header: _builtins.bytes
     """The versioned batch header (see docs/protocol.md)."""
+    ledger_head: _builtins.str
+    """The head of the party's own ledger, now that the charge of this round is final: 64 hex digits."""
     @_builtins.property
     def round(self) -> Global___RoundName: ...
     @_builtins.property
@@ -482,10 +529,11 @@ class UpdateHeader(_message.Message):
         round: Global___RoundName | None = ...,
         root: _common_pb2.Signed | None = ...,
         batch_header: _builtins.bytes = ...,
+        ledger_head: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["root", b"root", "round", b"round"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["batch_header", b"batch_header", "root", b"root", "round", b"round"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["batch_header", b"batch_header", "ledger_head", b"ledger_head", "root", b"root", "round", b"round"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
