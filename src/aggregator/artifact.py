@@ -25,6 +25,7 @@ from ..jobs.spec import FederatedTrainingSpec
 from ..jobs.states import JobRow
 from ..privacy.accounting import MEANINGLESS_EPSILON, epsilon
 from ..privacy.events import NoisySum
+from ..privacy.figures import AGAINST, EVERYBODY, OWN_NOISE, against_of_rows
 from ..protocol.canonical import real
 from ..protocol.derive import adaptation_of, charged_against, example_event, noise_of, party_event
 from ..protocol.plan import MANIFEST_KIND, TRANSCRIPT_KIND, RoundPlan, signed_digest
@@ -66,6 +67,7 @@ def write_artifact(
     plan = plan_of(released[-1].plan)
     plans = [plan_of(row.plan) for row in history]
     spent_example = epsilon(map(example_event, plans), delta=float(plan.local.delta))
+    privacy = _privacy(plan, plans, last, spent_example=spent_example)
     statement = {
         **_head(job, federation, created_at=created_at),
         "task": spec.task,
@@ -73,7 +75,7 @@ def write_artifact(
         "data": f"rows that the parties hold; options shared by all: {spec.task_options_text}",
         "model": {"file": MODEL_FILE, "sha256": last["model_sha256"], "bytes": last["model_bytes"]},
         "evaluation": _metrics(last["metrics"]) or "not evaluated",
-        "privacy": _privacy(plan, plans, last, spent_example=spent_example),
+        "privacy": privacy,
         "encryption": _encryption(plan, federation),
         "rounds": [_round(row) for row in history],
         "ledger_head": ledger_head,
@@ -88,6 +90,12 @@ def write_artifact(
         "epsilon_party": last["epsilon_party"],
         "epsilon_party_against_aggregator": last["epsilon_party_against_aggregator"],
         "delta": float(plan.local.delta),
+        "party_delta": float(plan.noise.delta),
+        "epsilon_example_if_all_others_collude": privacy["example"]["epsilon_if_all_others_collude"],
+        "epsilon_party_if_all_others_collude": privacy["party"]["epsilon_if_all_others_collude"],
+        "example_assumption": privacy["example"]["assumption"],
+        "party_assumption": privacy["party"]["assumption"],
+        "party_assumption_against_aggregator": privacy["party"]["assumption_against_aggregator"],
     }
 
 
@@ -228,7 +236,6 @@ def _privacy(
     """What holds for a row and for a party after all `plans`, of which `plan` was the last to release a model."""
     fedavg = plan.gradient_sum is None
     noise = noise_of(plan)
-    whole, _, _ = noise.figures(dimension=plan.value_count, rounds=1, delta=float(plan.noise.delta))
     alone = [party_event(each, noise_of(each), against="all_others") for each in plans]
     return {
         "example": {
@@ -246,10 +253,12 @@ def _privacy(
         "party": {
             "unit": "one party's whole update",
             "neighbouring": _PARTY_NEIGHBOURS[plan.adaptive_clipping is not None],
+            "against": AGAINST["release"],
             "epsilon": _text(last["epsilon_party"]),
             "epsilon_against_aggregator": _text(last["epsilon_party_against_aggregator"]),
             "epsilon_if_all_others_collude": real(epsilon(alone, delta=float(plan.noise.delta))),
-            "assumption": whole.assumes,
+            "assumption": noise.assumption("release"),
+            "assumption_against_aggregator": noise.assumption("aggregator"),
             "delta": plan.noise.delta,
             "accountant": ACCOUNTANT_TEXT,
             "mechanism": "discrete Gaussian on the sum",
@@ -291,8 +300,8 @@ def _adaptive(plan: RoundPlan, last: Mapping[str, Any]) -> dict[str, Any]:
 def _update_privacy(spent: float) -> dict[str, str]:
     """Of fedavg: a party protects its rows itself, before anything leaves it."""
     return {
-        "against": "everybody, the aggregator and the other parties included",
-        "assumption": "nothing of the others: the party adds the noise itself, before anything leaves it",
+        "against": EVERYBODY,
+        "assumption": OWN_NOISE,
         "mechanism": "DP-SGD, Poisson sampling",
         "noise_by": "each party, on its own gradients",
         "epsilon_if_all_others_collude": real(spent),
@@ -303,17 +312,9 @@ def _sum_privacy(plan: RoundPlan, plans: Sequence[RoundPlan]) -> dict[str, str]:
     """Of fedsgd: whom the figure holds against, what it rests on, and what is left where that fails."""
     delta = float(plan.local.delta)
     noise = noise_of(plan)
-    release, aggregator, _ = noise.figures(
-        dimension=plan.dimension, rounds=1, delta=delta, sampling_rate=float(plan.local.sampling_rate)
-    )
-    if charged_against(noise) == "release":
-        against, charged = "everybody but the aggregator, which is trusted with the exact sums", release
-    else:
-        against = f"everybody, the aggregator and up to {plan.colluders} colluding parties included"
-        charged = aggregator
     return {
-        "against": against,
-        "assumption": charged.assumes,
+        "against": against_of_rows(noise.shares),
+        "assumption": noise.assumption(charged_against(noise), sampled=True),
         "mechanism": "DP-SGD over the rows of all parties, Poisson sampling, discrete Gaussian on the rounded sum",
         "noise_by": SUM_NOISE_BY[plan.noise.noise_by],
         "epsilon_release": real(epsilon([example_event(each, against="release") for each in plans], delta=delta)),

@@ -17,6 +17,7 @@ from ..jobs.store import JobStore
 from ..privacy.accounting import epsilon
 from ..privacy.budget import Account, Balance, Budget, Limits, any_of, balance, concerns, period_start, subject_of
 from ..privacy.events import RELATIONS
+from ..privacy.figures import Figure, figures
 from ..privacy.ledger import GENESIS, Entry, to_line
 from ..storage.database import Database
 from ..storage.ledger import LedgerStore
@@ -34,6 +35,7 @@ class AccountView:
 
     Attributes:
         epsilon_at: ε spent at the δ that was asked for; None where none was.
+        figures: of `now`: as it is charged, against the aggregator, and if all others collude.
     """
 
     budget: Budget
@@ -41,6 +43,7 @@ class AccountView:
     ever: Balance
     periods: int
     epsilon_at: float | None
+    figures: tuple[Figure, Figure, Figure]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -202,6 +205,7 @@ class Budgets:
                     ever=balance(entries, budget, ever=True) if reset else now,
                     periods=1 + sum(_is_reset(entry, account) for entry in entries),
                     epsilon_at=epsilon(now.events, delta=delta) if delta else None,
+                    figures=figures(now.events, unit=unit, delta=budget.delta),
                 )
             )
         return views

@@ -24,7 +24,18 @@ from .artifact import MODEL_FILE, Source, evaluation_statement, export_statement
 from .federation import Federation
 from .work import EXPORTS, has_torch, model_shape
 
-FIGURES: Final = ("epsilon_example", "epsilon_party", "epsilon_party_against_aggregator", "delta")
+FIGURES: Final = (
+    "epsilon_example",
+    "epsilon_party",
+    "epsilon_party_against_aggregator",
+    "delta",
+    "party_delta",
+    "epsilon_example_if_all_others_collude",
+    "epsilon_party_if_all_others_collude",
+    "example_assumption",
+    "party_assumption",
+    "party_assumption_against_aggregator",
+)
 """What a result says of privacy: of a training's model the training's, of any other model nothing (None)."""
 
 OPERATORS: Final = "operator/"

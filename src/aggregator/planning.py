@@ -14,9 +14,9 @@ from ..errors import InvalidInput, KeyMaterialError, PlanError, PolicyError
 from ..jobs.spec import FederatedTrainingSpec
 from ..privacy.accounting import MULTIPLIER_STEPS, calibrate_dp_sgd, calibrate_sampled_sum, check_dp_sgd
 from ..privacy.clipping import PARTIES_PER_DEVIATION, AdaptiveClipping
-from ..privacy.events import Event
+from ..privacy.events import Event, NoiseBy
 from ..privacy.noise import sum_divergence
-from ..privacy.noise_plan import NoiseBy, plan_noise
+from ..privacy.noise_plan import plan_noise
 from ..privacy.rounding import least_resolution_bits, nearest_bound
 from ..protocol.canonical import parse_canonical, real
 from ..protocol.derive import (

@@ -106,7 +106,7 @@ class RoundRow:
     roots: dict[str, dict[str, str]] = field(default_factory=dict)
     batches: dict[str, Batch] = field(default_factory=dict)
     bytes_up: dict[str, int] = field(default_factory=dict)
-    budgets: dict[str, tuple[float | None, float | None]] = field(default_factory=dict)
+    budgets: dict[str, tuple[float | None, ...]] = field(default_factory=dict)
     frozen_list: dict[str, str] | None = None
     contributors: tuple[str, ...] = ()
     aggregate: Batch | None = None
@@ -152,7 +152,7 @@ class RoundRow:
         content["batches"] = {name: Batch(**batch) for name, batch in content["batches"].items()}
         content["aggregate"] = Batch(**content["aggregate"]) if content["aggregate"] else None
         content["failures"] = {name: Failure(**failure) for name, failure in content["failures"].items()}
-        content["budgets"] = {name: (pair[0], pair[1]) for name, pair in content["budgets"].items()}
+        content["budgets"] = {name: tuple(figures) for name, figures in content["budgets"].items()}
         for name in ("cohort", "holders", "contributors", "asked"):
             content[name] = tuple(content[name])
         return cls(**content)
@@ -168,11 +168,12 @@ class NoiseMade:
 
 @dataclass(frozen=True, slots=True)
 class RootCommitted:
-    """A party committed to its batch; `budget` is what it discloses of its example-level ε: spent and left."""
+    """A party committed to its batch; `budget` is what it discloses of its example-level ε: spent, left, and the δ of
+    what is left."""
 
     party: str
     root: dict[str, str]
-    budget: tuple[float | None, float | None] = (None, None)
+    budget: tuple[float | None, ...] = (None, None, None)
 
 
 @dataclass(frozen=True, slots=True)

@@ -17,6 +17,7 @@ from ..jobs.spec import FederatedTrainingSpec
 from ..privacy.accounting import epsilon
 from ..privacy.events import Event as Mechanism
 from ..privacy.events import event_from_json
+from ..privacy.figures import Figure, figures
 from ..protocol.batches import StoredBatch
 from ..protocol.canonical import real
 from ..protocol.plan import (
@@ -109,16 +110,21 @@ class RoundSteps:
                 for party, why in opened["wrong"].items()
             ]
         metrics = await self._pipeline.evaluate(plan_of(row.plan), opened["model_sha256"])
-        spent = await asyncio.to_thread(_epsilons, [*history.spent, costs_of(row)], spec.party_privacy.delta)
-        transcript = self._transcript(row, opened, epsilons=spent, ledger_head=history.ledger_head)
+        delta = spec.party_privacy.delta
+        party, others, aggregator = await asyncio.to_thread(_figures, [*history.spent, costs_of(row)], delta)
+        epsilons = party.epsilon, aggregator
+        transcript = self._transcript(row, opened, epsilons=epsilons, ledger_head=history.ledger_head)
         result: dict[str, Any] = {
             "model_sha256": opened["model_sha256"],
             "model_bytes": opened["model_bytes"],
             "state_sha256": opened["state_sha256"],
             "blobs": [blob for blob in (opened["model_sha256"], opened["state_sha256"]) if blob],
             "metrics": metrics,
-            "epsilon_party": _plain(spent[0]),
-            "epsilon_party_against_aggregator": _plain(spent[1]),
+            "epsilon_party": _plain(party.epsilon),
+            "epsilon_party_against_aggregator": _plain(aggregator),
+            "epsilon_party_if_all_others_collude": _plain(others.epsilon),
+            "party_assumption": party.assumes,
+            "party_delta": delta,
             "transcript": transcript.to_json(),
             **_next_norm(opened),
         }
@@ -171,11 +177,10 @@ def costs_of(row: RoundRow) -> tuple[Mechanism, Mechanism]:
     return event_from_json(row.costs["release"]), event_from_json(row.costs["aggregator"])
 
 
-def _epsilons(costs: list[tuple[Mechanism, Mechanism]], delta: float) -> tuple[float, float]:
-    return (
-        epsilon([release for release, _ in costs], delta=delta),
-        epsilon([aggregator for _, aggregator in costs], delta=delta),
-    )
+def _figures(costs: list[tuple[Mechanism, Mechanism]], delta: float) -> tuple[Figure, Figure, float]:
+    """Of a party, against the release and against all others; and ε against the aggregator, as its own events say."""
+    party, _, others = figures([release for release, _ in costs], unit="party", delta=delta)
+    return party, others, epsilon([aggregator for _, aggregator in costs], delta=delta)
 
 
 def _next_norm(opened: Mapping[str, Any]) -> dict[str, str]:

@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Final
 
+from .planning import plan_of
 from .round_row import RoundRow, RoundState
 
 
 def round_summary(row: RoundRow) -> dict[str, Any]:
-    """What `jobs.states.round_event` documents, from a round at rest."""
+    """What `jobs.states.round_event` documents, from a round at rest.
+
+    How long it took is left out under fedsgd: a larger sample takes longer, and which rows are in it is secret.
+    """
     result = row.result or {}
+    took = {"seconds": round(row.ended_at - row.started_at, 3)} if tells_time(row) else {}
     return {
         "round": row.number,
         "state": row.state.value,
@@ -18,18 +23,27 @@ def round_summary(row: RoundRow) -> dict[str, Any]:
         "metrics": result.get("metrics", {}),
         "epsilon_party": result.get("epsilon_party", 0.0),
         "epsilon_party_against_aggregator": result.get("epsilon_party_against_aggregator", 0.0),
+        **{name: result[name] for name in _OF_RESULT if name in result},
         "parties": [
-            {
-                "party": name,
-                "bytes_up": row.bytes_up.get(name, 0),
-                "example_epsilon_spent": row.budgets.get(name, (None, None))[0],
-                "example_epsilon_left": row.budgets.get(name, (None, None))[1],
-            }
-            for name in row.cohort
+            {"party": name, "bytes_up": row.bytes_up.get(name, 0), **_disclosed(row, name)} for name in row.cohort
         ],
-        "seconds": round(row.ended_at - row.started_at, 3),
+        **took,
         "reason": row.reason,
     }
+
+
+_OF_RESULT: Final = ("epsilon_party_if_all_others_collude", "party_assumption", "party_delta")
+_OF_PARTY: Final = ("example_epsilon_spent", "example_epsilon_left", "example_epsilon_left_delta")
+
+
+def _disclosed(row: RoundRow, name: str) -> dict[str, float | None]:
+    given = row.budgets.get(name, ())
+    return {field: given[place] if place < len(given) else None for place, field in enumerate(_OF_PARTY)}
+
+
+def tells_time(row: RoundRow) -> bool:
+    """Whether how long the round took may be told."""
+    return plan_of(row.plan).gradient_sum is None
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,7 +51,7 @@ class Tally:
     """What the rounds of a job that are at rest brought.
 
     Attributes:
-        bytes_up: received from parties; released: rounds; seconds: that those took together.
+        bytes_up: received from parties; released: rounds; seconds: that those took together; 0 if they do not tell.
     """
 
     bytes_up: int = 0
@@ -50,11 +64,12 @@ class Tally:
         return Tally(
             bytes_up=self.bytes_up + sum(row.bytes_up.values()),
             released=self.released + done,
-            seconds=self.seconds + (row.ended_at - row.started_at if done else 0.0),
+            seconds=self.seconds + (row.ended_at - row.started_at if done and tells_time(row) else 0.0),
         )
 
     def estimate(self, rounds: int, *, since: float, now: float) -> float:
-        """When the last of `rounds` will end, the first of which began at `since`; 0 before any round was released."""
-        if not self.released:
+        """When the last of `rounds` will end, the first of which began at `since`; 0 before any round was released, and
+        where rounds do not tell how long they took."""
+        if not self.seconds:
             return 0.0
         return max(since + rounds * self.seconds / self.released, now)

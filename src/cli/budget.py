@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -24,7 +24,9 @@ from .budget_source import (
 )
 
 if TYPE_CHECKING:
+    from ..privacy.accounting import Estimate
     from ..privacy.budget import Account, Budget, Limits
+    from ..privacy.events import Event
     from ..privacy.ledger import Entry
     from .budget_source import Source
 
@@ -42,7 +44,9 @@ class Row:
     """One budget of one subject.
 
     `…_left` and `…_limit` are None without a limit, ε is None where it is infinite. `…_ever` counts over all accounting
-    periods; `epsilon_at` is the ε spent at the δ that was asked for, converted from the mechanisms.
+    periods; `epsilon_at` is the ε spent at the δ that was asked for, converted from the mechanisms. `against` is from
+    whom `epsilon_spent` protects, `assumption` what it rests on; the same events against the aggregator, and if all
+    others collude, are beside it. `estimates` are None unless they were asked for.
     """
 
     unit: str
@@ -59,6 +63,12 @@ class Row:
     rounds_ever: int
     epsilon_ever: float | None
     epsilon_at: float | None
+    against: str
+    assumption: str
+    epsilon_against_aggregator: float | None
+    assumption_against_aggregator: str
+    epsilon_if_all_others_collude: float | None
+    estimates: list[Estimate] | None
 
 
 @app.callback()
@@ -74,6 +84,9 @@ def show(
     unit: UnitOption = None,
     subject: SubjectOption = None,
     delta: Annotated[float | None, typer.Option(help="Also say the ε spent at this δ.")] = None,
+    estimates: Annotated[
+        bool, typer.Option("--estimates", help="Also say what other accountants make of it, and what that is worth.")
+    ] = False,
     as_json: AsJson = False,
 ) -> None:
     """Rounds and ε spent and left, from the role's own ledger, whose chain is verified first.
@@ -81,7 +94,7 @@ def show(
     Reads beside the running role and writes nothing. A job's quota is shown when it is asked for: --subject job:ID.
     """
     source = load(config, name=name, state_dir=state_dir)
-    role, entries, rows, warnings = read(source, unit=unit, subject=subject, delta=delta)
+    role, entries, rows, warnings = read(source, unit=unit, subject=subject, delta=delta, estimates=estimates)
     if as_json:
         body = {
             "role": role,
@@ -105,6 +118,7 @@ def read(
     unit: str | None = None,
     subject: str | None = None,
     delta: float | None = None,
+    estimates: bool = False,
 ) -> tuple[str, list[Entry], list[Row], list[str]]:
     """(whose ledger, its entries, one row for each budget, warnings).
 
@@ -125,7 +139,9 @@ def read(
         if unit in (None, account[0]) and subject in (None, account[1])
     ]
     rows = [
-        _row(entries, budget, delta=delta) for account in asked for budget in _in_force(source.limits, entries, account)
+        _row(entries, budget, delta=delta, estimates=estimates)
+        for account in asked
+        for budget in _in_force(source.limits, entries, account)
     ]
     warnings = [difference(account, *both) for account, both in source.limits.differences(entries).items()]
     return source.role, entries, rows, warnings
@@ -163,9 +179,10 @@ def _in_force(limits: Limits, entries: list[Entry], account: Account) -> tuple[B
     return (Budget(unit=account[0], subject=account[1], max_rounds=None, epsilon=None, delta=delta),)
 
 
-def _row(entries: list[Entry], budget: Budget, *, delta: float | None) -> Row:
+def _row(entries: list[Entry], budget: Budget, *, delta: float | None, estimates: bool) -> Row:
     from ..privacy.accounting import epsilon
     from ..privacy.budget import balance, concerns
+    from ..privacy.figures import figures
 
     account = (budget.unit, budget.subject)
     found = balance(entries, budget)
@@ -175,6 +192,7 @@ def _row(entries: list[Entry], budget: Budget, *, delta: float | None) -> Row:
         if (entry.unit, entry.subject) == account
     )
     ever = balance(entries, budget, ever=True) if resets else found
+    charged, aggregator, others = figures(found.events, unit=budget.unit, delta=budget.delta)
     return Row(
         unit=budget.unit,
         subject=budget.subject,
@@ -190,7 +208,20 @@ def _row(entries: list[Entry], budget: Budget, *, delta: float | None) -> Row:
         rounds_ever=ever.rounds_spent,
         epsilon_ever=_finite(ever.epsilon_spent),
         epsilon_at=None if delta is None else _finite(epsilon(found.events, delta=delta)),
+        against=charged.against,
+        assumption=charged.assumes,
+        epsilon_against_aggregator=_finite(aggregator.epsilon),
+        assumption_against_aggregator=aggregator.assumes,
+        epsilon_if_all_others_collude=_finite(others.epsilon),
+        estimates=_estimates(found.events, budget.delta) if estimates else None,
     )
+
+
+def _estimates(events: Sequence[Event], delta: float) -> list[Estimate]:
+    from ..privacy.accounting import epsilon_estimates
+
+    found = epsilon_estimates(events, delta=delta)
+    return [replace(each, epsilon=None if each.epsilon is None else _finite(each.epsilon)) for each in found]
 
 
 def _finite(value: float) -> float | None:
@@ -217,6 +248,8 @@ def _print_table(role: str, rows: list[Row], *, delta: float | None) -> None:
             str(row.entries),
         )
     Console().print(table)
+    for line in _what_they_say(rows):
+        typer.echo(line)
     for row in rows:
         if delta is not None:
             at = f"ε {_epsilon(row.epsilon_at)} at δ {delta:g}"
@@ -226,6 +259,34 @@ def _print_table(role: str, rows: list[Row], *, delta: float | None) -> None:
                 f"{row.subject}: accounting period {row.periods}; over all periods {row.rounds_ever} rounds and "
                 f"ε {_epsilon(row.epsilon_ever)}, which is what it has really been exposed to"
             )
+
+
+def _what_they_say(rows: list[Row]) -> Iterator[str]:
+    """Of each budget that has spent anything its `_figures`; said once for all that have the same."""
+    said: dict[tuple[str, ...], list[str]] = {}
+    for row in rows:
+        if row.rounds_spent:
+            said.setdefault(tuple(_figures(row)), []).append(f"{row.subject} ({row.unit} level)")
+    for (first, *others), subjects in said.items():
+        yield f"{', '.join(subjects)}: {first}"
+        yield from (f"  {line}" for line in others)
+
+
+def _figures(row: Row) -> Iterator[str]:
+    """From whom the ε spent protects, what it rests on, and what is left against others."""
+    from ..privacy.accounting import MEANINGLESS_EPSILON
+
+    spent = row.epsilon_spent
+    worth = f": no meaningful {row.unit}-level guarantee" if spent is None or spent > MEANINGLESS_EPSILON else ""
+    yield f"ε {_epsilon(spent)} at δ {row.delta:g} counts against {row.against}{worth}"
+    yield f"assumes {row.assumption}"
+    against = f"against the aggregator ε {_epsilon(row.epsilon_against_aggregator)}"
+    if row.assumption_against_aggregator != row.assumption:
+        against += f" (assumes {row.assumption_against_aggregator})"
+    yield f"{against}; if all others collude ε {_epsilon(row.epsilon_if_all_others_collude)}"
+    for each in row.estimates or ():
+        value = "" if each.standing == "skipped" else f"ε {_epsilon(each.epsilon)}, "
+        yield f"{each.accountant}: {value}{each.standing} ({each.note})"
 
 
 def _epsilon(value: float | None) -> str:

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Final
 
 from ..communication.generated.jobs_pb2 import Job, JobEvent, JobResult, JobState, RoundSummary
+from ..privacy.accounting import MEANINGLESS_EPSILON
 from .plain import STYLES, about, away, clock, columns, priority_name, real, safe, size, state_name
 
 if TYPE_CHECKING:
@@ -15,7 +16,7 @@ SHOWN_ROUNDS: Final = 8
 SHOWN_EVENTS: Final = 5
 """The last ones, in a view that has to fit on a terminal."""
 
-_RIGHT: Final = ("round", "updates", "ε party", "ε vs aggr.", "ε rows left", "up", "s")
+_RIGHT: Final = ("round", "updates", "ε party", "ε vs aggr.", "ε vs all", "ε rows left", "up", "s")
 
 
 def jobs_table(jobs: Sequence[Job]) -> str:
@@ -104,13 +105,37 @@ def result_lines(result: JobResult) -> list[str]:
     if not result.HasField("epsilon_example"):
         lines.append("ε        unknown: the model came with the job")
     else:
-        lines.append(f"ε        {real(result.epsilon_example)} for one example of a party's data, δ = {result.delta:g}")
-        lines.append(
-            f"ε        {real(result.epsilon_party)} for a whole party; "
-            f"{real(result.epsilon_party_against_aggregator)} against the aggregator"
-        )
+        lines += _guarantee_lines(result)
     lines += [f"file     {file.name} ({file.bytes} bytes, SHA-256 {file.sha256.hex()})" for file in result.files]
     return lines
+
+
+def _guarantee_lines(result: JobResult) -> list[str]:
+    """ε for a row and for a party, each with its δ, what it rests on, and what is left against others."""
+    row = f"ε        {real(result.epsilon_example)} for one example of a party's data, δ = {result.delta:g}"
+    row += _if_others_collude(result, "epsilon_example_if_all_others_collude")
+    party = f"ε        {real(result.epsilon_party)} for a whole party"
+    party += f", δ = {result.party_delta:g}" if result.HasField("party_delta") else ""
+    party += f"; {real(result.epsilon_party_against_aggregator)} against the aggregator"
+    party += _if_others_collude(result, "epsilon_party_if_all_others_collude")
+    party += ": no meaningful party-level guarantee" if result.epsilon_party > MEANINGLESS_EPSILON else ""
+    against = result.party_assumption_against_aggregator
+    against = "" if against == result.party_assumption else against
+    return [
+        row,
+        *_assuming("assumes", result.example_assumption),
+        party,
+        *_assuming("assumes", result.party_assumption),
+        *_assuming("against the aggregator assumes", against),
+    ]
+
+
+def _if_others_collude(message: JobResult, name: str) -> str:
+    return f"; {real(getattr(message, name))} if all others collude" if message.HasField(name) else ""  # type: ignore[arg-type]
+
+
+def _assuming(word: str, text: str) -> list[str]:
+    return [f"         {word} {safe(text)}"] if text else []
 
 
 def event_line(event: JobEvent) -> str:
@@ -122,15 +147,20 @@ def event_line(event: JobEvent) -> str:
 
 
 def rounds_table(rounds: Iterable[RoundSummary]) -> str:
-    """One line a round that ended."""
-    return columns(_ROUND_HEADER, [_round_cells(each) for each in rounds], right=_RIGHT)
+    """One line a round that ended, and what the figures for a party rest on."""
+    shown = list(rounds)
+    said = [each for each in shown if each.party_assumption][-1:]
+    notes = [f"ε of a party at δ = {each.party_delta:g}: assumes {safe(each.party_assumption)}" for each in said]
+    return "\n".join([columns(_ROUND_HEADER, [_round_cells(each) for each in shown], right=_RIGHT), *notes])
 
 
-_ROUND_HEADER: Final = ("round", "state", "updates", "metrics", "ε party", "ε vs aggr.", "ε rows left", "up", "s")
+_ROUND_HEADER: Final = (
+    *("round", "state", "updates", "metrics"),
+    *("ε party", "ε vs aggr.", "ε vs all", "ε rows left", "up", "s"),
+)
 
 
 def _round_cells(each: RoundSummary) -> list[str]:
-    left = [party.example_epsilon_left for party in each.parties if party.HasField("example_epsilon_left")]
     return [
         str(each.round),
         each.state,
@@ -138,10 +168,23 @@ def _round_cells(each: RoundSummary) -> list[str]:
         _metrics(each.metrics),
         real(each.epsilon_party),
         real(each.epsilon_party_against_aggregator),
-        real(min(left)) if left else "-",
+        real(each.epsilon_party_if_all_others_collude) if each.HasField("epsilon_party_if_all_others_collude") else "-",
+        _left(each),
         size(sum(party.bytes_up for party in each.parties)),
-        f"{each.seconds:.1f}",
+        f"{each.seconds:.1f}" if each.HasField("seconds") else "-",
     ]
+
+
+def _left(each: RoundSummary) -> str:
+    """The least that is left to a party; for each δ by itself, where limits are at several."""
+    found: dict[float, float] = {}
+    for party in each.parties:
+        if party.HasField("example_epsilon_left"):
+            delta, left = party.example_epsilon_left_delta, party.example_epsilon_left
+            found[delta] = min(left, found.get(delta, left))
+    if len(found) < 2:
+        return "".join(map(real, found.values())) or "-"
+    return ", ".join(f"{real(left)} at δ {f'{delta:g}' if delta else '?'}" for delta, left in sorted(found.items()))
 
 
 def _round_words(each: RoundSummary) -> str:

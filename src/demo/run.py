@@ -256,7 +256,9 @@ class Demo:
             "epsilon_example": final.epsilon_example,
             "epsilon_party": _finite(final.epsilon_party),
             "epsilon_party_against_aggregator": _finite(final.epsilon_party_against_aggregator),
+            "epsilon_party_if_all_others_collude": _finite(final.epsilon_party_if_all_others_collude),
             "delta": final.delta,
+            "party_delta": final.party_delta,
             "bytes_up": sum(party["bytes_up"] for each in result["rounds"] for party in each["parties"]),
             "peak_rss_mb": memory,
             "seconds": round(time.monotonic() - self._started, 2),
@@ -268,11 +270,15 @@ class Demo:
             f"example level: ε = {final.epsilon_example:.2f} at δ = {final.delta:g} protects one row (a person-year; "
             "a person has about four) against everybody"
         )
-        party = f"ε = {epsilon(final.epsilon_party)} ({epsilon(final.epsilon_party_against_aggregator)} against the"
-        text = f"* party level: {party} aggregator) for all rounds"
+        party = f"ε = {epsilon(final.epsilon_party)} at δ = {final.party_delta:g}"
+        party += f" ({epsilon(final.epsilon_party_against_aggregator)} against the aggregator,"
+        party += f" {epsilon(final.epsilon_party_if_all_others_collude)} if all others collude)"
+        text = f"* party level: {party} for all rounds"
         if final.epsilon_party > MEANINGLESS_EPSILON:
             text += ": no meaningful party-level guarantee with so few parties"
         self._view.note(text)
+        if math.isfinite(final.epsilon_party):
+            self._view.note(f"  it assumes that {final.party_assumption}")
 
     def _baselines(self, rounds: int) -> Any:
         from ..learning.baselines import central, pooled_training
@@ -316,7 +322,7 @@ class Demo:
             ],
             comparison={"central": baselines.central["auc"], "central_dp": baselines.central_dp["auc"]},
             budget={"epsilon": DEMO.epsilon, "delta": DEMO.delta},
-            party_level={"epsilon": final.epsilon_party, "delta": final.delta, "parties": options.parties},
+            party_level={"epsilon": final.epsilon_party, "delta": final.party_delta, "parties": options.parties},
             subtitle=(
                 f"RAND Health Insurance Experiment, {options.parties} parties, Paillier {options.modulus_bits} bit, "
                 f"seed {options.seed}"
@@ -352,10 +358,11 @@ def _round_json(summary: jobs_pb2.RoundSummary) -> dict[str, Any]:
                 "bytes_up": party.bytes_up,
                 "example_epsilon_spent": party.example_epsilon_spent,
                 "example_epsilon_left": party.example_epsilon_left,
+                "example_epsilon_left_delta": party.example_epsilon_left_delta,
             }
             for party in summary.parties
         ],
-        "seconds": summary.seconds,
+        "seconds": summary.seconds if summary.HasField("seconds") else None,
         "reason": summary.reason,
     }
 

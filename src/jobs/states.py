@@ -149,7 +149,8 @@ class JobRow:
         rounds_released, rounds_failed: counted from the events of kind "round".
         error: in FAILED why; in RETRYING why the last attempt failed; in CANCELLING set where the deadline passed.
         result: set in SUCCEEDED: {"files": [{"name", "bytes", "sha256" (hex)}], "metrics": {name: real},
-            "epsilon_example", "epsilon_party", "epsilon_party_against_aggregator", "delta"}; an infinite ε is "inf".
+            "epsilon_example", "epsilon_party", "epsilon_party_against_aggregator", "delta" and further figures and
+            assumptions (`JobResult` names them)}; an infinite ε is "inf".
     """
 
     job_id: str
@@ -203,8 +204,9 @@ def round_event(summary: Mapping[str, Any], message: str = "") -> Event:
     Args:
         summary: {"round", "state" (RELEASED, FAILED or CANCELLED), "contributions", "metrics", "epsilon_party",
             "epsilon_party_against_aggregator" (infinite where nothing protects), "parties": [{"party", "bytes_up",
-            "example_epsilon_spent", "example_epsilon_left"}], "seconds", "reason"}; all but the first two may be left
-            out, or None.
+            "example_epsilon_spent", "example_epsilon_left", "example_epsilon_left_delta"}], "seconds", "reason",
+            "epsilon_party_if_all_others_collude", "party_assumption", "party_delta"}; all but the first two may be
+            left out, or None.
         message: public text; made from the summary where empty.
     """
     text = message or f"round {summary['round']} {str(summary['state']).lower()}"

@@ -170,20 +170,37 @@ def round_to_proto(summary: Mapping[str, Any]) -> jobs_pb2.RoundSummary:
         epsilon_party=float(given.get("epsilon_party", 0)),
         epsilon_party_against_aggregator=float(given.get("epsilon_party_against_aggregator", 0)),
         parties=[_party_to_proto(party) for party in given.get("parties", ())],
-        seconds=float(given.get("seconds", 0)),
+        seconds=_real(given.get("seconds")),
         reason=given.get("reason", ""),
+        epsilon_party_if_all_others_collude=_real(given.get("epsilon_party_if_all_others_collude")),
+        party_assumption=given.get("party_assumption", ""),
+        party_delta=given.get("party_delta"),
     )
+
+
+def _real(value: float | str | None) -> float | None:
+    """An infinite ε is "inf"."""
+    return None if value is None else float(value)
 
 
 def _party_to_proto(party: Mapping[str, Any]) -> jobs_pb2.PartySummary:
     message = jobs_pb2.PartySummary(party=party["party"], bytes_up=party.get("bytes_up") or 0)
-    for name in ("example_epsilon_spent", "example_epsilon_left"):
+    for name in ("example_epsilon_spent", "example_epsilon_left", "example_epsilon_left_delta"):
         if party.get(name) is not None:
             setattr(message, name, float(party[name]))
     return message
 
 
-_FIGURES: Final = ("epsilon_example", "epsilon_party", "epsilon_party_against_aggregator", "delta")
+_FIGURES: Final = (
+    "epsilon_example",
+    "epsilon_party",
+    "epsilon_party_against_aggregator",
+    "delta",
+    "party_delta",
+    "epsilon_example_if_all_others_collude",
+    "epsilon_party_if_all_others_collude",
+)
+_ASSUMPTIONS: Final = ("example_assumption", "party_assumption", "party_assumption_against_aggregator")
 
 
 def result_to_proto(result: Mapping[str, Any]) -> jobs_pb2.JobResult:
@@ -202,6 +219,9 @@ def _fill_result(message: jobs_pb2.JobResult, result: Mapping[str, Any]) -> None
     for name in _FIGURES:
         if result.get(name) is not None:  # of a model that came with the job nothing is known, which is not zero
             setattr(message, name, float(result[name]))
+    for name in _ASSUMPTIONS:
+        if result.get(name):
+            setattr(message, name, str(result[name]))
 
 
 def error_to_proto(error: JobError) -> jobs_pb2.JobError:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from typing import NamedTuple
 
 from sqlalchemy import Connection, MetaData
 
@@ -11,13 +12,27 @@ from ..config import PartyConfig
 from ..config_budgets import party_limits
 from ..errors import BudgetError
 from ..jobs.states import utc
-from ..privacy.budget import Account, balance, subject_of
+from ..privacy.budget import Account, Budget, balance, subject_of
 from ..protocol.derive import example_event, party_event
 from ..protocol.roster import AGGREGATOR
 from ..storage.books import Books, Cost
 from ..storage.heads import Head, HeadStore, check_head
 from ..storage.ledger import LedgerStore
 from .rules import CheckedPlan
+
+
+class ExampleBalance(NamedTuple):
+    """What a party may disclose of its example-level budget.
+
+    Attributes:
+        spent: ε at the δ that was asked for; may be infinite.
+        left: ε at `left_delta`; None without a limit in ε, and with limits at two δ, which are not compared.
+        left_delta: the limit's δ; None where `left` is.
+    """
+
+    spent: float
+    left: float | None
+    left_delta: float | None
 
 
 class PartyAccounts:
@@ -68,16 +83,16 @@ class PartyAccounts:
         """Enter what left: the digests of what was delivered, say. Raises LedgerError unless the round is final."""
         self._books.release(connection, job_id, number, figures=figures, at=utc(now))
 
-    def example_balance(self, connection: Connection, task: str) -> tuple[float, float | None]:
-        """ε spent and left of a dataset's rows; left is None without a limit in ε, spent may be infinite.
-
-        Of two limits at two δ, the one of which less is left.
-        """
+    def example_balance(self, connection: Connection, task: str, *, delta: float) -> ExampleBalance:
+        """What a dataset's rows have spent, at `delta`, and what is left, at the δ of its limit."""
         entries = self._store.entries(connection)
-        budgets = self._books.limits.budgets(entries, ("example", subject_of("dataset", task)))
-        found = [balance(entries, budget) for budget in budgets]
-        tightest = min(found, key=lambda each: math.inf if each.epsilon_left is None else each.epsilon_left)
-        return tightest.epsilon_spent, tightest.epsilon_left
+        account: Account = ("example", subject_of("dataset", task))
+        everything = Budget(unit=account[0], subject=account[1], max_rounds=None, epsilon=None, delta=delta)
+        limits = [each for each in self._books.limits.budgets(entries, account) if each.epsilon is not None]
+        spent = balance(entries, everything).epsilon_spent
+        if len(limits) != 1:
+            return ExampleBalance(spent, None, None)
+        return ExampleBalance(spent, balance(entries, limits[0]).epsilon_left, limits[0].delta)
 
     def verify(self, connection: Connection) -> None:
         """Raises LedgerError, which names the first bad entry, when the chain is broken."""

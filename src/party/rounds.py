@@ -101,13 +101,16 @@ class RoundWorker:
         if row.stage is Stage.RESERVED:
             LOG.info("contributing", extra=describe(checked.plan))
             row = await self._train(stub, checked, signed, row)
-        spent, left = await self._database.run(lambda c: self._accounts.example_balance(c, checked.plan.task))
-        disclose = self._home.config.policy.disclose_epsilon
+        plan, disclose = checked.plan, self._home.config.policy.disclose_epsilon
+        balance = await self._database.run(
+            lambda c: self._accounts.example_balance(c, plan.task, delta=float(plan.local.delta))
+        )
         request = federation_pb2.CommitRootRequest(
             round=name,
             root=signed_to_proto(Signed.from_json(row.root or {})),
-            example_epsilon_spent=finite(spent) if disclose else None,
-            example_epsilon_left=finite(left) if disclose else None,
+            example_epsilon_spent=finite(balance.spent) if disclose else None,
+            example_epsilon_left=finite(balance.left) if disclose else None,
+            example_epsilon_left_delta=balance.left_delta if disclose else None,
         )
         await stub.CommitRoot(request)
 

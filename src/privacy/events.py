@@ -10,12 +10,15 @@ import dataclasses
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import ClassVar, Final, Literal
+from typing import ClassVar, Final, Literal, get_args
 
 from ..errors import InvalidInput
 
 Unit = Literal["example", "party"]
 """Whom a guarantee protects: one row of training data, or everything that one party contributes."""
+
+NoiseBy = Literal["both", "parties", "aggregator"]
+"""Who draws the noise on a sum: half the variance each, the parties alone, or the aggregator alone."""
 
 Relation = Literal["ADD_OR_REMOVE_ONE", "REPLACE_SPECIAL"]
 """`dp_accounting.NeighboringRelation` by name: one unit more or less, or its contribution replaced by zero."""
@@ -77,6 +80,43 @@ class DpSgdSteps:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Shares:
+    """Of whose hands the noise on a sum is: what its cost against the aggregator, or against all others, follows from.
+
+    Attributes:
+        noise_by: who drew.
+        quorum, colluders: of every `quorum` contributions all but `colluders` are counted on to carry their share.
+        share_multiplier: guaranteed standard deviation of one party's share over the sensitivity of the sum; 0.0 if
+            parties draw none, else above 0.
+        shares_tau: `noise.sum_divergence` of the counted shares alone, without the aggregator's noise.
+    """
+
+    noise_by: NoiseBy
+    quorum: int
+    colluders: int
+    share_multiplier: float
+    shares_tau: float
+
+    def __post_init__(self) -> None:
+        if self.noise_by not in get_args(NoiseBy):
+            raise InvalidInput("noise_by must be both, parties or aggregator")
+        _check_count("quorum", self.quorum)
+        if type(self.colluders) is not int or not 0 <= self.colluders < self.quorum:
+            raise InvalidInput("colluders must be an integer in [0, quorum)")
+        _check_real("share_multiplier", self.share_multiplier)
+        _check_real("shares_tau", self.shares_tau)
+        if (self.noise_by == "aggregator") != (self.share_multiplier == 0.0):
+            raise InvalidInput("parties draw a share unless the aggregator draws all the noise")
+        if not self.share_multiplier and self.shares_tau:
+            raise InvalidInput("without shares there is no sum of them")
+
+    @property
+    def honest(self) -> int:
+        """Shares that are counted on."""
+        return self.quorum - self.colluders
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class NoisySum:
     """`rounds` releases of a sum of clipped updates with discrete Gaussian noise from one or several hands.
 
@@ -88,6 +128,7 @@ class NoisySum:
         failure_probability: of one round, the total variation distance between what ran and what is described here
             (noise that was cut or refused at a bound; an overflow that wraps is post-processing and costs nothing).
             It is taken from δ, times 1 + e^ε.
+        shares: of whose hands the noise is; None where it is not known (events of version 1).
     """
 
     type: ClassVar[str] = "noisy_sum"
@@ -96,6 +137,7 @@ class NoisySum:
     tau: float = 0.0
     dimension: int = 1
     failure_probability: float = 0.0
+    shares: Shares | None = None
 
     def __post_init__(self) -> None:
         _check_real("noise_multiplier", self.noise_multiplier)
@@ -133,6 +175,7 @@ class SampledNoisySum:
         tau: `noise.sum_divergence` of the noise in one round; 0 for a single draw.
         dimension: coordinates of the sum, ≥ 1.
         failure_probability: as in `NoisySum`; a batch above its cap, whose sum was shortened, belongs here.
+        shares: as in `NoisySum`.
     """
 
     type: ClassVar[str] = "sampled_noisy_sum"
@@ -142,6 +185,7 @@ class SampledNoisySum:
     tau: float = 0.0
     dimension: int = 1
     failure_probability: float = 0.0
+    shares: Shares | None = None
 
     def __post_init__(self) -> None:
         _check_real("sampling_rate", self.sampling_rate, upper=1.0)
@@ -197,20 +241,33 @@ class NonPrivate:
 Event = DpSgdSteps | NoisySum | SampledNoisySum | NonPrivate
 
 VERSION: Final = 1
+SHARES_VERSION: Final = 2
+"""Of an event that says of whose hands its noise is."""
+
 _TYPES: Final[dict[str, type[DpSgdSteps] | type[NoisySum] | type[SampledNoisySum] | type[NonPrivate]]] = {
     cls.type: cls for cls in (DpSgdSteps, NoisySum, SampledNoisySum, NonPrivate)
 }
-_REALS: Final = frozenset({"sampling_rate", "noise_multiplier", "tau", "failure_probability"})
-_COUNTS: Final = frozenset({"steps", "rounds", "dimension"})
+_OF_A_SHARE: Final = frozenset({"share_multiplier", "shares_tau"})
+"""Absent where parties draw none."""
+_REALS: Final = frozenset({"sampling_rate", "noise_multiplier", "tau", "failure_probability"}) | _OF_A_SHARE
+_COUNTS: Final = frozenset({"steps", "rounds", "dimension", "quorum", "colluders"})
 
 
 def event_to_json(event: Event) -> JsonEvent:
     """`event` as a flat object of strings and integers; `event_from_json` gives it back."""
-    fields: JsonEvent = {"type": event.type, "version": VERSION}
-    for field in dataclasses.fields(event):
-        value = getattr(event, field.name)
-        fields[field.name] = repr(value) if field.name in _REALS else value
+    shares = getattr(event, "shares", None)
+    fields: JsonEvent = {"type": event.type, "version": SHARES_VERSION if shares else VERSION}
+    fields |= _fields_of(event)
+    if shares:
+        fields |= _fields_of(shares)
+        if not shares.share_multiplier:
+            fields = {name: value for name, value in fields.items() if name not in _OF_A_SHARE}
     return fields
+
+
+def _fields_of(part: Event | Shares) -> JsonEvent:
+    names = [field.name for field in dataclasses.fields(part) if field.name != "shares"]
+    return {name: repr(getattr(part, name)) if name in _REALS else getattr(part, name) for name in names}
 
 
 def _real(name: str, text: object) -> float:
@@ -223,6 +280,18 @@ def _real(name: str, text: object) -> float:
     return value
 
 
+def _values(fields: Mapping[str, object]) -> dict[str, object]:
+    values: dict[str, object] = {}
+    for key, value in sorted(fields.items()):
+        if key in _REALS:
+            values[key] = _real(key, value)
+        elif type(value) is not (int if key in _COUNTS else str):
+            raise InvalidInput(f"{key} has another type")
+        else:
+            values[key] = value
+    return values
+
+
 def event_from_json(fields: object) -> Event:
     """The event that `fields` describes.
 
@@ -232,21 +301,23 @@ def event_from_json(fields: object) -> Event:
     """
     if not isinstance(fields, Mapping):
         raise InvalidInput("an event must be an object")
-    if type(fields.get("version")) is not int or fields["version"] != VERSION:
-        raise InvalidInput(f"an event must have version {VERSION}")
     name = fields.get("type")
     cls = _TYPES.get(name) if isinstance(name, str) else None
     if cls is None:
         raise InvalidInput("an event of unknown type")
-    expected = {field.name for field in dataclasses.fields(cls)}
-    if set(fields) != expected | {"type", "version"}:
-        raise InvalidInput(f"an event of type {cls.type} must have exactly the fields {sorted(expected)}")
-    values: dict[str, object] = {}
-    for key in sorted(expected):
-        value = fields[key]
-        if key in _REALS:
-            value = _real(key, value)
-        elif type(value) is not (int if key in _COUNTS else str):
-            raise InvalidInput(f"{key} has another type")
-        values[key] = value
-    return cls(**values)  # type: ignore[arg-type]  # checked above and again in __post_init__
+    own = {field.name for field in dataclasses.fields(cls)}
+    versions = (VERSION, SHARES_VERSION) if "shares" in own else (VERSION,)
+    version = fields.get("version")
+    if type(version) is not int or version not in versions:
+        raise InvalidInput(f"an event of type {cls.type} must have version {' or '.join(map(str, versions))}")
+    own -= {"shares"}
+    of_shares = {field.name for field in dataclasses.fields(Shares)} if version == SHARES_VERSION else set()
+    if fields.get("noise_by") == "aggregator":
+        of_shares -= _OF_A_SHARE
+    if set(fields) != own | of_shares | {"type", "version"}:
+        raise InvalidInput(f"an event of type {cls.type} must have exactly the fields {sorted(own | of_shares)}")
+    values = _values({key: fields[key] for key in own})
+    if of_shares:
+        shares = {**dict.fromkeys(_OF_A_SHARE, 0.0), **_values({key: fields[key] for key in of_shares})}
+        values["shares"] = Shares(**shares)  # type: ignore[arg-type]  # checked in _values and in __post_init__
+    return cls(**values)  # type: ignore[arg-type]  # the same

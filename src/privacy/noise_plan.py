@@ -10,18 +10,13 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from fractions import Fraction
-from typing import Final, Literal, get_args
+from typing import Final, get_args
 
 from ..errors import InvalidInput
 from .accounting import epsilon
-from .events import Event, NoisySum, NonPrivate, SampledNoisySum, Unit
+from .events import Event, NoiseBy, NoisySum, NonPrivate, SampledNoisySum, Shares, Unit
+from .figures import AGAINST, REASONS, Against, Figure, assumption, not_above_root
 from .noise import MAX_SIGMA2, sum_divergence
-
-NoiseBy = Literal["both", "parties", "aggregator"]
-
-Against = Literal["release", "aggregator", "all_others"]
-"""Whoever sees the release; the aggregator, which knows the noise that it drew itself; the aggregator and all other
-parties together, who can subtract everything but one party's contribution."""
 
 VARIANCE_GRID: Final = 1 << 20
 """Variances are rounded up to multiples of 2^-20 squared integer units: short exact rationals, at most 4e-6 too large
@@ -29,8 +24,6 @@ at the smallest variance allowed in a sum."""
 
 NO_NOISE: Final = "no noise at party level"
 NO_NOISE_IN_SUM: Final = "no noise in the sum"
-AGGREGATOR_KNOWS: Final = "the aggregator can know the exact sum"
-OTHERS_KNOW: Final = "the aggregator and all other parties together can know the exact update"
 
 
 def _ceil_to_grid(value: Fraction) -> Fraction:
@@ -55,33 +48,6 @@ def fraction_from_json(text: str) -> Fraction:
         if fraction_to_json(value) == text:
             return value
     raise InvalidInput("a rational must read 'numerator/denominator' in lowest terms")
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Figure:
-    """One ε, and what it rests on.
-
-    Attributes:
-        epsilon: at `delta`; infinite where nothing is guaranteed.
-        delta: in (0, 1).
-        unit: whom it protects.
-        against: from whom, in words.
-        assumes: what has to hold for it, in words; encryption and custody of keys, which hide all but the sum, are
-            assumed by all but the figure against all others.
-    """
-
-    epsilon: float
-    delta: float
-    unit: Unit
-    against: str
-    assumes: str
-
-
-_AGAINST: Final[dict[Against, str]] = {
-    "release": "whoever sees the release",
-    "aggregator": "the aggregator",
-    "all_others": "the aggregator and all other parties together",
-}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -128,17 +94,28 @@ class NoisePlan:
             return None
         if self.noise_by == "parties":
             return self.noise_multiplier
-        return math.nextafter(self.noise_multiplier * math.sqrt(0.5), 0.0)
+        return not_above_root(Fraction(self.noise_multiplier) ** 2 / 2, self.noise_multiplier * math.sqrt(0.5))
 
     @property
     def multiplier_against_all_others(self) -> float | None:
         """Noise multiplier of one share, which is all that hides a party from everybody else; None if ε is infinite."""
         if not self.share_sigma2:
             return None
-        found = math.sqrt(self.share_sigma2) / self.sensitivity
-        while (Fraction(found) * Fraction(self.sensitivity)) ** 2 > self.share_sigma2:
-            found = math.nextafter(found, 0.0)
-        return found or None
+        square = self.share_sigma2 / Fraction(self.sensitivity) ** 2
+        return not_above_root(square, math.sqrt(self.share_sigma2) / self.sensitivity) or None
+
+    @property
+    def shares(self) -> Shares | None:
+        """Of whose hands the noise is, as events say it; None without noise."""
+        if not self.noise_multiplier:
+            return None
+        return Shares(
+            noise_by=self.noise_by,
+            quorum=self.quorum,
+            colluders=self.colluders,
+            share_multiplier=self.multiplier_against_all_others or 0.0,
+            shares_tau=sum_divergence(self.share_sigma2, self.honest_shares) if self.share_sigma2 else 0.0,
+        )
 
     def _claim(self, against: Against) -> tuple[float | None, float]:
         """Noise multiplier and τ of the noise that is secret from `against`."""
@@ -169,9 +146,8 @@ class NoisePlan:
         multiplier, tau = self._claim(against)
         if multiplier is None:
             unit: Unit = "party" if sampling_rate is None else "example"
-            reasons = {"release": NO_NOISE, "aggregator": AGGREGATOR_KNOWS, "all_others": OTHERS_KNOW}
             silent = NO_NOISE if unit == "party" else NO_NOISE_IN_SUM
-            return NonPrivate(unit=unit, reason=reasons[against] if self.noise_multiplier else silent)
+            return NonPrivate(unit=unit, reason=REASONS[against] if self.noise_multiplier else silent)
         if sampling_rate is None:
             return NoisySum(
                 noise_multiplier=multiplier,
@@ -179,6 +155,7 @@ class NoisePlan:
                 tau=tau,
                 dimension=dimension,
                 failure_probability=failure_probability,
+                shares=self.shares,
             )
         return SampledNoisySum(
             sampling_rate=sampling_rate,
@@ -187,6 +164,7 @@ class NoisePlan:
             tau=tau,
             dimension=dimension,
             failure_probability=failure_probability,
+            shares=self.shares,
         )
 
     def figures(
@@ -220,27 +198,15 @@ class NoisePlan:
                 epsilon=epsilon([event], delta=delta),
                 delta=delta,
                 unit=event.unit,
-                against=_AGAINST[against],
-                assumes=self._assumption(against, sampled=sampling_rate is not None),
+                against=AGAINST[against],
+                assumes=self.assumption(against, sampled=sampling_rate is not None),
             )
 
         return figure("release"), figure("aggregator"), figure("all_others")
 
-    def _assumption(self, against: Against, *, sampled: bool) -> str:
-        if self.noise_multiplier == 0.0:
-            return "nothing: there is no noise"
-        own = "the aggregator added its noise and keeps it to itself"
-        shares = (
-            f"of every {self.quorum} contributions at least {self.honest_shares} carry an honest noise share, whoever "
-            f"else contributes; up to {self.colluders} of them may collude"
-        )
-        drawn = {"both": f"{shares}; {own}", "parties": shares, "aggregator": own}[self.noise_by]
-        if against == "aggregator":
-            drawn = "nothing: the aggregator drew all the noise and is trusted" if not self.share_sigma2 else shares
-        if against == "all_others":
-            drawn = "the party's own noise share alone" if self.share_sigma2 else "nothing: the party drew no noise"
-        secret = "; each party keeps secret which of its rows were sampled" if sampled else ""
-        return drawn if drawn.startswith("nothing") else drawn + secret
+    def assumption(self, against: Against, *, sampled: bool = False) -> str:
+        """What a figure of this noise rests on, in words; of a sum over secret samples, these too."""
+        return assumption(self.shares, against, sampled=sampled)
 
     def to_json(self) -> dict[str, str | int]:
         """Strings and integers only; variances are exact."""

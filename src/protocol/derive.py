@@ -10,9 +10,10 @@ from typing import Any, Final, cast
 from ..encryption.scheme import Layout, LayoutRequest, Scheme
 from ..errors import PlanError
 from ..privacy.clipping import MIN_ADAPTIVE_PARTIES, AdaptiveClipping, joint_sensitivity
-from ..privacy.events import DpSgdSteps, Event, NoisySum
+from ..privacy.events import DpSgdSteps, Event, NoiseBy, NoisySum
+from ..privacy.figures import Against
 from ..privacy.noise import tail_bound
-from ..privacy.noise_plan import Against, NoiseBy, NoisePlan, fraction_to_json, plan_noise
+from ..privacy.noise_plan import NoisePlan, fraction_to_json, plan_noise
 from ..privacy.rounding import coordinate_bound, least_resolution_bits, nearest_bound, rounded_bound
 from ..privacy.sampling import batch_cap
 from .canonical import real
@@ -20,7 +21,7 @@ from .plan import GradientSum, NoiseSpec, RoundPlan
 
 OVERFLOW_LOG2: Final = 64
 """The noise of some slot of a job exceeds its bound with probability at most 2^-64, and then the party refuses. That is
-not charged: (1 + e^ε)·2^-64 is far below any δ wherever ε still means something (docs/numerics.md)."""
+taken from δ, times 1 + e^ε: at δ = 1e-5 nothing is left of it above ε = 33 (docs/numerics.md)."""
 CAP_LOG2: Final = 64
 """Some batch of a `fedsgd` job exceeds the cap with probability at most 2^-64."""
 
@@ -357,11 +358,16 @@ def example_multiplier(noise: NoisePlan) -> float:
     return noise.multiplier_against_aggregator or 0.0
 
 
+def overflow_probability(priced_rounds: int) -> float:
+    """Of one round, as a share of a job's: that noise does not fit its slot, and the party refuses."""
+    return 2.0**-OVERFLOW_LOG2 / priced_rounds
+
+
 def failure_probability(priced_rounds: int) -> float:
-    """Of one fedsgd round, as a share of a job's: that noise does not fit its slot (the party then refuses), or that a
-    batch exceeds the cap. The latter only shortens the sum, by a projection, and costs no privacy; it is charged all
+    """Of one fedsgd round for a row, as a share of a job's: that noise does not fit its slot, or that a batch exceeds
+    the cap. The latter only shortens the sum, by a projection, and costs no privacy; it is charged all
     the same, so that the figure does not rest on that argument."""
-    return (2.0**-OVERFLOW_LOG2 + 2.0**-CAP_LOG2) / priced_rounds
+    return overflow_probability(priced_rounds) + 2.0**-CAP_LOG2 / priced_rounds
 
 
 def example_event(plan: RoundPlan, *, against: Against | None = None) -> Event:
@@ -388,12 +394,16 @@ def party_event(plan: RoundPlan, noise: NoisePlan, *, against: Against = "releas
     """What one round costs a party as a whole, against whoever sees the release or against the aggregator.
 
     Under fedsgd noise that hides a row hides a party hardly at all: what it contributes has up to `batch_cap` times
-    the norm of one gradient. The figure says so.
+    the norm of one gradient. The figure says so. (A batch above the cap is projected onto that norm: it costs nothing.)
     """
-    event = noise.event(against, dimension=plan.value_count)
+    event = noise.event(
+        against, dimension=plan.value_count, failure_probability=overflow_probability(plan.priced_rounds)
+    )
     if plan.gradient_sum is None or not isinstance(event, NoisySum):
         return event
-    return replace(event, noise_multiplier=event.noise_multiplier * plan.rounded_bound / contribution_bound(plan))
+    smaller = plan.rounded_bound / contribution_bound(plan)
+    shares = event.shares and replace(event.shares, share_multiplier=event.shares.share_multiplier * smaller)
+    return replace(event, noise_multiplier=event.noise_multiplier * smaller, shares=shares)
 
 
 def contribution_bound(plan: RoundPlan) -> int:

@@ -271,7 +271,7 @@ def test_under_fedsgd_every_figure_says_whom_it_holds_against_and_what_it_rests_
 
 def test_a_manifest_of_fedavg_says_what_is_left_if_all_others_collude(manifest: MakeManifest) -> None:
     """Of a row everything: a party adds that noise itself. Of the party one share of the noise."""
-    _, statement = manifest(make_spec(party_privacy={"noise_multiplier": 3.0}))
+    found, statement = manifest(make_spec(party_privacy={"noise_multiplier": 3.0}))
     assert "strategy" not in statement
     row, party = statement["privacy"]["example"], statement["privacy"]["party"]
     assert row["epsilon_if_all_others_collude"] == row["epsilon"]
@@ -279,3 +279,10 @@ def test_a_manifest_of_fedavg_says_what_is_left_if_all_others_collude(manifest: 
     assert "epsilon_release" not in row
     assert float(party["epsilon"]) < float(party["epsilon_if_all_others_collude"]) < math.inf
     assert "share" in party["assumption"]
+    assert "the aggregator added its noise" in party["assumption"]
+    assert "share" in party["assumption_against_aggregator"]
+    assert "the aggregator added its noise" not in party["assumption_against_aggregator"]
+    assert party["against"] == "whoever sees the release"
+    for name in ("assumption", "assumption_against_aggregator", "delta"):
+        assert str(found[f"party_{name}"]) == party[name]
+    assert found["epsilon_party_if_all_others_collude"] == party["epsilon_if_all_others_collude"]

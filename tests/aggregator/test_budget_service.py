@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
@@ -23,8 +24,10 @@ from src.errors import AccessError, BudgetError, InvalidInput, NotFoundError
 from src.jobs.states import JobRow
 from src.jobs.store import JobStore
 from src.privacy.accounting import epsilon
-from src.privacy.events import NoisySum
+from src.privacy.events import event_from_json
+from src.privacy.figures import Against
 from src.privacy.ledger import verify_lines
+from src.privacy.noise_plan import plan_noise
 from src.protocol.ledger import EntrySigner, check_signatures
 from src.protocol.signing import SigningKey
 from src.storage.database import Database
@@ -32,7 +35,9 @@ from src.storage.ledger import LedgerStore
 from src.storage.schema import FromMetadata
 
 KEY = SigningKey.from_bytes(b"aggregator".ljust(32, b"-"))
-SUM = NoisySum(noise_multiplier=4.0)
+SHARES = plan_noise(noise_by="both", noise_multiplier=4.0, sensitivity=1e4, quorum=3, colluders=1)
+SUM = SHARES.event("release", dimension=1)
+ALL: tuple[Against, ...] = ("release", "aggregator", "all_others")
 PRIVACY = AggregatorPrivacy.model_validate({"budget": {"max_rounds": 9, "epsilon": 50.0}, "per_job": {"max_rounds": 4}})
 OLGA, ADA, BOB, PARTY = (
     Identity("operator", "olga"),
@@ -137,6 +142,11 @@ async def test_everybody_sees_what_the_federation_has_spent(house: House, who: I
     assert row.epsilon_spent == row.epsilon_ever == epsilon([SUM, SUM], delta=1e-5)
     assert row.epsilon_left == pytest.approx(50.0 - row.epsilon_spent)
     assert row.epsilon_at_delta == epsilon([SUM, SUM], delta=1e-7)
+    assert (row.against, row.assumption) == ("whoever sees the release", SHARES.assumption("release"))
+    assert row.assumption_against_aggregator == SHARES.assumption("aggregator")
+    aggregator, others = (epsilon([SHARES.event(who, dimension=1, rounds=2)], delta=1e-5) for who in ALL[1:])
+    assert row.epsilon_against_aggregator == pytest.approx(aggregator)
+    assert row.epsilon_if_all_others_collude == pytest.approx(others)
     assert answer.verify_key == KEY.verify_key
     assert answer.entries == 9
     assert answer.head == (await house.entries(OLGA)).entries[-1].digest == answer.head
@@ -153,7 +163,7 @@ async def test_an_operator_sees_every_entry_and_can_verify_the_lines(house: Hous
     ]
     fifth = answer.entries[4]
     assert (fifth.sequence, fifth.job_id, fifth.round, fifth.charged_rounds) == (5, "jb", 1, 1)
-    assert fifth.event.startswith('{"dimension":1,"failure_probability":"0.0","noise_multiplier":"4.0"')
+    assert event_from_json(json.loads(fifth.event)) == SUM
     assert fifth.time.ToDatetime().year == 1970
     assert not answer.entries[8].HasField("round")
 

@@ -22,8 +22,10 @@ from src.config import PartyConfig, load_aggregator_config, load_party_config
 from src.config_budgets import party_limits
 from src.errors import CATALOGUE, ConflictError, InvalidInput, LedgerError, NotFoundError
 from src.privacy.accounting import epsilon
-from src.privacy.events import DpSgdSteps, NoisySum
+from src.privacy.events import DpSgdSteps, Event, NoisySum
+from src.privacy.figures import EVERYBODY, OWN_NOISE, UNKNOWN
 from src.privacy.ledger import Limit
+from src.privacy.noise_plan import plan_noise
 from src.protocol.ledger import EntrySigner
 from src.protocol.roster import Member, Roster, save_roster, sign_roster
 from src.protocol.signing import SigningKey
@@ -34,6 +36,7 @@ from src.storage.migrations import Migrations
 
 AT = "2026-01-01T00:00:00Z"
 STEPS = DpSgdSteps(sampling_rate=0.01, noise_multiplier=1.1, steps=40)
+SUM = NoisySum(noise_multiplier=4.0)
 CONFIG = """
 version: 1
 name: a
@@ -75,10 +78,10 @@ class Role:
 
         asyncio.run(run())
 
-    def spend(self, number: int, job_id: str = "j") -> None:
+    def spend(self, number: int, job_id: str = "j", *, whole: Event = SUM) -> None:
         books = self.books()
         example = Cost(account=("example", "dataset:randhie"), event=STEPS, user="ada")
-        party = Cost(account=("party", "federation:demo"), event=NoisySum(noise_multiplier=4.0))
+        party = Cost(account=("party", "federation:demo"), event=whole)
         self.write(
             lambda c: books.open(c, at=AT),
             lambda c: books.reserve(c, job_id, number, [example, party], at=AT),
@@ -146,6 +149,58 @@ def test_show_says_what_every_account_has_seen_and_converts_to_another_delta(rol
     assert code == 0
     converted = f"ε {epsilon([STEPS], delta=1e-7):.4g} at δ 1e-07, converted from the mechanisms"
     assert f"dataset:randhie (example level): {converted}" in out
+
+
+def test_show_names_whom_each_figure_holds_against_and_what_it_assumes(role: Role) -> None:
+    """Also where a ledger does not know it: entries of an earlier version count as nothing against others."""
+    rows = {row["unit"]: row for row in role.read("show")["budgets"]}
+    row = rows["example"]
+    assert (row["against"], row["assumption"]) == (EVERYBODY, OWN_NOISE)
+    assert row["epsilon_against_aggregator"] == row["epsilon_if_all_others_collude"] == row["epsilon_spent"]
+    old = rows["party"]
+    assert (old["against"], old["assumption"]) == ("whoever sees the release", UNKNOWN)
+    assert (old["epsilon_against_aggregator"], old["epsilon_if_all_others_collude"]) == (None, None)
+    plan = plan_noise(noise_by="both", noise_multiplier=4.0, sensitivity=1e4, quorum=5, colluders=1)
+    role.release(1)
+    role.change("reset", "--unit", "party", "--subject", "federation:demo")
+    role.spend(2, whole=plan.event("release", dimension=9))
+    (new,) = role.read("show", "--unit", "party")["budgets"]
+    release, aggregator, others = plan.figures(dimension=9, rounds=1, delta=1e-5)
+    assert (new["epsilon_spent"], new["assumption"]) == (release.epsilon, release.assumes)
+    assert new["epsilon_against_aggregator"] == pytest.approx(aggregator.epsilon)
+    assert new["assumption_against_aggregator"] == aggregator.assumes
+    assert new["epsilon_if_all_others_collude"] == pytest.approx(others.epsilon)
+    code, out, _ = role.run("show", "--config", str(role.file))
+    assert code == 0
+    said = [
+        f"federation:demo (party level): ε {release.epsilon:.4g} at δ 1e-05 counts against whoever sees the release",
+        f"  assumes {release.assumes}",
+        f"  against the aggregator ε {aggregator.epsilon:.4g} (assumes {aggregator.assumes}); "
+        f"if all others collude ε {others.epsilon:.4g}",
+    ]
+    assert [line for line in said if line not in out.splitlines()] == []
+    assert "dataset:randhie (example level), user:ada (example level): ε " in out  # said once for both
+
+
+def test_show_says_that_a_figure_means_nothing(role: Role) -> None:
+    overflow = NoisySum(noise_multiplier=0.1, failure_probability=2.0**-64)
+    role.spend(2, whole=overflow)
+    assert role.read("show", "--unit", "party")["budgets"][0]["epsilon_spent"] is None
+    _, out, _ = role.run("show", "--config", str(role.file), "--unit", "party")
+    assert "ε ∞ at δ 1e-05 counts against whoever sees the release: no meaningful party-level guarantee" in out
+
+
+def test_show_tells_what_other_accountants_make_of_it_only_when_asked_and_what_that_is_worth(role: Role) -> None:
+    assert {row["estimates"] for row in role.read("show")["budgets"]} == {None}
+    for row in role.read("show", "--estimates")["budgets"]:
+        charged, other = row["estimates"]
+        assert (charged["epsilon"], charged["standing"]) == (row["epsilon_spent"], "bound")
+        assert other["epsilon"] < charged["epsilon"]
+        assert other["standing"] == ("bound" if row["unit"] == "example" else "estimate")
+    role.spend(2, whole=NoisySum(noise_multiplier=0.1))
+    _, out, _ = role.run("show", "--config", str(role.file), "--estimates")
+    assert "  PLD (dp-accounting): ε " in out
+    assert "  PLD (dp-accounting): skipped (not computed: epsilon is above 50)" in out
 
 
 def test_history_is_narrowed_and_says_what_it_leaves_out(role: Role) -> None:

@@ -11,7 +11,7 @@ import pytest
 from google.protobuf import json_format
 from rich.console import Console
 
-from src.cli.jobs_view import event_line, job_lines, jobs_table, live_view, result_lines
+from src.cli.jobs_view import event_line, job_lines, jobs_table, live_view, result_lines, rounds_table
 from src.cli.plain import away, columns, duration, job_to_json, safe, size
 from src.cli.status import status_lines
 from src.communication.generated import jobs_pb2
@@ -92,6 +92,46 @@ def test_a_failure_points_into_the_log() -> None:
 def test_of_a_model_that_came_with_the_job_no_epsilon_is_claimed() -> None:
     (line,) = [line for line in result_lines(jobs_pb2.JobResult(metrics={"auc": 0.5})) if "ε" in line]
     assert "unknown" in line
+
+
+def test_beside_every_epsilon_stands_its_delta_what_it_assumes_and_what_is_left_against_others() -> None:
+    result = jobs_pb2.JobResult(
+        epsilon_example=2.5,
+        delta=1e-6,
+        epsilon_example_if_all_others_collude=9.0,
+        example_assumption="honest shares",
+        epsilon_party=float("inf"),
+        epsilon_party_against_aggregator=float("inf"),
+        epsilon_party_if_all_others_collude=float("inf"),
+        party_delta=1e-5,
+        party_assumption="both",
+        party_assumption_against_aggregator="one of them",
+    )
+    assert [line for line in result_lines(result) if line.startswith(("ε", " "))] == [
+        "ε        2.5 for one example of a party's data, δ = 1e-06; 9 if all others collude",
+        "         assumes honest shares",
+        "ε        ∞ for a whole party, δ = 1e-05; ∞ against the aggregator; ∞ if all others collude: "
+        "no meaningful party-level guarantee",
+        "         assumes both",
+        "         against the aggregator assumes one of them",
+    ]
+
+
+def test_what_is_left_at_several_deltas_is_not_compared() -> None:
+    def a_round(*left: tuple[float, float], **fields: Any) -> str:
+        parties = [jobs_pb2.PartySummary(example_epsilon_left=a, example_epsilon_left_delta=b) for a, b in left]
+        return rounds_table([jobs_pb2.RoundSummary(round=1, parties=parties, **fields)])
+
+    assert "0.5" in a_round((0.5, 1e-5), (0.7, 1e-5))
+    assert "0.5 at δ 1e-05, 0.1 at δ 0.001" in a_round((0.5, 1e-5), (0.1, 1e-3), (0.7, 1e-5))
+    table = a_round((0.5, 1e-5), party_assumption="honest shares", party_delta=1e-5)
+    assert table.splitlines()[-1] == "ε of a party at δ = 1e-05: assumes honest shares"
+
+
+def test_a_round_that_does_not_say_how_long_it_took_is_shown_without() -> None:
+    silent, said = (rounds_table([jobs_pb2.RoundSummary(round=1, seconds=each)]) for each in (None, 1.25))
+    assert silent.splitlines()[1].endswith(" -")
+    assert said.splitlines()[1].endswith("1.2")
 
 
 def test_names_that_others_gave_do_not_steer_the_terminal() -> None:

@@ -69,7 +69,11 @@ def test_the_demo_prints_one_json_object_and_leaves_model_manifest_and_picture(t
         (2, "RELEASED", 3),
     ]
     assert all(0 < result[key] < 1 for key in ("auc", "auc_central", "auc_central_dp"))
-    assert 0 < result["epsilon_example"] < result["epsilon_party"] < result["epsilon_party_against_aggregator"]
+    assert 0 < result["epsilon_example"] < 20
+    others = ("", "_against_aggregator", "_if_all_others_collude")
+    assert [result[f"epsilon_party{name}"] for name in others] == ["inf"] * 3  # what a δ of 1e-5 leaves no room for
+    assert (result["delta"], result["party_delta"]) == (1e-5, 1e-5)
+    assert "no meaningful party-level guarantee with so few parties" in stderr
     assert result["bytes_up"] > 2 * 3 * 1000
     assert set(result["peak_rss_mb"]) == {"aggregator", "party-a", "party-b", "party-c"}
     assert all(megabytes > 50 for megabytes in result["peak_rss_mb"].values())

@@ -87,6 +87,10 @@ def test_the_manifest_says_against_whom_and_what_it_rests_on(
     assert "share" in row["assumption"]
     assert row["steps"] == ROUNDS
     assert float(manifest["privacy"]["party"]["epsilon"]) > 100
+    assert (job.result.example_assumption, job.result.epsilon_example_if_all_others_collude) == (
+        row["assumption"],
+        pytest.approx(alone),
+    )
     assert any("under fedsgd" in line for line in manifest["statements"])
 
 
@@ -96,6 +100,12 @@ def test_neither_sizes_nor_losses_of_batches_are_told_or_logged(federation: Any,
     for word in ("loss", "batch_size", "sampled", "chosen", "grad_norm"):
         assert word not in logs
         assert word not in told.replace("max_grad_norm", "")
+    assert all(each.party_assumption and each.party_delta == 1e-5 for each in job.progress.rounds)
+    # nor how long a round took, which a larger sample makes longer
+    assert len(job.progress.rounds) == ROUNDS
+    assert not any(each.HasField("seconds") for each in job.progress.rounds)
+    told_of = [event.round for event in federation.client.watch(job.job_id) if event.HasField("round")]
+    assert [each.HasField("seconds") for each in told_of] == [False] * ROUNDS
 
 
 @pytest.mark.parametrize(

@@ -99,6 +99,7 @@ def test_the_search_finds_nothing_where_nothing_is() -> None:
     planted = Planted()
     planted.add("vector", VECTOR)
     text = "0.1235, 0.0004; 0.12346 0.1234667 1.234567 epsilon=3.99999 777778 1777777 12345698.9 port 50051"
+    text += ' {"digest":"777777c0991bc706df81496860"}'
     assert planted.found(text) == []
 
 

@@ -202,12 +202,33 @@ def test_a_budget_in_epsilon_holds_the_whole_job_and_says_what_is_left(
     for number in range(1, 4):
         books.reserve(make_plan(round=number, priced_rounds=3))
     with engine.begin() as connection:
-        spent, left = books.accounts.example_balance(connection, "randhie")
-        other, untouched = books.accounts.example_balance(connection, "other task")
-    assert (spent, left) == (whole, 0.0)
-    assert (other, untouched) == (0.0, whole)
+        found = books.accounts.example_balance(connection, "randhie", delta=1e-5)
+        other = books.accounts.example_balance(connection, "other task", delta=1e-5)
+    assert found == (whole, 0.0, 1e-5)
+    assert other == (0.0, whole, 1e-5)
     with pytest.raises(BudgetError):
         books.reserve(make_plan(round=4, priced_rounds=3))
+
+
+def test_what_is_disclosed_names_its_delta_and_mixes_none(
+    make_books: MakeBooks, make_plan: MakePlan, engine: Engine
+) -> None:
+    """Spent at the plan's δ, left at that of the limit; with limits at two δ nothing is said to be left."""
+    books = make_books(example={"epsilon": 9.0, "delta": 1e-3}, party={"max_rounds": 9})
+    plan = make_plan()
+    with engine.begin() as connection:
+        books.accounts.open(connection, now=0.0)
+    books.reserve(plan)
+    with engine.begin() as connection:
+        found = books.accounts.example_balance(connection, "randhie", delta=1e-7)
+    assert found.spent == epsilon([example_event(plan)], delta=1e-7)
+    assert (found.left, found.left_delta) == (9.0 - epsilon([example_event(plan)], delta=1e-3), 1e-3)
+    again = make_books(example={"epsilon": 8.0, "delta": 1e-5}, party={"max_rounds": 9})  # the ledger has the first
+    with engine.begin() as connection:
+        both = again.accounts.example_balance(connection, "randhie", delta=1e-7)
+        assert both == (found.spent, None, None)
+        free = make_books(example={"max_rounds": 9}, party={"max_rounds": 9}).accounts
+        assert free.example_balance(connection, "other", delta=1e-5) == (0.0, 9.0, 1e-3)
 
 
 def test_a_sum_without_party_noise_is_no_match_for_a_budget_in_epsilon(

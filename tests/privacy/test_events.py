@@ -15,12 +15,27 @@ from src.privacy.events import (
     NoisySum,
     NonPrivate,
     SampledNoisySum,
+    Shares,
     event_from_json,
     event_to_json,
 )
 
 REALS = st.floats(0, 1e300, allow_subnormal=True)
 COUNTS = st.integers(1, 2**53)
+SHARES = st.none() | st.builds(
+    lambda noise_by, quorum, missing, multiplier, tau: Shares(
+        noise_by=noise_by,
+        quorum=quorum,
+        colluders=max(0, quorum - 1 - missing),
+        share_multiplier=0.0 if noise_by == "aggregator" else multiplier,
+        shares_tau=0.0 if noise_by == "aggregator" else tau,
+    ),
+    st.sampled_from(["both", "parties", "aggregator"]),
+    COUNTS,
+    st.integers(0, 9),
+    st.floats(1e-300, 1e300),
+    REALS,
+)
 EVENTS = st.one_of(
     st.builds(DpSgdSteps, sampling_rate=st.floats(1e-300, 1.0), noise_multiplier=REALS, steps=COUNTS),
     st.builds(
@@ -30,6 +45,7 @@ EVENTS = st.one_of(
         tau=REALS,
         dimension=COUNTS,
         failure_probability=st.floats(0.0, 1.0),
+        shares=SHARES,
     ),
     st.builds(
         SampledNoisySum,
@@ -39,6 +55,7 @@ EVENTS = st.one_of(
         tau=REALS,
         dimension=COUNTS,
         failure_probability=st.floats(0.0, 1.0),
+        shares=SHARES,
     ),
     st.builds(
         NonPrivate,
@@ -93,6 +110,20 @@ def test_the_json_of_an_event_is_a_promise() -> None:
     }
 
 
+def test_an_event_that_says_of_whose_hands_its_noise_is_has_a_version_of_its_own() -> None:
+    """The old version is read for ever, as one that does not say."""
+    shares = Shares(noise_by="both", quorum=4, colluders=1, share_multiplier=0.25, shares_tau=1e-30)
+    old = event_to_json(NoisySum(noise_multiplier=0.5))
+    new = event_to_json(NoisySum(noise_multiplier=0.5, shares=shares))
+    said = {"noise_by": "both", "quorum": 4, "colluders": 1, "share_multiplier": "0.25", "shares_tau": "1e-30"}
+    assert new == {**old, "version": 2, **said}
+    assert event_from_json(old) == NoisySum(noise_multiplier=0.5)
+    alone = Shares(noise_by="aggregator", quorum=4, colluders=1, share_multiplier=0.0, shares_tau=0.0)
+    sampled = SampledNoisySum(sampling_rate=0.5, noise_multiplier=0.5, shares=alone)
+    assert not {"share_multiplier", "shares_tau"} & set(event_to_json(sampled))
+    assert event_from_json(event_to_json(sampled)) == sampled
+
+
 def test_unit_and_relation_belong_to_the_mechanism() -> None:
     steps = DpSgdSteps(sampling_rate=0.5, noise_multiplier=1.0, steps=1)
     assert (steps.unit, steps.relation) == ("example", "ADD_OR_REMOVE_ONE")
@@ -115,7 +146,27 @@ def test_repetition_multiplies_counts() -> None:
 GOOD: dict[str, object] = dict(event_to_json(DpSgdSteps(sampling_rate=0.01, noise_multiplier=1.1, steps=40)))
 NON_PRIVATE: dict[str, object] = dict(event_to_json(NonPrivate(unit="party", reason="no noise")))
 SAMPLED: dict[str, object] = dict(event_to_json(SampledNoisySum(sampling_rate=0.01, noise_multiplier=1.1)))
+SHARED: dict[str, object] = dict(
+    event_to_json(
+        NoisySum(
+            noise_multiplier=1.0,
+            shares=Shares(noise_by="both", quorum=3, colluders=1, share_multiplier=0.5, shares_tau=0.0),
+        )
+    )
+)
 REJECTED: dict[str, object] = {
+    "shares in version 1": {**SHARED, "version": 1},
+    "no shares in version 2": {**event_to_json(NoisySum(noise_multiplier=1.0)), "version": 2},
+    "shares, later version": {**SHARED, "version": 3},
+    "shares of nobody": {**SHARED, "noise_by": "nobody"},
+    "shares, one colluder too many": {**SHARED, "colluders": 3},
+    "shares, colluders negative": {**SHARED, "colluders": -1},
+    "shares, quorum zero": {**SHARED, "quorum": 0, "colluders": 0},
+    "shares, quorum as string": {**SHARED, "quorum": "3"},
+    "shares that are none": {**SHARED, "share_multiplier": "0.0"},
+    "shares, real as number": {**SHARED, "share_multiplier": 0.5},
+    "shares, tau missing": {key: value for key, value in SHARED.items() if key != "shares_tau"},
+    "shares though the aggregator drew all": {**SHARED, "noise_by": "aggregator"},
     "not an object": [],
     "nothing": None,
     "no type": {key: value for key, value in GOOD.items() if key != "type"},

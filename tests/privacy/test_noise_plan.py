@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 
 from src.errors import InvalidInput
 from src.privacy.accounting import epsilon
-from src.privacy.events import NoisySum, NonPrivate, SampledNoisySum
-from src.privacy.noise_plan import NoiseBy, fraction_from_json, fraction_to_json, plan_noise
+from src.privacy.events import NoiseBy, NoisySum, NonPrivate, SampledNoisySum
+from src.privacy.noise_plan import fraction_from_json, fraction_to_json, plan_noise
 
 WHO: tuple[NoiseBy, ...] = ("both", "parties", "aggregator")
 
@@ -53,6 +53,14 @@ def test_any_admissible_set_of_honest_contributors_carries_the_planned_noise(
     assert plan.multiplier_release == noise_multiplier
 
 
+def test_half_the_variance_is_not_rounded_up() -> None:
+    """z·√½ as floats multiply it is too large by two units in the last place here."""
+    plan = plan_noise(noise_by="both", noise_multiplier=5.330078125, sensitivity=100.0, quorum=1, colluders=0)
+    claimed = plan.multiplier_against_aggregator
+    assert claimed is not None
+    assert (Fraction(claimed) * 100) ** 2 <= plan.parties_sigma2
+
+
 def test_a_plan_by_hand() -> None:
     """z = 2, sensitivity 10: variance 400; half from the aggregator, half from 5 - 1 honest parties."""
     plan = plan_noise(noise_by="both", noise_multiplier=2.0, sensitivity=10.0, quorum=5, colluders=1)
@@ -75,12 +83,13 @@ def test_a_plan_by_hand() -> None:
 def test_events_say_what_holds_and_against_whom() -> None:
     both = plan_noise(noise_by="both", noise_multiplier=2.0, sensitivity=10.0, quorum=4, colluders=0)
     release = both.event("release", dimension=7, rounds=3)
-    assert release == NoisySum(noise_multiplier=2.0, rounds=3, tau=release.tau, dimension=7)  # type: ignore[union-attr]
+    assert isinstance(release, NoisySum)
+    assert release == NoisySum(noise_multiplier=2.0, rounds=3, tau=release.tau, dimension=7, shares=both.shares)
     against = both.event("aggregator", dimension=7)
     assert isinstance(against, NoisySum)
     assert against.noise_multiplier < 2.0 * math.sqrt(0.5) + 1e-12
     alone = plan_noise(noise_by="aggregator", noise_multiplier=0.01, sensitivity=1.0, quorum=4, colluders=0)
-    assert alone.event("release", dimension=7) == NoisySum(noise_multiplier=0.01, dimension=7)
+    assert alone.event("release", dimension=7) == NoisySum(noise_multiplier=0.01, dimension=7, shares=alone.shares)
     assert alone.event("aggregator", dimension=7) == NonPrivate(
         unit="party", reason="the aggregator can know the exact sum"
     )

@@ -17,10 +17,12 @@ from hypothesis import strategies as st
 from src.encryption.keys import KeyShare
 from src.encryption.scheme import Layout, Scheme
 from src.errors import InvalidInput, PlanError, SlotOverflowError
+from src.privacy.accounting import epsilon
 from src.privacy.entropy import DeterministicEntropy
 from src.privacy.events import DpSgdSteps, NoisySum, NonPrivate
+from src.privacy.figures import Against
 from src.privacy.noise_plan import fraction_from_json
-from src.protocol.derive import OVERFLOW_LOG2, derive_again, example_event, party_event
+from src.protocol.derive import OVERFLOW_LOG2, derive_again, example_event, noise_of, party_event
 from src.protocol.plan import RoundPlan
 
 MakePlan = Callable[..., RoundPlan]
@@ -203,7 +205,24 @@ def test_what_a_round_costs(make_plan: MakePlan, paillier: Scheme) -> None:
     guaranteed = fraction_from_json(plan.noise.aggregator_sigma2) + 2 * fraction_from_json(plan.noise.share_sigma2)
     assert guaranteed >= Fraction(2 * plan.rounded_bound) ** 2
 
+    assert release.shares == against.shares == noise.shares
     alone = make_plan(paillier, noise_by="aggregator", noise_multiplier=2.0)
     noise = derive_again(paillier, alone).noise_plan
     assert isinstance(party_event(alone, noise), NoisySum)
     assert isinstance(party_event(alone, noise, against="aggregator"), NonPrivate)
+
+
+@pytest.mark.parametrize("against", ["release", "aggregator", "all_others"])
+def test_an_overflow_is_taken_from_the_delta_of_a_party(
+    make_plan: MakePlan, paillier: Scheme, against: Against
+) -> None:
+    """2^-64 a job, whatever it is priced for: beyond the ε that leaves no δ for it, nothing is claimed."""
+    for priced_rounds in (1, 10, 1000):
+        for multiplier, meaningful in ((20.0, True), (0.1, False)):
+            plan = make_plan(paillier, noise_by="both", noise_multiplier=multiplier, priced_rounds=priced_rounds)
+            event = party_event(plan, noise_of(plan), against=against)
+            assert isinstance(event, NoisySum)
+            assert event.failure_probability * priced_rounds == pytest.approx(2.0**-OVERFLOW_LOG2)
+            bare, charged = (epsilon([each], delta=1e-5) for each in (replace(event, failure_probability=0.0), event))
+            assert bare < charged
+            assert (charged < bare * (1 + 1e-6)) if meaningful else (bare > 33 and charged == math.inf)

@@ -285,6 +285,8 @@ def test_a_party_as_a_whole_is_hidden_hardly_at_all_and_the_figure_says_so(make_
     against = party_event(plan, noise_of(plan), against="aggregator")
     assert isinstance(against, NoisySum)
     assert against.noise_multiplier < event.noise_multiplier
+    assert event.shares is not None
+    assert event.shares.share_multiplier <= against.noise_multiplier  # over the same bound
     assert epsilon([event], delta=1e-5) > 20
     silent = make_sum(noise_multiplier=0.0)
     assert isinstance(party_event(silent, noise_of(silent)), NonPrivate)
@@ -296,3 +298,7 @@ def test_what_can_go_wrong_once_in_a_job_is_charged(make_sum: MakePlan) -> None:
         event = example_event(make_sum(priced_rounds=priced_rounds))
         assert isinstance(event, SampledNoisySum)
         assert event.failure_probability * priced_rounds == pytest.approx(2.0**-63)
+        plan = make_sum(priced_rounds=priced_rounds)
+        whole = party_event(plan, noise_of(plan))  # a batch above the cap is projected: it costs a party nothing
+        assert isinstance(whole, NoisySum)
+        assert whole.failure_probability * priced_rounds == pytest.approx(2.0**-64)

@@ -302,7 +302,10 @@ EVENT_FIELDS: Final = {
     },
     "non_private": {"unit", "reason"},
 }
-REALS: Final = {"sampling_rate", "noise_multiplier", "tau", "failure_probability"}
+SUMS: Final = {"noisy_sum", "sampled_noisy_sum"}
+OF_A_SHARE: Final = {"share_multiplier", "shares_tau"}
+SHARES: Final = {"noise_by", "quorum", "colluders", *OF_A_SHARE}
+REALS: Final = {"sampling_rate", "noise_multiplier", "tau", "failure_probability", *OF_A_SHARE}
 
 
 LEDGER_FIELDS_2: Final = [*LEDGER_FIELDS, "relation", "user", "figures", "correction", "signature"]
@@ -361,8 +364,10 @@ def ledger_parties(entry: Json) -> list[str]:
 def ledger_event(value: Json | None) -> None:
     if value is not None:
         event = dict(value)
-        require(event.pop("version") == 1, "an event's version")
-        fields(event, *EVENT_FIELDS[event.pop("type")])
+        kind, version = event.pop("type"), event.pop("version")
+        require(version == 1 or (version == 2 and kind in SUMS), "an event's version")
+        names = EVENT_FIELDS[kind] | (SHARES if version == 2 else set())
+        fields(event, *(names - OF_A_SHARE if event.get("noise_by") == "aggregator" else names))
         for name in REALS & set(event):
             real(event[name])
 

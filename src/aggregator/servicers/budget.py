@@ -63,6 +63,7 @@ class BudgetServicer(budget_pb2_grpc.BudgetServiceServicer):
 def budget_to_proto(view: AccountView) -> budget_pb2.AccountBudget:
     """The message of one budget."""
     budget, now = view.budget, view.now
+    charged, aggregator, others = view.figures
     return budget_pb2.AccountBudget(
         unit=budget.unit,
         subject=budget.subject,
@@ -78,6 +79,11 @@ def budget_to_proto(view: AccountView) -> budget_pb2.AccountBudget:
         rounds_ever=view.ever.rounds_spent,
         epsilon_ever=finite(view.ever.epsilon_spent),
         epsilon_at_delta=finite(view.epsilon_at),
+        against=charged.against,
+        assumption=charged.assumes,
+        epsilon_against_aggregator=finite(aggregator.epsilon),
+        assumption_against_aggregator=aggregator.assumes,
+        epsilon_if_all_others_collude=finite(others.epsilon),
     )
 
 

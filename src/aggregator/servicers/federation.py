@@ -195,7 +195,7 @@ class FederationServicer(federation_pb2_grpc.FederationServiceServicer):
         statement = self._root_statement(row, name, signed)
         if row.roots.get(name) != signed.to_json():  # said again it may be older than what was told since
             await self._told(row, name, statement.ledger_head)
-        budget = (_disclosed(request, "example_epsilon_spent"), _disclosed(request, "example_epsilon_left"))
+        budget = tuple(_disclosed(request, f"example_epsilon_{each}") for each in ("spent", "left", "left_delta"))
         await self._trainings.happened(row.job_id, row.number, RootCommitted(name, signed.to_json(), budget))
         return federation_pb2.CommitRootResponse()
 
@@ -363,7 +363,7 @@ def _head_to_proto(head: Head) -> federation_pb2.LedgerHead:
 
 def _disclosed(request: federation_pb2.CommitRootRequest, field: str) -> float | None:
     """What a party discloses of its ε; it ends up in the job's history, which holds numbers only."""
-    if not request.HasField(field):  # type: ignore[arg-type]  # one of the two optional fields
+    if not request.HasField(field):  # type: ignore[arg-type]  # one of the optional fields
         return None
     value = float(getattr(request, field))
     if not math.isfinite(value):

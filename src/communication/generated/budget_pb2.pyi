@@ -105,6 +105,11 @@ class AccountBudget(_message.Message):
     ROUNDS_EVER_FIELD_NUMBER: _builtins.int
     EPSILON_EVER_FIELD_NUMBER: _builtins.int
     EPSILON_AT_DELTA_FIELD_NUMBER: _builtins.int
+    AGAINST_FIELD_NUMBER: _builtins.int
+    ASSUMPTION_FIELD_NUMBER: _builtins.int
+    EPSILON_AGAINST_AGGREGATOR_FIELD_NUMBER: _builtins.int
+    ASSUMPTION_AGAINST_AGGREGATOR_FIELD_NUMBER: _builtins.int
+    EPSILON_IF_ALL_OTHERS_COLLUDE_FIELD_NUMBER: _builtins.int
     unit: _builtins.str
     """"party" or "example"."""
     subject: _builtins.str
@@ -115,7 +120,9 @@ class AccountBudget(_message.Message):
     """Unset: no limit in rounds."""
     rounds_left: _builtins.int
     epsilon_spent: _builtins.float
-    """At `delta`. Unset: infinite, as something was released without noise."""
+    """At `delta`, against whom `against` says. Unset: infinite, as something was released without noise, or with so little
+    that the probability of an overflow alone (2^-64 a job, times 1 + e^ε) is more than `delta`.
+    """
     epsilon_limit: _builtins.float
     """Unset: no limit in ε."""
     epsilon_left: _builtins.float
@@ -128,6 +135,16 @@ class AccountBudget(_message.Message):
     epsilon_ever: _builtins.float
     epsilon_at_delta: _builtins.float
     """ε spent at the δ that was asked for. Unset: none was, or it is infinite."""
+    against: _builtins.str
+    """From whom `epsilon_spent` protects, and what it rests on. At party level that is whoever sees the releases: the
+    aggregator, which knows the noise it drew itself, has a figure of its own below.
+    """
+    assumption: _builtins.str
+    epsilon_against_aggregator: _builtins.float
+    """Of the same events, at the same δ: the parties' noise alone. Unset: infinite."""
+    assumption_against_aggregator: _builtins.str
+    epsilon_if_all_others_collude: _builtins.float
+    """What is left if the aggregator and all other parties collude: the party's own noise. Unset: infinite."""
     def __init__(
         self,
         *,
@@ -145,15 +162,24 @@ class AccountBudget(_message.Message):
         rounds_ever: _builtins.int = ...,
         epsilon_ever: _builtins.float | None = ...,
         epsilon_at_delta: _builtins.float | None = ...,
+        against: _builtins.str = ...,
+        assumption: _builtins.str = ...,
+        epsilon_against_aggregator: _builtins.float | None = ...,
+        assumption_against_aggregator: _builtins.str = ...,
+        epsilon_if_all_others_collude: _builtins.float | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_epsilon_at_delta", b"_epsilon_at_delta", "_epsilon_ever", b"_epsilon_ever", "_epsilon_left", b"_epsilon_left", "_epsilon_limit", b"_epsilon_limit", "_epsilon_spent", b"_epsilon_spent", "_rounds_left", b"_rounds_left", "_rounds_limit", b"_rounds_limit", "epsilon_at_delta", b"epsilon_at_delta", "epsilon_ever", b"epsilon_ever", "epsilon_left", b"epsilon_left", "epsilon_limit", b"epsilon_limit", "epsilon_spent", b"epsilon_spent", "rounds_left", b"rounds_left", "rounds_limit", b"rounds_limit"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_epsilon_against_aggregator", b"_epsilon_against_aggregator", "_epsilon_at_delta", b"_epsilon_at_delta", "_epsilon_ever", b"_epsilon_ever", "_epsilon_if_all_others_collude", b"_epsilon_if_all_others_collude", "_epsilon_left", b"_epsilon_left", "_epsilon_limit", b"_epsilon_limit", "_epsilon_spent", b"_epsilon_spent", "_rounds_left", b"_rounds_left", "_rounds_limit", b"_rounds_limit", "epsilon_against_aggregator", b"epsilon_against_aggregator", "epsilon_at_delta", b"epsilon_at_delta", "epsilon_ever", b"epsilon_ever", "epsilon_if_all_others_collude", b"epsilon_if_all_others_collude", "epsilon_left", b"epsilon_left", "epsilon_limit", b"epsilon_limit", "epsilon_spent", b"epsilon_spent", "rounds_left", b"rounds_left", "rounds_limit", b"rounds_limit"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_epsilon_at_delta", b"_epsilon_at_delta", "_epsilon_ever", b"_epsilon_ever", "_epsilon_left", b"_epsilon_left", "_epsilon_limit", b"_epsilon_limit", "_epsilon_spent", b"_epsilon_spent", "_rounds_left", b"_rounds_left", "_rounds_limit", b"_rounds_limit", "delta", b"delta", "epsilon_at_delta", b"epsilon_at_delta", "epsilon_ever", b"epsilon_ever", "epsilon_left", b"epsilon_left", "epsilon_limit", b"epsilon_limit", "epsilon_spent", b"epsilon_spent", "neighbouring_relation", b"neighbouring_relation", "periods", b"periods", "rounds_ever", b"rounds_ever", "rounds_left", b"rounds_left", "rounds_limit", b"rounds_limit", "rounds_spent", b"rounds_spent", "subject", b"subject", "unit", b"unit"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_epsilon_against_aggregator", b"_epsilon_against_aggregator", "_epsilon_at_delta", b"_epsilon_at_delta", "_epsilon_ever", b"_epsilon_ever", "_epsilon_if_all_others_collude", b"_epsilon_if_all_others_collude", "_epsilon_left", b"_epsilon_left", "_epsilon_limit", b"_epsilon_limit", "_epsilon_spent", b"_epsilon_spent", "_rounds_left", b"_rounds_left", "_rounds_limit", b"_rounds_limit", "against", b"against", "assumption", b"assumption", "assumption_against_aggregator", b"assumption_against_aggregator", "delta", b"delta", "epsilon_against_aggregator", b"epsilon_against_aggregator", "epsilon_at_delta", b"epsilon_at_delta", "epsilon_ever", b"epsilon_ever", "epsilon_if_all_others_collude", b"epsilon_if_all_others_collude", "epsilon_left", b"epsilon_left", "epsilon_limit", b"epsilon_limit", "epsilon_spent", b"epsilon_spent", "neighbouring_relation", b"neighbouring_relation", "periods", b"periods", "rounds_ever", b"rounds_ever", "rounds_left", b"rounds_left", "rounds_limit", b"rounds_limit", "rounds_spent", b"rounds_spent", "subject", b"subject", "unit", b"unit"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__epsilon_against_aggregator: _TypeAlias = _typing.Literal["epsilon_against_aggregator"]  # noqa: Y015
+    _WhichOneofArgType__epsilon_against_aggregator: _TypeAlias = _typing.Literal["_epsilon_against_aggregator", b"_epsilon_against_aggregator"]  # noqa: Y015
     _WhichOneofReturnType__epsilon_at_delta: _TypeAlias = _typing.Literal["epsilon_at_delta"]  # noqa: Y015
     _WhichOneofArgType__epsilon_at_delta: _TypeAlias = _typing.Literal["_epsilon_at_delta", b"_epsilon_at_delta"]  # noqa: Y015
     _WhichOneofReturnType__epsilon_ever: _TypeAlias = _typing.Literal["epsilon_ever"]  # noqa: Y015
     _WhichOneofArgType__epsilon_ever: _TypeAlias = _typing.Literal["_epsilon_ever", b"_epsilon_ever"]  # noqa: Y015
+    _WhichOneofReturnType__epsilon_if_all_others_collude: _TypeAlias = _typing.Literal["epsilon_if_all_others_collude"]  # noqa: Y015
+    _WhichOneofArgType__epsilon_if_all_others_collude: _TypeAlias = _typing.Literal["_epsilon_if_all_others_collude", b"_epsilon_if_all_others_collude"]  # noqa: Y015
     _WhichOneofReturnType__epsilon_left: _TypeAlias = _typing.Literal["epsilon_left"]  # noqa: Y015
     _WhichOneofArgType__epsilon_left: _TypeAlias = _typing.Literal["_epsilon_left", b"_epsilon_left"]  # noqa: Y015
     _WhichOneofReturnType__epsilon_limit: _TypeAlias = _typing.Literal["epsilon_limit"]  # noqa: Y015
@@ -165,9 +191,13 @@ class AccountBudget(_message.Message):
     _WhichOneofReturnType__rounds_limit: _TypeAlias = _typing.Literal["rounds_limit"]  # noqa: Y015
     _WhichOneofArgType__rounds_limit: _TypeAlias = _typing.Literal["_rounds_limit", b"_rounds_limit"]  # noqa: Y015
     @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__epsilon_against_aggregator) -> _WhichOneofReturnType__epsilon_against_aggregator | None: ...
+    @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__epsilon_at_delta) -> _WhichOneofReturnType__epsilon_at_delta | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__epsilon_ever) -> _WhichOneofReturnType__epsilon_ever | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__epsilon_if_all_others_collude) -> _WhichOneofReturnType__epsilon_if_all_others_collude | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__epsilon_left) -> _WhichOneofReturnType__epsilon_left | None: ...
     @_typing.overload

@@ -428,11 +428,15 @@ class CommitRootRequest(_message.Message):
     ROOT_FIELD_NUMBER: _builtins.int
     EXAMPLE_EPSILON_SPENT_FIELD_NUMBER: _builtins.int
     EXAMPLE_EPSILON_LEFT_FIELD_NUMBER: _builtins.int
+    EXAMPLE_EPSILON_LEFT_DELTA_FIELD_NUMBER: _builtins.int
     example_epsilon_spent: _builtins.float
-    """Example-level budget of the data used, after this round's reservation, at the plan's delta: a function of public
-    parameters and of earlier jobs. Empty where the party's policy does not disclose it.
+    """Example-level budget of the data used, after this round's reservation: a function of public parameters and of
+    earlier jobs. Empty where the party's policy does not disclose it. Spent is at the plan's example-level δ
+    (`local.delta`), left at that of the party's limit, `example_epsilon_left_delta`; unset without a limit in ε, and
+    where there are limits at two δ, which are not compared.
     """
     example_epsilon_left: _builtins.float
+    example_epsilon_left_delta: _builtins.float
     @_builtins.property
     def round(self) -> Global___RoundName: ...
     @_builtins.property
@@ -448,17 +452,22 @@ class CommitRootRequest(_message.Message):
         root: _common_pb2.Signed | None = ...,
         example_epsilon_spent: _builtins.float | None = ...,
         example_epsilon_left: _builtins.float | None = ...,
+        example_epsilon_left_delta: _builtins.float | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_example_epsilon_left", b"_example_epsilon_left", "_example_epsilon_spent", b"_example_epsilon_spent", "example_epsilon_left", b"example_epsilon_left", "example_epsilon_spent", b"example_epsilon_spent", "root", b"root", "round", b"round"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_example_epsilon_left", b"_example_epsilon_left", "_example_epsilon_left_delta", b"_example_epsilon_left_delta", "_example_epsilon_spent", b"_example_epsilon_spent", "example_epsilon_left", b"example_epsilon_left", "example_epsilon_left_delta", b"example_epsilon_left_delta", "example_epsilon_spent", b"example_epsilon_spent", "root", b"root", "round", b"round"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_example_epsilon_left", b"_example_epsilon_left", "_example_epsilon_spent", b"_example_epsilon_spent", "example_epsilon_left", b"example_epsilon_left", "example_epsilon_spent", b"example_epsilon_spent", "root", b"root", "round", b"round"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_example_epsilon_left", b"_example_epsilon_left", "_example_epsilon_left_delta", b"_example_epsilon_left_delta", "_example_epsilon_spent", b"_example_epsilon_spent", "example_epsilon_left", b"example_epsilon_left", "example_epsilon_left_delta", b"example_epsilon_left_delta", "example_epsilon_spent", b"example_epsilon_spent", "root", b"root", "round", b"round"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__example_epsilon_left: _TypeAlias = _typing.Literal["example_epsilon_left"]  # noqa: Y015
     _WhichOneofArgType__example_epsilon_left: _TypeAlias = _typing.Literal["_example_epsilon_left", b"_example_epsilon_left"]  # noqa: Y015
+    _WhichOneofReturnType__example_epsilon_left_delta: _TypeAlias = _typing.Literal["example_epsilon_left_delta"]  # noqa: Y015
+    _WhichOneofArgType__example_epsilon_left_delta: _TypeAlias = _typing.Literal["_example_epsilon_left_delta", b"_example_epsilon_left_delta"]  # noqa: Y015
     _WhichOneofReturnType__example_epsilon_spent: _TypeAlias = _typing.Literal["example_epsilon_spent"]  # noqa: Y015
     _WhichOneofArgType__example_epsilon_spent: _TypeAlias = _typing.Literal["_example_epsilon_spent", b"_example_epsilon_spent"]  # noqa: Y015
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__example_epsilon_left) -> _WhichOneofReturnType__example_epsilon_left | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__example_epsilon_left_delta) -> _WhichOneofReturnType__example_epsilon_left_delta | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__example_epsilon_spent) -> _WhichOneofReturnType__example_epsilon_spent | None: ...
 

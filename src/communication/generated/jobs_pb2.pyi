@@ -587,7 +587,7 @@ class JobProgress(_message.Message):
 
     @_builtins.property
     def estimated_end_time(self) -> _timestamp_pb2.Timestamp:
-        """From the rounds so far; unset before the first."""
+        """From the rounds so far; unset before the first, and under fedsgd."""
 
     def __init__(
         self,
@@ -666,14 +666,26 @@ class RoundSummary(_message.Message):
     PARTIES_FIELD_NUMBER: _builtins.int
     SECONDS_FIELD_NUMBER: _builtins.int
     REASON_FIELD_NUMBER: _builtins.int
+    EPSILON_PARTY_IF_ALL_OTHERS_COLLUDE_FIELD_NUMBER: _builtins.int
+    PARTY_ASSUMPTION_FIELD_NUMBER: _builtins.int
+    PARTY_DELTA_FIELD_NUMBER: _builtins.int
     round: _builtins.int
     state: _builtins.str
     contributions: _builtins.int
     epsilon_party: _builtins.float
-    """Party level, of everything released so far. Infinite where nothing protects."""
+    """Party level, of everything released so far, at `party_delta`: against whoever sees the releases, against the
+    aggregator, and against it and all other parties together. Infinite where nothing protects, or so little that the
+    probability of an overflow (2^-64 a job, times 1 + e^ε) is more than the δ.
+    """
     epsilon_party_against_aggregator: _builtins.float
     seconds: _builtins.float
+    """Unset under fedsgd, where it could tell of the size of a batch."""
     reason: _builtins.str
+    epsilon_party_if_all_others_collude: _builtins.float
+    """Unset: not known."""
+    party_assumption: _builtins.str
+    """What `epsilon_party` rests on."""
+    party_delta: _builtins.float
     @_builtins.property
     def metrics(self) -> _containers.ScalarMap[_builtins.str, _builtins.float]:
         """Of public or hold-out rows; empty where the job is not evaluated."""
@@ -690,14 +702,28 @@ class RoundSummary(_message.Message):
         epsilon_party: _builtins.float = ...,
         epsilon_party_against_aggregator: _builtins.float = ...,
         parties: _abc.Iterable[Global___PartySummary] | None = ...,
-        seconds: _builtins.float = ...,
+        seconds: _builtins.float | None = ...,
         reason: _builtins.str = ...,
+        epsilon_party_if_all_others_collude: _builtins.float | None = ...,
+        party_assumption: _builtins.str = ...,
+        party_delta: _builtins.float | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_epsilon_party_if_all_others_collude", b"_epsilon_party_if_all_others_collude", "_party_delta", b"_party_delta", "_seconds", b"_seconds", "epsilon_party_if_all_others_collude", b"epsilon_party_if_all_others_collude", "party_delta", b"party_delta", "seconds", b"seconds"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["contributions", b"contributions", "epsilon_party", b"epsilon_party", "epsilon_party_against_aggregator", b"epsilon_party_against_aggregator", "metrics", b"metrics", "parties", b"parties", "reason", b"reason", "round", b"round", "seconds", b"seconds", "state", b"state"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_epsilon_party_if_all_others_collude", b"_epsilon_party_if_all_others_collude", "_party_delta", b"_party_delta", "_seconds", b"_seconds", "contributions", b"contributions", "epsilon_party", b"epsilon_party", "epsilon_party_against_aggregator", b"epsilon_party_against_aggregator", "epsilon_party_if_all_others_collude", b"epsilon_party_if_all_others_collude", "metrics", b"metrics", "parties", b"parties", "party_assumption", b"party_assumption", "party_delta", b"party_delta", "reason", b"reason", "round", b"round", "seconds", b"seconds", "state", b"state"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
+    _WhichOneofReturnType__epsilon_party_if_all_others_collude: _TypeAlias = _typing.Literal["epsilon_party_if_all_others_collude"]  # noqa: Y015
+    _WhichOneofArgType__epsilon_party_if_all_others_collude: _TypeAlias = _typing.Literal["_epsilon_party_if_all_others_collude", b"_epsilon_party_if_all_others_collude"]  # noqa: Y015
+    _WhichOneofReturnType__party_delta: _TypeAlias = _typing.Literal["party_delta"]  # noqa: Y015
+    _WhichOneofArgType__party_delta: _TypeAlias = _typing.Literal["_party_delta", b"_party_delta"]  # noqa: Y015
+    _WhichOneofReturnType__seconds: _TypeAlias = _typing.Literal["seconds"]  # noqa: Y015
+    _WhichOneofArgType__seconds: _TypeAlias = _typing.Literal["_seconds", b"_seconds"]  # noqa: Y015
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__epsilon_party_if_all_others_collude) -> _WhichOneofReturnType__epsilon_party_if_all_others_collude | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__party_delta) -> _WhichOneofReturnType__party_delta | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__seconds) -> _WhichOneofReturnType__seconds | None: ...
 
 Global___RoundSummary: _TypeAlias = RoundSummary  # noqa: Y015
 
@@ -709,10 +735,14 @@ class PartySummary(_message.Message):
     BYTES_UP_FIELD_NUMBER: _builtins.int
     EXAMPLE_EPSILON_SPENT_FIELD_NUMBER: _builtins.int
     EXAMPLE_EPSILON_LEFT_FIELD_NUMBER: _builtins.int
+    EXAMPLE_EPSILON_LEFT_DELTA_FIELD_NUMBER: _builtins.int
     party: _builtins.str
     bytes_up: _builtins.int
     example_epsilon_spent: _builtins.float
+    """At the job's `local_training.delta`."""
     example_epsilon_left: _builtins.float
+    """At the δ of the party's limit, `example_epsilon_left_delta`."""
+    example_epsilon_left_delta: _builtins.float
     def __init__(
         self,
         *,
@@ -720,17 +750,22 @@ class PartySummary(_message.Message):
         bytes_up: _builtins.int = ...,
         example_epsilon_spent: _builtins.float | None = ...,
         example_epsilon_left: _builtins.float | None = ...,
+        example_epsilon_left_delta: _builtins.float | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_example_epsilon_left", b"_example_epsilon_left", "_example_epsilon_spent", b"_example_epsilon_spent", "example_epsilon_left", b"example_epsilon_left", "example_epsilon_spent", b"example_epsilon_spent"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_example_epsilon_left", b"_example_epsilon_left", "_example_epsilon_left_delta", b"_example_epsilon_left_delta", "_example_epsilon_spent", b"_example_epsilon_spent", "example_epsilon_left", b"example_epsilon_left", "example_epsilon_left_delta", b"example_epsilon_left_delta", "example_epsilon_spent", b"example_epsilon_spent"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_example_epsilon_left", b"_example_epsilon_left", "_example_epsilon_spent", b"_example_epsilon_spent", "bytes_up", b"bytes_up", "example_epsilon_left", b"example_epsilon_left", "example_epsilon_spent", b"example_epsilon_spent", "party", b"party"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_example_epsilon_left", b"_example_epsilon_left", "_example_epsilon_left_delta", b"_example_epsilon_left_delta", "_example_epsilon_spent", b"_example_epsilon_spent", "bytes_up", b"bytes_up", "example_epsilon_left", b"example_epsilon_left", "example_epsilon_left_delta", b"example_epsilon_left_delta", "example_epsilon_spent", b"example_epsilon_spent", "party", b"party"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__example_epsilon_left: _TypeAlias = _typing.Literal["example_epsilon_left"]  # noqa: Y015
     _WhichOneofArgType__example_epsilon_left: _TypeAlias = _typing.Literal["_example_epsilon_left", b"_example_epsilon_left"]  # noqa: Y015
+    _WhichOneofReturnType__example_epsilon_left_delta: _TypeAlias = _typing.Literal["example_epsilon_left_delta"]  # noqa: Y015
+    _WhichOneofArgType__example_epsilon_left_delta: _TypeAlias = _typing.Literal["_example_epsilon_left_delta", b"_example_epsilon_left_delta"]  # noqa: Y015
     _WhichOneofReturnType__example_epsilon_spent: _TypeAlias = _typing.Literal["example_epsilon_spent"]  # noqa: Y015
     _WhichOneofArgType__example_epsilon_spent: _TypeAlias = _typing.Literal["_example_epsilon_spent", b"_example_epsilon_spent"]  # noqa: Y015
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__example_epsilon_left) -> _WhichOneofReturnType__example_epsilon_left | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__example_epsilon_left_delta) -> _WhichOneofReturnType__example_epsilon_left_delta | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__example_epsilon_spent) -> _WhichOneofReturnType__example_epsilon_spent | None: ...
 
@@ -766,11 +801,28 @@ class JobResult(_message.Message):
     EPSILON_PARTY_FIELD_NUMBER: _builtins.int
     EPSILON_PARTY_AGAINST_AGGREGATOR_FIELD_NUMBER: _builtins.int
     DELTA_FIELD_NUMBER: _builtins.int
+    PARTY_DELTA_FIELD_NUMBER: _builtins.int
+    EPSILON_EXAMPLE_IF_ALL_OTHERS_COLLUDE_FIELD_NUMBER: _builtins.int
+    EPSILON_PARTY_IF_ALL_OTHERS_COLLUDE_FIELD_NUMBER: _builtins.int
+    EXAMPLE_ASSUMPTION_FIELD_NUMBER: _builtins.int
+    PARTY_ASSUMPTION_FIELD_NUMBER: _builtins.int
+    PARTY_ASSUMPTION_AGAINST_AGGREGATOR_FIELD_NUMBER: _builtins.int
     epsilon_example: _builtins.float
     """Infinite where nothing protects; unset where nothing is known: of a model that came with the job."""
     epsilon_party: _builtins.float
+    """At `party_delta`: against whoever sees the model, and against the aggregator."""
     epsilon_party_against_aggregator: _builtins.float
     delta: _builtins.float
+    """Of `epsilon_example`."""
+    party_delta: _builtins.float
+    """Of all figures for a party."""
+    epsilon_example_if_all_others_collude: _builtins.float
+    """What is left if the aggregator and all other parties collude."""
+    epsilon_party_if_all_others_collude: _builtins.float
+    example_assumption: _builtins.str
+    """What `epsilon_example`, `epsilon_party` and `epsilon_party_against_aggregator` rest on."""
+    party_assumption: _builtins.str
+    party_assumption_against_aggregator: _builtins.str
     @_builtins.property
     def files(self) -> _containers.RepeatedCompositeFieldContainer[Global___ArtifactFile]: ...
     @_builtins.property
@@ -784,27 +836,45 @@ class JobResult(_message.Message):
         epsilon_party: _builtins.float | None = ...,
         epsilon_party_against_aggregator: _builtins.float | None = ...,
         delta: _builtins.float | None = ...,
+        party_delta: _builtins.float | None = ...,
+        epsilon_example_if_all_others_collude: _builtins.float | None = ...,
+        epsilon_party_if_all_others_collude: _builtins.float | None = ...,
+        example_assumption: _builtins.str = ...,
+        party_assumption: _builtins.str = ...,
+        party_assumption_against_aggregator: _builtins.str = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_delta", b"_delta", "_epsilon_example", b"_epsilon_example", "_epsilon_party", b"_epsilon_party", "_epsilon_party_against_aggregator", b"_epsilon_party_against_aggregator", "delta", b"delta", "epsilon_example", b"epsilon_example", "epsilon_party", b"epsilon_party", "epsilon_party_against_aggregator", b"epsilon_party_against_aggregator"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_delta", b"_delta", "_epsilon_example", b"_epsilon_example", "_epsilon_example_if_all_others_collude", b"_epsilon_example_if_all_others_collude", "_epsilon_party", b"_epsilon_party", "_epsilon_party_against_aggregator", b"_epsilon_party_against_aggregator", "_epsilon_party_if_all_others_collude", b"_epsilon_party_if_all_others_collude", "_party_delta", b"_party_delta", "delta", b"delta", "epsilon_example", b"epsilon_example", "epsilon_example_if_all_others_collude", b"epsilon_example_if_all_others_collude", "epsilon_party", b"epsilon_party", "epsilon_party_against_aggregator", b"epsilon_party_against_aggregator", "epsilon_party_if_all_others_collude", b"epsilon_party_if_all_others_collude", "party_delta", b"party_delta"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_delta", b"_delta", "_epsilon_example", b"_epsilon_example", "_epsilon_party", b"_epsilon_party", "_epsilon_party_against_aggregator", b"_epsilon_party_against_aggregator", "delta", b"delta", "epsilon_example", b"epsilon_example", "epsilon_party", b"epsilon_party", "epsilon_party_against_aggregator", b"epsilon_party_against_aggregator", "files", b"files", "metrics", b"metrics"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_delta", b"_delta", "_epsilon_example", b"_epsilon_example", "_epsilon_example_if_all_others_collude", b"_epsilon_example_if_all_others_collude", "_epsilon_party", b"_epsilon_party", "_epsilon_party_against_aggregator", b"_epsilon_party_against_aggregator", "_epsilon_party_if_all_others_collude", b"_epsilon_party_if_all_others_collude", "_party_delta", b"_party_delta", "delta", b"delta", "epsilon_example", b"epsilon_example", "epsilon_example_if_all_others_collude", b"epsilon_example_if_all_others_collude", "epsilon_party", b"epsilon_party", "epsilon_party_against_aggregator", b"epsilon_party_against_aggregator", "epsilon_party_if_all_others_collude", b"epsilon_party_if_all_others_collude", "example_assumption", b"example_assumption", "files", b"files", "metrics", b"metrics", "party_assumption", b"party_assumption", "party_assumption_against_aggregator", b"party_assumption_against_aggregator", "party_delta", b"party_delta"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__delta: _TypeAlias = _typing.Literal["delta"]  # noqa: Y015
     _WhichOneofArgType__delta: _TypeAlias = _typing.Literal["_delta", b"_delta"]  # noqa: Y015
     _WhichOneofReturnType__epsilon_example: _TypeAlias = _typing.Literal["epsilon_example"]  # noqa: Y015
     _WhichOneofArgType__epsilon_example: _TypeAlias = _typing.Literal["_epsilon_example", b"_epsilon_example"]  # noqa: Y015
+    _WhichOneofReturnType__epsilon_example_if_all_others_collude: _TypeAlias = _typing.Literal["epsilon_example_if_all_others_collude"]  # noqa: Y015
+    _WhichOneofArgType__epsilon_example_if_all_others_collude: _TypeAlias = _typing.Literal["_epsilon_example_if_all_others_collude", b"_epsilon_example_if_all_others_collude"]  # noqa: Y015
     _WhichOneofReturnType__epsilon_party: _TypeAlias = _typing.Literal["epsilon_party"]  # noqa: Y015
     _WhichOneofArgType__epsilon_party: _TypeAlias = _typing.Literal["_epsilon_party", b"_epsilon_party"]  # noqa: Y015
     _WhichOneofReturnType__epsilon_party_against_aggregator: _TypeAlias = _typing.Literal["epsilon_party_against_aggregator"]  # noqa: Y015
     _WhichOneofArgType__epsilon_party_against_aggregator: _TypeAlias = _typing.Literal["_epsilon_party_against_aggregator", b"_epsilon_party_against_aggregator"]  # noqa: Y015
+    _WhichOneofReturnType__epsilon_party_if_all_others_collude: _TypeAlias = _typing.Literal["epsilon_party_if_all_others_collude"]  # noqa: Y015
+    _WhichOneofArgType__epsilon_party_if_all_others_collude: _TypeAlias = _typing.Literal["_epsilon_party_if_all_others_collude", b"_epsilon_party_if_all_others_collude"]  # noqa: Y015
+    _WhichOneofReturnType__party_delta: _TypeAlias = _typing.Literal["party_delta"]  # noqa: Y015
+    _WhichOneofArgType__party_delta: _TypeAlias = _typing.Literal["_party_delta", b"_party_delta"]  # noqa: Y015
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__delta) -> _WhichOneofReturnType__delta | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__epsilon_example) -> _WhichOneofReturnType__epsilon_example | None: ...
     @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__epsilon_example_if_all_others_collude) -> _WhichOneofReturnType__epsilon_example_if_all_others_collude | None: ...
+    @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__epsilon_party) -> _WhichOneofReturnType__epsilon_party | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__epsilon_party_against_aggregator) -> _WhichOneofReturnType__epsilon_party_against_aggregator | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__epsilon_party_if_all_others_collude) -> _WhichOneofReturnType__epsilon_party_if_all_others_collude | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__party_delta) -> _WhichOneofReturnType__party_delta | None: ...
 
 Global___JobResult: _TypeAlias = JobResult  # noqa: Y015
 

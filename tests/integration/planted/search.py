@@ -21,6 +21,8 @@ PAIR_DIGITS: Final = 7
 """Of two numbers in a row together: arrays are shown with four decimals or fewer."""
 _STAMP: Final = re.compile(r"\d{4}-\d\d-\d\d[T ]\d\d:\d\d:\d\d(?:[.,]\d+)?")
 _NUMBER: Final = re.compile(r"(?<![\w.])[-+]?(\d+\.?\d*|\.\d+)(?:[eE]([-+]?\d{1,2}))?")
+_DIGEST: Final = re.compile(r"(?<![\w.])(?=\d*[a-f])[0-9a-f]{16,}\b")
+"""Of which the first digits are no number."""
 _HEX_NUMBER: Final = re.compile(r"0x[0-9a-fA-F]{5,16}\b(?!\.)")
 _WORD: Final = re.compile(r"[0-9A-Za-z+/_-]{10,}")
 _SIZES: Final = (10, 16)
@@ -75,6 +77,7 @@ class Planted:
         sorted_ = {digits: np.sort(np.array(values)) for digits, values in self._numbers.items()}
         pairs = np.array(sorted(self._pairs)).reshape(-1, 2)
         last: tuple[int, _Written] | None = None
+        clean = _DIGEST.sub("<digest>", clean)
         for match in _NUMBER.finditer(clean):
             number = _Written.read(match)
             in_a_row = last is not None and set(clean[last[0] : match.start()]) <= set(" ,;[]()\n\t")

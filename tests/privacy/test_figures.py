@@ -1,0 +1,120 @@
+"""What a ledger's events come to against whom: what a plan says of its own noise, and never more."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from fractions import Fraction
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from src.privacy.accounting import epsilon
+from src.privacy.events import DpSgdSteps, Event, NoiseBy, NoisySum, NonPrivate, SampledNoisySum
+from src.privacy.figures import AGAINST, EVERYBODY, OWN_NOISE, TRUSTED, UNKNOWN, Against, figures, left_against
+from src.privacy.noise_plan import NoisePlan, plan_noise
+
+WHO: tuple[NoiseBy, ...] = ("both", "parties", "aggregator")
+ALL: tuple[Against, ...] = ("release", "aggregator", "all_others")
+STEPS = DpSgdSteps(sampling_rate=0.05, noise_multiplier=1.0, steps=10)
+
+
+def a_plan(noise_by: NoiseBy = "both", *, multiplier: float = 3.0, colluders: int = 1) -> NoisePlan:
+    return plan_noise(noise_by=noise_by, noise_multiplier=multiplier, sensitivity=1000.0, quorum=5, colluders=colluders)
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    noise_by=st.sampled_from(WHO),
+    noise_multiplier=st.floats(0.05, 20),
+    sensitivity=st.floats(100, 1e6),
+    quorum=st.integers(1, 20),
+    data=st.data(),
+)
+def test_an_event_says_what_its_plan_says_and_never_more(
+    noise_by: NoiseBy, noise_multiplier: float, sensitivity: float, quorum: int, data: st.DataObject
+) -> None:
+    """From what is charged against the release alone: the noise that is left against the aggregator and all others."""
+    plan = plan_noise(
+        noise_by=noise_by,
+        noise_multiplier=noise_multiplier,
+        sensitivity=sensitivity,
+        quorum=quorum,
+        colluders=data.draw(st.integers(0, quorum - 1)),
+    )
+    charged = plan.event("release", dimension=7)
+    assert isinstance(charged, NoisySum)
+    for against in ALL:
+        planned, found = plan.event(against, dimension=7), left_against(charged, against)
+        assert type(found) is type(planned)
+        if isinstance(planned, NoisySum) and isinstance(found, NoisySum):
+            assert found.noise_multiplier == pytest.approx(planned.noise_multiplier, rel=1e-3)
+            assert found.noise_multiplier <= charged.noise_multiplier
+            assert found.tau == planned.tau
+            there = {
+                "release": plan.aggregator_sigma2 + plan.parties_sigma2,
+                "aggregator": plan.parties_sigma2,
+                "all_others": plan.share_sigma2,
+            }
+            assert (Fraction(found.noise_multiplier) * Fraction(sensitivity)) ** 2 <= there[against]
+
+
+def test_a_partys_budget_counts_against_the_release_and_the_aggregators_figure_stands_beside_it() -> None:
+    """The same ε of the release, whoever draws; against the aggregator twice the ρ, or nothing at all."""
+    found = {
+        noise_by: figures([a_plan(noise_by).event("release", dimension=9, rounds=10)] * 2, unit="party", delta=1e-5)
+        for noise_by in WHO
+    }
+    assert len({charged.epsilon for charged, _, _ in found.values()}) == 1
+    for noise_by, (charged, aggregator, others) in found.items():
+        plan = a_plan(noise_by)
+        assert charged.against == AGAINST["release"]
+        assert [each.assumes for each in (charged, aggregator, others)] == [plan.assumption(each) for each in ALL]
+        events = [plan.event("aggregator", dimension=9, rounds=20)]
+        assert aggregator.epsilon == pytest.approx(epsilon(events, delta=1e-5), rel=1e-6)
+        assert charged.epsilon <= aggregator.epsilon <= others.epsilon
+    assert found["aggregator"][1].epsilon == math.inf
+    assert "trusted" in found["aggregator"][1].assumes
+
+
+@pytest.mark.parametrize("noise_by", WHO)
+def test_a_row_of_fedsgd_is_charged_against_the_aggregator_unless_that_is_trusted(noise_by: NoiseBy) -> None:
+    plan = a_plan(noise_by, colluders=2)
+    charged = "release" if noise_by == "aggregator" else "aggregator"
+    event = plan.event(charged, dimension=9, rounds=10, sampling_rate=0.02)  # type: ignore[arg-type]
+    first, aggregator, others = figures([event], unit="example", delta=1e-5)
+    assert first.epsilon == epsilon([event], delta=1e-5) < others.epsilon
+    assert "secret" in first.assumes
+    if noise_by == "aggregator":
+        assert (first.against, aggregator.epsilon, others.epsilon) == (TRUSTED, math.inf, math.inf)
+    else:
+        assert "2 colluding parties" in first.against
+        assert aggregator.epsilon == pytest.approx(first.epsilon, rel=1e-9)
+        assert others.epsilon < math.inf
+
+
+def test_an_entry_of_an_earlier_version_counts_as_unknown_and_so_as_infinite() -> None:
+    for event in (NoisySum(noise_multiplier=3.0), SampledNoisySum(sampling_rate=0.1, noise_multiplier=3.0)):
+        charged, aggregator, others = figures([event], unit=event.unit, delta=1e-5)
+        assert charged.epsilon == epsilon([event], delta=1e-5) < math.inf
+        assert aggregator.epsilon == others.epsilon == math.inf
+        assert {charged.assumes, aggregator.assumes, others.assumes} == {UNKNOWN}
+    mixed = [NoisySum(noise_multiplier=3.0), a_plan("parties").event("release", dimension=1)]
+    assert figures(mixed, unit="party", delta=1e-5)[2].epsilon == math.inf
+
+
+def test_a_partys_own_noise_protects_its_rows_from_everybody_alike() -> None:
+    found = figures([STEPS, STEPS], unit="example", delta=1e-5)
+    assert {each.epsilon for each in found} == {epsilon([STEPS, STEPS], delta=1e-5)}
+    assert {each.assumes for each in found} == {OWN_NOISE}
+    assert found[0].against == EVERYBODY
+
+
+def test_nothing_spent_and_no_noise_say_so() -> None:
+    for unit in ("example", "party"):
+        assert [each.epsilon for each in figures([], unit=unit, delta=1e-5)] == [0.0] * 3
+    silent: list[Event] = [NonPrivate(unit="party", reason="x"), replace(STEPS, noise_multiplier=0.0)]
+    for event in silent:
+        for each in figures([event], unit=event.unit, delta=1e-5):
+            assert (each.epsilon, each.assumes) == (math.inf, "nothing: there is no noise")
