@@ -16,7 +16,7 @@ from src.privacy.accounting import epsilon
 from src.privacy.events import NoisySum
 from src.protocol.roster import load_roster
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
 PARTIES = tuple(f"p{index:02}" for index in range(20))
 ROUNDS, MULTIPLIER, START = 3, 0.8, 0.01
