@@ -84,9 +84,11 @@ def assumption(shares: Shares | None, against: Against, *, sampled: bool = False
 
 
 def not_above_root(square: Fraction, near: float) -> float:
-    """`near`, or the next float below it whose square is at most `square`: what is claimed is never rounded up."""
+    """The largest float whose square is at most `square`, found from one `near` it: nothing is claimed by rounding."""
     while Fraction(near) ** 2 > square:
         near = math.nextafter(near, 0.0)
+    while Fraction(above := math.nextafter(near, math.inf)) ** 2 <= square:
+        near = above
     return near
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Final, cast
 
 from src.privacy import ledger
-from src.privacy.events import NoisySum, SampledNoisySum
+from src.privacy.events import NoisySum, SampledNoisySum, Shares
 from src.protocol.canonical import canonical_bytes, digest, real
 from src.protocol.ledger import EntrySigner
 from src.protocol.merkle import MerkleHasher
@@ -82,9 +82,14 @@ def ledger_entries_2() -> list[ledger.Entry]:
             )
         )
     of_round = {"at": at, "job_id": "job-4", "round": 1, "unit": "party", "subject": "federation:demo"}
-    noise = NoisySum(noise_multiplier=4.0, dimension=60)
+    shares = Shares(noise_by="both", quorum=3, colluders=1, share_multiplier=1.9, shares_tau=0.0)
+    noise = NoisySum(noise_multiplier=4.0, dimension=60, shares=shares)
     book.add(ledger.reserve(book.entries, reservation_id="job-4/1", event=noise, parties=["b", "a"], **of_round))
     book.add(ledger.finalise(book.entries, "job-4/1", at=at))
+    trusted = Shares(noise_by="aggregator", quorum=2, colluders=0, share_multiplier=0.0, shares_tau=0.0)
+    event = replace(event, failure_probability=2.0**-70, shares=trusted)
+    of_round = {"at": at, "job_id": "job-5", "round": 1, "unit": "example", "subject": "dataset:randhie"}
+    book.add(ledger.reserve(book.entries, reservation_id="job-5/1", event=event, **of_round))
     return book.entries
 
 

@@ -1,14 +1,17 @@
-"""The vectors of round plans of `fedsgd`; its rounds have the bytes of any other round. See `generate.py`."""
+"""The vectors of plans of `fedsgd` and of one with adaptive clipping; their rounds have the bytes of any other round.
+See `generate.py`."""
 
 from __future__ import annotations
 
 import hashlib
+from dataclasses import fields, replace
 from typing import Any, Final
 
 from src.encryption.scheme import Scheme
+from src.privacy.clipping import AdaptiveClipping
 from src.protocol.canonical import real
-from src.protocol.derive import derive_gradient_sum, example_multiplier
-from src.protocol.plan import PLAN_KIND, GradientSum, LocalPlan, RoundPlan, signed_digest
+from src.protocol.derive import derive, derive_gradient_sum, example_multiplier
+from src.protocol.plan import PLAN_KIND, GradientSum, LocalPlan, NormAdaptation, RoundPlan, signed_digest
 from src.protocol.roster import AGGREGATOR
 from src.protocol.signing import SigningKey
 
@@ -20,10 +23,12 @@ DECLARED: Final = {"a": 300, "b": 40, "c": 257, "\u00f6": 1}
 
 
 def plan_vectors(scheme: Scheme) -> dict[str, Json]:
-    """By name: noise by both sides, with a colluder; and by an aggregator that is trusted."""
+    """By name: of fedsgd, noise by both sides with a colluder, and by an aggregator that is trusted; and adaptive
+    clipping of twenty-two parties."""
     both = _plan(scheme, noise_by="both", quorum=3, colluders=1, noise_multiplier=1.3)
     trusted = _plan(scheme, noise_by="aggregator", quorum=2, colluders=0, noise_multiplier=0.9)
-    return {name: _vector(name, plan) for name, plan in (("plan_fedsgd", both), ("plan_fedsgd_trusted", trusted))}
+    plans = {"plan_fedsgd": both, "plan_fedsgd_trusted": trusted, "plan_adaptive": _adaptive(scheme)}
+    return {name: _vector(name, plan) for name, plan in plans.items()}
 
 
 def _vector(name: str, plan: RoundPlan) -> Json:
@@ -36,6 +41,40 @@ def _vector(name: str, plan: RoundPlan) -> Json:
         "plan": signed.to_json(),
         "plan_digest": signed_digest(signed, PLAN_KIND),
     }
+
+
+def _adaptive(scheme: Scheme) -> RoundPlan:
+    rule = AdaptiveClipping(quantile=0.6, learning_rate=0.2, bit_deviation=1.05, smallest=0.001, largest=1000.0)
+    cohort = tuple(f"p{index:02}" for index in range(22))
+    derived = derive(
+        scheme,
+        dimension=123,
+        clipping_norm=0.75,
+        resolution_bits=15,
+        noise_by="both",
+        noise_multiplier=0.8,
+        delta=1e-6,
+        cohort=len(cohort),
+        quorum=21,
+        colluders=1,
+        priced_rounds=25,
+        adaptive=rule,
+    )
+    return replace(
+        _plan(scheme, noise_by="both", quorum=3, colluders=1, noise_multiplier=1.3),
+        local=LocalPlan(10, real(0.05), real(0.1), real(1.0), real(1.1), real(1e-5)),
+        clipping_norm=real(derived.contribution_norm),
+        resolution_bits=derived.resolution_bits,
+        rounded_bound=derived.rounded_bound,
+        layout=derived.layout.to_json(),
+        noise=derived.noise,
+        cohort=cohort,
+        quorum=21,
+        gradient_sum=None,
+        adaptive_clipping=NormAdaptation(
+            **{field.name: real(getattr(rule, field.name)) for field in fields(rule)}, bit_unit=derived.bit_unit
+        ),
+    )
 
 
 def _plan(scheme: Scheme, *, noise_by: str, quorum: int, colluders: int, noise_multiplier: float) -> RoundPlan:

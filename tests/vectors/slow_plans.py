@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from decimal import Context, Decimal
 from fractions import Fraction
-from math import ceil, isqrt, nextafter, sqrt
+from math import ceil, floor, inf, isqrt, nextafter, sqrt
 from typing import Final
 
 from .slow_forms import Json, digest_of, fields, names_in, opened, rational, real, require, unhex, verify_key_of
@@ -27,7 +27,26 @@ def derived(plan: Json) -> Json:
     length, root = exact.divide(Decimal(c.numerator), Decimal(c.denominator)), exact.sqrt(Decimal(d))
     whole = exact.power(exact.add(length, root), 2)
     likely = sum((length * length, Decimal(d) / 4, length, root / 2), Decimal(0))
-    return _derived(plan, bound=ceil(exact.sqrt(min(whole, likely))), coordinate=ceil(c))
+    bound = ceil(exact.sqrt(min(whole, likely)))
+    if "adaptive_clipping" not in plan:
+        return _derived(plan, bound=bound, coordinate=ceil(c))
+    unit = bit_unit(plan, bound)
+    joint = _derived(
+        {**plan, "dimension": d + 1},
+        bound=next(k for k in range(bound, bound + unit + 1) if k * k >= bound**2 + unit**2),
+        coordinate=max(ceil(c), unit),
+    )
+    return {**joint, "rounded_bound": bound, "bit_unit": unit}
+
+
+def bit_unit(plan: Json, bound: int) -> int:
+    """What a bit is worth: z_Δ·R / (2σ_b), rounded down, for z_Δ² = 1 / (1/z² − 1/(2σ_b)²); at least 1, 1 for z = 0."""
+    z, twice = real(plan["noise"]["noise_multiplier"]), 2 * Fraction(real(plan["adaptive_clipping"]["bit_deviation"]))
+    if not z:
+        return 1
+    left = 1 / Fraction(z) ** 2 - 1 / twice**2
+    require(left > 0, "twice the deviation of the bits exceeds the noise multiplier")
+    return max(1, isqrt(floor(bound**2 / left / twice**2)))
 
 
 def derived_of_sum(plan: Json) -> Json:
@@ -44,7 +63,9 @@ def derived_of_sum(plan: Json) -> Json:
     clipping_norm = cap * real(local["max_grad_norm"])
     multiplier = real(plan["noise"]["noise_multiplier"])
     if plan["noise"]["noise_by"] == "both":
-        multiplier = nextafter(multiplier * sqrt(0.5), 0.0)
+        half = Fraction(multiplier) ** 2 / 2
+        near = sqrt(half)
+        multiplier = max(x for x in (nextafter(near, 0.0), near, nextafter(near, inf)) if Fraction(x) ** 2 <= half)
     bounds = {"bound": ceil(norm * scale) + root, "coordinate": ceil(Fraction(clipping_norm) * scale)}
     return {
         **_derived(plan, **bounds),
@@ -120,6 +141,8 @@ def check_figures(plan: Json, expected: Json) -> None:
     fields(noise, "noise_by", "noise_multiplier", "share_sigma2", "aggregator_sigma2", "bound", "delta")
     found = {**plan["layout"], "rounded_bound": plan["rounded_bound"], "bound": noise["bound"]}
     found |= {name: rational(noise[name]) for name in ("share_sigma2", "aggregator_sigma2")}
+    if "adaptive_clipping" in plan:
+        found["bit_unit"] = plan["adaptive_clipping"]["bit_unit"]
     if "gradient_sum" in plan:
         found |= {"batch_cap": plan["gradient_sum"]["batch_cap"], "clipping_norm": plan["clipping_norm"]}
         found |= {f"local.{name}": plan["local"][name] for name in ("steps", "noise_multiplier")}
@@ -132,22 +155,43 @@ def check_figures(plan: Json, expected: Json) -> None:
 
 
 def verify_plan(vector: Json) -> Iterator[str]:
-    """Every check of a plan of fedsgd that stands by itself; yields what held."""
+    """Every check of a plan that stands by itself, of fedsgd or with adaptive clipping; yields what held."""
     fields(vector, "format", "name", "signing_keys", "plan", "plan_digest")
     fields(vector["signing_keys"], "aggregator")
     keys = vector["signing_keys"]["aggregator"]
     require(verify_key_of(unhex(keys["seed"])).hex() == keys["verify_key"], "a verification key is its seed's")
     plan = opened(vector, vector["plan"], "plan", signer="aggregator")
     require(digest_of(vector["plan"], "plan") == vector["plan_digest"], "the digest of the plan")
+    yield "plan: the digest, the signature"
+    if vector["name"] == "plan_adaptive":
+        verify_adaptive(plan)
+    else:
+        verify_sum(plan, name=vector["name"])
+    yield "figures: what follows from the settings"
+
+
+def verify_adaptive(plan: Json) -> None:
+    """A plan with adaptive clipping."""
+    fields(plan, *PLAN_FIELDS, "adaptive_clipping")
+    own = plan["adaptive_clipping"]
+    fields(own, "quantile", "learning_rate", "bit_deviation", "smallest", "largest", "bit_unit")
+    require(0 < real(own["quantile"]) < 1 and 0 < real(own["learning_rate"]) <= 1, "quantile and learning rate")
+    require(
+        real(own["smallest"]) <= real(plan["clipping_norm"]) <= real(own["largest"]), "the norm is within its bounds"
+    )
+    require(plan["quorum"] >= 20, "twenty parties")
+    check_figures(plan, derived(plan))
+
+
+def verify_sum(plan: Json, *, name: str) -> None:
+    """A plan of fedsgd."""
     fields(plan, *PLAN_FIELDS, "strategy", "gradient_sum")
     require(plan["strategy"] == "fedsgd", "the strategy is fedsgd")
     own = plan["gradient_sum"]
     fields(own, "batch_cap", "declared_rows", "trusted_aggregator")
     trusted = plan["noise"]["noise_by"] == "aggregator"
     require(own["trusted_aggregator"] is trusted, "an aggregator that draws all noise is called trusted, and no other")
-    require(vector["name"] == "plan_fedsgd" + "_trusted" * trusted, "the name says what it is")
+    require(name == "plan_fedsgd" + "_trusted" * trusted, "the name says what it is")
     require(set(own["declared_rows"]) == set(plan["cohort"]), "every party of the cohort declares its rows")
     require(min(own["declared_rows"].values()) >= 1, "nobody declares no rows")
-    yield "plan: the form, the digest, the signature"
     check_figures(plan, derived_of_sum(plan))
-    yield "figures: what follows from the settings"

@@ -49,7 +49,7 @@ from tests.vectors.verify_slow import verify
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
 ROUNDS = [case.name for case in generate.CASES]
-PLANS = ["plan_fedsgd", "plan_fedsgd_trusted"]
+PLANS = ["plan_fedsgd", "plan_fedsgd_trusted", "plan_adaptive"]
 EVERY = [*ROUNDS, *PLANS, "ledger", "ledger_2", "forms"]
 
 
@@ -220,17 +220,19 @@ def test_the_package_refuses_what_is_changed_in_a_round(read: Read) -> None:
 
 
 @pytest.mark.parametrize("name", PLANS)
-def test_a_plan_of_fedsgd_has_the_bytes_and_the_figures_recorded(name: str) -> None:
+def test_a_plan_has_the_bytes_and_the_figures_recorded(name: str) -> None:
     vector = load(name)
     key = bytes.fromhex(vector["signing_keys"]["aggregator"]["verify_key"])
     signed = Signed.from_json(vector["plan"])
     plan = RoundPlan.from_statement(open_signed(signed, "plan", verify_key=key))
-    assert plan.strategy == "fedsgd"
+    assert (plan.strategy == "fedsgd") == (plan.adaptive_clipping is None)
     assert canonical_bytes({**plan.to_statement(), "kind": "plan"}) == signed.statement
     assert signed_digest(signed, "plan") == vector["plan_digest"]
     p, q = generate.PRIMES[512]
     public = deal(p, q, threshold=2, holders=3, entropy=generate.SeededEntropy("plans deal"))[0]
-    assert derive_again(PaillierScheme(public.public, public), plan).cap == plan.gradient_sum.batch_cap  # type: ignore[union-attr]
+    found = derive_again(PaillierScheme(public.public, public), plan)
+    assert found.cap == (plan.gradient_sum.batch_cap if plan.gradient_sum else 0)
+    assert found.bit_unit == plan.bit_unit
 
 
 @settings(deadline=None, max_examples=60)
@@ -315,8 +317,8 @@ def test_signatures_on_ledger_lines_verify() -> None:
     vector = load("ledger_2")
     entries = ledger.verify_lines(vector["lines"])
     keys = [bytes.fromhex(vector["verify_key"])]
-    assert check_signatures(entries, verify_keys=keys) == sum(entry.version == 2 for entry in entries) == 11
-    assert [entry.version for entry in entries] == [1] * 6 + [2] * 11
+    assert check_signatures(entries, verify_keys=keys) == sum(entry.version == 2 for entry in entries) == 12
+    assert [entry.version for entry in entries] == [1] * 6 + [2] * 12
     assert {entry.kind for entry in entries} == set(get_args(ledger.Kind))
 
 
