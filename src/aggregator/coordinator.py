@@ -105,10 +105,10 @@ class Coordinator:
             accounts=accounts,
             pipeline=pipeline,
             federation=federation,
+            max_update_bytes=config.limits.max_update_bytes,
         )
         self._left: dict[str, int] = {}
-        self._started_at = ""
-        self._stopping = False
+        self._started_at, self._stopping = "", False
         self._uncertain = False
         """Whether something may have been committed of which nobody was told: the answer of a database can be lost."""
 

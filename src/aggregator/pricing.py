@@ -9,13 +9,15 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
+from types import MappingProxyType
 from typing import Final
 
 from sqlalchemy import Connection
 
-from ..errors import BudgetError, StateError
+from ..encryption.scheme import Layout
+from ..errors import BudgetError, PlanError, StateError
 from ..jobs.spec import FederatedTrainingSpec
 from ..jobs.states import JobRow
 from ..jobs.store import JobStore
@@ -25,7 +27,17 @@ from ..storage.database import Database
 from .accounts import Accounts, Planned
 from .federation import Federation
 from .pipeline import AggregatorPipeline
-from .planning import Model, check_local_noise, declarations, invited, plan_round, round_costs, undeclared
+from .planning import (
+    Model,
+    check_local_noise,
+    declarations,
+    declared_rows_of,
+    invited,
+    plan_of,
+    plan_round,
+    round_costs,
+    undeclared,
+)
 from .store import RoundStore
 
 REMEMBERED: Final = 1024
@@ -51,6 +63,7 @@ class Pricing:
         accounts: Accounts,
         pipeline: AggregatorPipeline,
         federation: Federation,
+        max_update_bytes: int,
     ) -> None:
         self._database = database
         self._jobs = jobs
@@ -58,6 +71,7 @@ class Pricing:
         self._accounts = accounts
         self._pipeline = pipeline
         self._federation = federation
+        self._max_update_bytes = max_update_bytes
         self._known: dict[tuple[str, str], Planned] = {}
 
     async def check(self, spec: FederatedTrainingSpec, *, owner: str) -> None:
@@ -83,8 +97,9 @@ class Pricing:
         roster = self._federation.roster.digest
         asked = await self._price(spec.digest, roster, lambda: spec)
         planned: list[Planned] = []
-        for row, begun in await self._database.run(self._accepted):
-            price = await self._price(row.spec_digest, roster, partial(FederatedTrainingSpec.from_json, row.spec))
+        for row, begun, rows in await self._database.run(self._accepted):
+            spec_of = partial(FederatedTrainingSpec.from_json, row.spec)
+            price = await self._price(row.spec_digest, roster, spec_of, planned_rows=rows)
             if price.rounds > begun:
                 planned.append(price._replace(rounds=price.rounds - begun))
         planned.append(asked)
@@ -96,19 +111,27 @@ class Pricing:
             await self._database.run(partial(refuse, error=error, now=time.time(), request=request))
             raise
 
-    async def _price(self, digest: str, roster: str, spec: Callable[[], FederatedTrainingSpec]) -> Planned:
+    async def _price(
+        self,
+        digest: str,
+        roster: str,
+        spec: Callable[[], FederatedTrainingSpec],
+        *,
+        planned_rows: Mapping[str, int] = MappingProxyType({}),
+    ) -> Planned:
         """Rounds of a specification in all, what one costs, and whom they invite; both digests are asked for once, not
         for every job.
 
-        What fedsgd costs depends on what parties declare, too, and is not remembered.
+        What fedsgd costs depends on what parties declare, too, and is not remembered. Of a party that has not come back
+        since a restart counts what the job's last plan names.
         """
         known = self._known.get((digest, roster))
         if known is not None:
             return known
         given = spec()
-        if undeclared(given, self._federation):
+        if set(undeclared(given, self._federation)) - planned_rows.keys():
             return Planned(given.priced_rounds, _UNKNOWN, invited(given, self._federation.roster)[0])
-        rows = declarations(given, self._federation)
+        rows = {**planned_rows, **declarations(given, self._federation)}
         model = Model(_NO_MODEL, 0, await self._pipeline.dimension(given))
         cost = await asyncio.to_thread(self._derive, given, model, rows)
         price = Planned(given.priced_rounds, cost, invited(given, self._federation.roster)[0])
@@ -136,15 +159,23 @@ class Pricing:
             )
             for norm in dict.fromkeys(spec.party_privacy.norm_bounds)
         ]
+        largest = max(Layout.from_json(plan.layout).body_bytes for plan in plans)
+        if largest > self._max_update_bytes:
+            raise PlanError(
+                f"a contribution to this job may take {largest} bytes; this aggregator takes {self._max_update_bytes} "
+                "(limits.max_update_bytes)"
+            )
         # Under the smallest norm there is the least noise, whose shares are the furthest from one discrete Gaussian: no
         # round costs more. The largest needs the widest slots: where these fit, all do.
         costs = [round_costs(scheme, plan)["release"] for plan in plans]
         return costs[0]
 
-    def _accepted(self, connection: Connection) -> list[tuple[JobRow, int]]:
-        """The trainings already accepted, with the number of the round that each has come to."""
+    def _accepted(self, connection: Connection) -> list[tuple[JobRow, int, dict[str, int]]]:
+        """The trainings already accepted, with the number of the round that each has come to, and the rows that its
+        plan says parties declare."""
         found = []
         for row in self._jobs.unfinished(connection, kind=FederatedTrainingSpec.kind):
             latest = self._rounds.latest(connection, row.job_id) if row.started_at else None
-            found.append((row, latest.number if latest else 0))
+            rows = declared_rows_of(plan_of(latest.plan)) if latest else {}
+            found.append((row, latest.number if latest else 0, rows))
         return found

@@ -57,7 +57,8 @@ class ClippedSums:
 
     Raises:
         InvalidInput: no gradients of single examples can be had of this model (it mixes examples, as batch
-            normalisation does), or `loss` does not return one value for each example, or C is out of range.
+            normalisation does), it draws random numbers, as dropout does, `loss` does not return one value for each
+            example, or C is out of range.
     """
 
     def __init__(
@@ -82,6 +83,7 @@ class ClippedSums:
             self._source = _PerExampleHooks(model, loss, list(parameters))
         self._most_rows = max(1, _CHUNK_BYTES // (8 * max(1, self._source.values_per_row)))
         blank = Dataset(np.zeros((0, *shape), np.float32), rows.labels[:0], "blank")
+        generator = torch.get_rng_state()
         try:
             self._add(*_tensors(blank, np.zeros(0, np.int64), _BLANK_ROWS), _BLANK_ROWS)
         except SottoError:
@@ -89,6 +91,12 @@ class ClippedSums:
         except Exception as error:
             text = f"{type(error).__name__}: {error}"  # of blank rows: nobody's
             raise InvalidInput(f"model and loss cannot be computed in float64, on blank rows: {text}") from error
+        # What is drawn goes to examples by their position: with a generator that a task has seeded, one row more would
+        # move what all later ones draw.
+        if not torch.equal(generator, torch.get_rng_state()):
+            raise InvalidInput(
+                "DP-SGD cannot train this model: it draws random numbers as it computes, as dropout does"
+            )
 
     def over(self, dataset: Dataset, chosen: NDArray[np.int64], *, padded_to: int = 0) -> torch.Tensor:
         """Σ over the chosen examples, each scaled down to L2 norm C at most; shape (size,), float64.

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from importlib.util import find_spec
 from typing import Any, Final, Protocol
 
-from ..errors import ConfigError, InvalidInput, JobFailed, LimitError, PolicyError, Refused, SottoError
+from ..errors import ConfigError, InvalidInput, JobFailed, LimitError, PolicyError, Refused, SottoError, meaning
 from ..logs import muted, type_and_place
 from ..privacy.accounting import calibrate_dp_sgd, epsilon
 from ..privacy.entropy import Entropy
@@ -227,8 +227,12 @@ def run_plan(plan: Plan, *, purse: Purse, entropy: Entropy, max_model_bytes: int
     holdout = _holdout(task, options)  # public; also shows whether data can be loaded, before that is paid for
     purse.reserve(plan.job.job_id, plan.event)
     train = train_dpsgd if plan.job.private else train_plain
-    with _nothing_told():
-        train(model, task.load_data(options), loss=loss_of(task), config=plan.local, entropy=entropy)
+    try:
+        with _nothing_told():
+            train(model, task.load_data(options), loss=loss_of(task), config=plan.local, entropy=entropy)
+    except SottoError as error:
+        purse.finalise({"failure": meaning(error).reason})  # all that is told of it; nothing more can come
+        raise
     tensors = model_to_tensors(model)
     content = to_safetensors(tensors)
     head = purse.finalise({"model_sha256": hashlib.sha256(content).hexdigest()})

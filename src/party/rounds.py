@@ -178,9 +178,15 @@ class RoundWorker:
         def note(connection: Connection) -> None:
             reason = "computing the contribution failed after data was touched"
             self._accounts.spend(connection, row.job_id, row.number, now=self._clock(), reason=reason)
+            # That it failed is all that anybody is ever told of it: nothing more can come, after a reset say.
+            figures = {"failure": said.failure[0] if said.failure else ""}
+            self._accounts.release(connection, row.job_id, row.number, figures=figures, now=self._clock())
             self._memory.put(connection, said)
 
-        await self._database.run(note)
+        try:
+            await self._database.run(note)
+        except SottoError as unwritten:  # then it is neither told nor given back: the round is done again, or ends
+            raise UnavailableError("a failed contribution could not be entered") from unwritten
         return failure
 
     # --- reveal -------------------------------------------------------------------------------------------------------

@@ -161,7 +161,7 @@ def merged(events: Iterable[Event]) -> list[Event]:
         if isinstance(event, DpSgdSteps):
             counts[replace(event, steps=1)] += event.steps
         elif isinstance(event, NoisySum | SampledNoisySum):
-            counts[replace(event, rounds=1)] += event.rounds
+            counts[replace(event, rounds=1, shares=None)] += event.rounds  # whose hands it is in costs nothing
         else:
             counts[event] += 1
     return [event.repeated(count) for event, count in sorted(counts.items(), key=lambda item: repr(item[0]))]

@@ -238,6 +238,7 @@ async def test_a_job_is_not_priced_before_all_the_invited_have_declared_and_then
         accounts=nothing,
         pipeline=_Checked(federation),  # type: ignore[arg-type]  # as much of one as pricing asks
         federation=federation,
+        max_update_bytes=1 << 20,
     )
     for name in ("a", "b"):
         federation.declare(name, {"randhie": 5000})
@@ -251,10 +252,36 @@ async def test_a_job_is_not_priced_before_all_the_invited_have_declared_and_then
     assert await cost() == NonPrivate(
         unit="party", reason="not every invited party has declared its rows yet"
     )  # of a job that waits since before a restart: its ε is not known, and counts as infinite
+    rows = {"a": 5000, "b": 5000, "c": 5000}
+    known = await pricing._price(spec.digest, federation.roster.digest, lambda: spec, planned_rows=rows)
     federation.declare("c", {"randhie": 5000})
     small = await cost()
+    assert known.event == small  # of a job under way its last plan says what they declared
     federation.declare("c", {"randhie": 50_000})
     large = await cost()
     assert isinstance(small, NoisySum)
     assert isinstance(large, NoisySum)
     assert large.noise_multiplier < small.noise_multiplier
+
+
+@pytest.mark.parametrize("most", [100, 1 << 20])
+async def test_a_job_whose_contributions_this_aggregator_would_not_take_is_refused_beforehand(
+    federation: Federation, most: int
+) -> None:
+    nothing: Any = None
+    pricing = Pricing(
+        database=nothing,
+        jobs=nothing,
+        rounds=nothing,
+        accounts=nothing,
+        pipeline=_Checked(federation),  # type: ignore[arg-type]  # as much of one as pricing asks
+        federation=federation,
+        max_update_bytes=most,
+    )
+    spec = FederatedTrainingSpec.from_json({"task": "randhie"})
+    price = pricing._price(spec.digest, federation.roster.digest, lambda: spec)
+    if most > 100:
+        assert (await price).parties == ("a", "b", "c")
+    else:
+        with pytest.raises(PlanError, match=r"may take \d+ bytes; this aggregator takes 100 "):
+            await price

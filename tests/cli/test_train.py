@@ -178,7 +178,8 @@ def test_a_training_that_dies_counts_as_spent(train: Run, home: Path, monkeypatc
         patch.setattr(dpsgd, "train_dpsgd", dies)
         code, said = train(dp=DEARER)
     assert (code, "OSError at " in said, "on fire" in said) == (13, True, False)
-    assert kinds(own(home)) == ["reservation"]
+    assert kinds(own(home)) == ["reservation", "final", "release"]
+    assert dict(own(home)[-1].figures) == {"failure": "JOB_FAILED"}  # which is all that can ever come of it
     code, said = train(job_id="another", dp=DEARER)
     assert code == 6
     assert "spent 8.6" in said

@@ -300,6 +300,15 @@ REFUSED: dict[str, tuple[Build, Any]] = {
         default_loss,
     ),
     "frozen batch normalisation": (frozen_batch_norm, default_loss),
+    "dropout between linear layers": (
+        lambda: torch.nn.Sequential(torch.nn.Linear(4, 3), torch.nn.Dropout(0.1), torch.nn.Linear(3, 1)),
+        default_loss,
+    ),
+    "dropout behind another layer": (
+        lambda: torch.nn.Sequential(torch.nn.LayerNorm(4), torch.nn.Dropout(0.1), torch.nn.Linear(4, 1)),
+        default_loss,
+    ),
+    "a loss that draws": (linear, lambda outputs, labels: default_loss(outputs, labels) * torch.rand(len(labels))),
     "a loss that fails always": (linear, lambda outputs, labels: outputs @ labels),
     "a mean": (linear, lambda outputs, labels: default_loss(outputs, labels).mean()),
 }

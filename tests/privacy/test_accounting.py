@@ -22,7 +22,7 @@ from src.privacy.accounting import (
     merged,
     to_dp_event,
 )
-from src.privacy.events import DpSgdSteps, Event, NoisySum, NonPrivate, SampledNoisySum
+from src.privacy.events import DpSgdSteps, Event, NoisySum, NonPrivate, SampledNoisySum, Shares
 
 
 def test_the_known_answer_of_dp_sgd() -> None:
@@ -188,6 +188,9 @@ def test_merging_counts_equal_mechanisms_together() -> None:
     steps = DpSgdSteps(sampling_rate=0.1, noise_multiplier=1.0, steps=3)
     other = DpSgdSteps(sampling_rate=0.1, noise_multiplier=2.0, steps=5)
     assert merged([steps, other, steps]) == [steps.repeated(2), other]
+    shares = [Shares(noise_by="both", quorum=3, colluders=0, share_multiplier=z, shares_tau=0.0) for z in (0.4, 0.41)]
+    rounds = [NoisySum(noise_multiplier=1.0, shares=each) for each in shares]  # as a clipping norm that moves has it
+    assert merged(rounds) == [NoisySum(noise_multiplier=1.0, rounds=2)]
 
 
 @settings(deadline=None, max_examples=15)

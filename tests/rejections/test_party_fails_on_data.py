@@ -7,9 +7,18 @@ import logging
 import numpy as np
 import pytest
 
-from src.errors import ConfigError, DeadlineError, InvalidInput, LimitError, WorkerError
+from src.errors import (
+    ConfigError,
+    DeadlineError,
+    InvalidInput,
+    LimitError,
+    StorageError,
+    UnavailableError,
+    WorkerError,
+)
 from src.learning.flatten import to_safetensors
-from src.party.rounds import NO_CONTRIBUTION
+from src.party.rounds import NO_CONTRIBUTION, RoundWorker
+from src.party.store import PartyRound, Stage
 from tests.rejections.cheating import DIMENSION, Answer, Meeting
 
 MARKER = "row 7 is 31337"
@@ -39,6 +48,8 @@ async def test_one_text_for_whatever_fails_on_data_and_nothing_is_given_back(
     assert meeting.them.told == [NO_CONTRIBUTION] * 2
     assert MARKER not in caplog.text + "".join(str(vars(record)) for record in caplog.records)
     assert await meeting.a.charges() == ["final", "final"]  # of the rows, and of the party
+    released = [entry for entry in await meeting.a.entries() if entry.kind == "release"]
+    assert [dict(entry.figures) for entry in released] == [{"failure": "WORKER_FAILED"}] * 2  # no more can be told
 
 
 async def test_what_fails_before_data_is_touched_says_why_and_is_given_back(meeting: Meeting) -> None:
@@ -47,3 +58,17 @@ async def test_what_fails_before_data_is_touched_says_why_and_is_given_back(meet
     assert await meeting.them.ask_contribute(round_) == Answer("failure", ("contribute", "DIGEST_MISMATCH"))
     assert meeting.them.told != [NO_CONTRIBUTION]
     assert await meeting.a.charges() == ["returned", "returned"]
+
+
+async def test_a_failure_that_cannot_be_entered_is_no_refusal(meeting: Meeting) -> None:
+    """Which would be told, and give the charge back: the round stays as it is, reserved, which counts as spent."""
+
+    class Full:
+        async def run(self, _: object) -> None:
+            raise StorageError("the disk is full")
+
+    worker = RoundWorker.__new__(RoundWorker)
+    worker._database = Full()  # type: ignore[assignment]  # all that is asked of it here
+    row = PartyRound(job_id="j", number=1, stage=Stage.RESERVED, plan="0" * 64)
+    with pytest.raises(UnavailableError):
+        await worker._failed_on_data(row, WorkerError("it died"))
