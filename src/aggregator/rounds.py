@@ -316,7 +316,7 @@ def wanted(row: RoundRow, party: str) -> Work | None:
 
 
 _ACTIVE: Final = {
-    Work.CONTRIBUTE: "still training, or away",
+    Work.CONTRIBUTE: "no answer yet: training, or away",
     Work.REVEAL: "committed to an update that has not come",
     Work.OPEN: "asked for a share that has not come",
 }

@@ -43,12 +43,17 @@ def verify(
     allow_unsigned: Annotated[
         bool, typer.Option("--allow-unsigned", help="Take an artifact that nobody has signed.")
     ] = False,
+    allow_unknown_key: Annotated[
+        bool, typer.Option("--allow-unknown-key", help="Take a signature by a key that nothing here vouches for.")
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
     """Check form, hash, model, ε and signature. A mock, or what is not signed, is refused. The exit code is the answer.
 
-    Whose signature it is follows from its key: the one named, or this node's own. Else nobody vouches for it.
+    Whose signature it is follows from its key: the one named, or this node's own. Else nobody vouches for it, and it is
+    refused like one without.
     """
+    from ..errors import SignatureError
     from ..learning.standalone_artifact import verify_artifact
 
     stdin = str(file) == _STDIN
@@ -59,6 +64,12 @@ def verify(
         allow_unsigned=allow_unsigned,
     )
     vouched_by = _vouched_by(found.verify_key, named=verify_key is not None, config=config, name=name)
+    if found.signer and vouched_by is None and not allow_unknown_key:
+        raise SignatureError(
+            f"it is signed by who calls itself {found.signer!r}, with key {found.verify_key}, for which nobody vouches "
+            "here: get the key from who trained and name it (--verify-key), or say --allow-unknown-key",
+            signer=found.signer,
+        )
     if as_json:
         body = {
             "job_id": found.job_id,

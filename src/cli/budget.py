@@ -18,6 +18,7 @@ from .budget_source import (
     StateDir,
     SubjectOption,
     UnitOption,
+    as_entered,
     head_of,
     load,
     read_entries,
@@ -94,6 +95,7 @@ def show(
     Reads beside the running role and writes nothing. A job's quota is shown when it is asked for: --subject job:ID.
     """
     source = load(config, name=name, state_dir=state_dir)
+    subject = as_entered(source, subject)
     role, entries, rows, warnings = read(source, unit=unit, subject=subject, delta=delta, estimates=estimates)
     if as_json:
         body = {
@@ -169,14 +171,16 @@ def _accounts(limits: Limits, entries: list[Entry], *, subject: str | None) -> I
 
 
 def _in_force(limits: Limits, entries: list[Entry], account: Account) -> tuple[Budget, ...]:
-    """The account's budgets; one without limits where there is none any more."""
+    """The account's budgets; one without limits where there is none any more, and of a user, whom then everything is
+    refused, one that allows nothing."""
     from ..privacy.budget import Budget
 
     found = limits.budgets(entries, account)
     if found:
         return found
     delta = next((limit.delta for (unit, _), limit in limits.rows.items() if unit == account[0]), 1e-5)
-    return (Budget(unit=account[0], subject=account[1], max_rounds=None, epsilon=None, delta=delta),)
+    most = 0 if account[1].startswith("user:") else None
+    return (Budget(unit=account[0], subject=account[1], max_rounds=most, epsilon=None, delta=delta),)
 
 
 def _row(entries: list[Entry], budget: Budget, *, delta: float | None, estimates: bool) -> Row:

@@ -19,6 +19,7 @@ from .budget_source import (
     SubjectOption,
     UnitOption,
     account_of,
+    as_entered,
     load,
     read_entries,
 )
@@ -53,7 +54,8 @@ def set_(
     Without --epsilon, --max-rounds and --delta the configuration's value is entered. What is not said stays as it was.
     Where configuration and ledger differ afterwards, the smaller of both counts; without a configuration the ledger.
     """
-    source, account = load(config, name=name, state_dir=state_dir), account_of(unit, subject)
+    source = load(config, name=name, state_dir=state_dir)
+    account = account_of(unit, as_entered(source, subject))
     check_enforced(source.config, account)
     given = {"epsilon": epsilon, "max_rounds": max_rounds, "delta": delta}
 
@@ -79,7 +81,8 @@ def reset(
     and the limit as it is. Whoever's data it is has been exposed to all periods together: that figure is shown from now
     on beside the new one.
     """
-    source, account = load(config, name=name, state_dir=state_dir), account_of(unit, subject, one=True)
+    source = load(config, name=name, state_dir=state_dir)
+    account = account_of(unit, as_entered(source, subject), one=True)
     check_enforced(source.config, account)
     entry, entries = _correct(source, account, action="reset", choose=lambda _: None, reason=reason)
     _report(source, account, entry=entry, entries=entries, as_json=as_json)

@@ -16,6 +16,7 @@ from .budget_source import (
     StateDir,
     SubjectOption,
     UnitOption,
+    as_entered,
     head_of,
     load,
     read_entries,
@@ -45,7 +46,8 @@ def history(
 ) -> None:
     """The ledger's entries, oldest first. Reads beside the running role and writes nothing."""
     source = load(config, name=name, state_dir=state_dir)
-    entries = read_entries(source)
+    entries, subject = read_entries(source), as_entered(source, subject)
+    job = job and (as_entered(source, f"job:{job}") or "").removeprefix("job:")
     found = [
         entry
         for entry in entries

@@ -104,6 +104,16 @@ def _without_configuration(state_dir: Path | None) -> Source:
     return Source(role, "party", place / DATABASE_FILE, DEFAULT_LIMITS, signing_key=key, config=None)
 
 
+def as_entered(source: Source, subject: str | None) -> str | None:
+    """A subject as this ledger has it: without a configuration job:ID is the job of that ID of `sotto train`."""
+    from .train_ledger import ledger_job_id
+
+    kind, colon, name = (subject or "").partition(":")
+    if source.config is not None or kind != "job" or not colon or "/" in name or name in ("", "*"):
+        return subject
+    return f"job:{ledger_job_id(name)}"
+
+
 def read_entries(source: Source) -> list[Entry]:
     """The whole ledger, its chain verified; read beside the running role, nothing is written.
 

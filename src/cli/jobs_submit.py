@@ -79,6 +79,7 @@ def submit(  # each parameter is an option of the command
     }
     local = {"steps": steps, "sampling_rate": sampling_rate, "learning_rate": learning_rate, "epsilon": epsilon}
     privacy = {
+        "noise_by": "aggregator" if trusted_aggregator else None,  # which is what that means
         "noise_multiplier": noise_multiplier,
         "clipping_norm": clipping_norm,
         "adaptive_clipping": None if clipping_quantile is None else {"quantile": clipping_quantile},

@@ -101,7 +101,7 @@ def _error_words(job: Job) -> str:
 
 def result_lines(result: JobResult) -> list[str]:
     """Metrics, guarantees and files."""
-    lines = [f"{name:<8} {value:.4f}" for name, value in sorted(result.metrics.items())] or ["not evaluated"]
+    lines = [f"{name:<8} {_metric(name, value)}" for name, value in sorted(result.metrics.items())] or ["not evaluated"]
     if not result.HasField("epsilon_example"):
         lines.append("ε        unknown: the model came with the job")
     else:
@@ -196,7 +196,12 @@ def _round_words(each: RoundSummary) -> str:
 
 
 def _metrics(metrics: Mapping[str, float]) -> str:
-    return " ".join(f"{name} {value:.4f}" for name, value in sorted(metrics.items())) or "not evaluated"
+    return " ".join(f"{name} {_metric(name, value)}" for name, value in sorted(metrics.items())) or "not evaluated"
+
+
+def _metric(name: str, value: float) -> str:
+    """A number of rows is a whole one."""
+    return f"{value:.0f}" if name == "n" else f"{value:.4f}"
 
 
 # --- on a terminal ----------------------------------------------------------------------------------------------------

@@ -14,7 +14,6 @@ from ..errors import BudgetError
 from ..jobs.states import utc
 from ..privacy.budget import Account, Budget, balance, subject_of
 from ..protocol.derive import example_event, party_event
-from ..protocol.roster import AGGREGATOR
 from ..storage.books import Books, Cost
 from ..storage.heads import Head, HeadStore, check_head
 from ..storage.ledger import LedgerStore
@@ -112,13 +111,13 @@ class PartyAccounts:
             account=("party", subject_of("federation", self._config.federation)),
         )
 
-    def remember(self, connection: Connection, head: Head) -> None:
-        """Keep what a transcript says of the aggregator's ledger."""
-        self._heads.remember(connection, AGGREGATOR, head)
+    def remember(self, connection: Connection, head: Head, *, key: str) -> None:
+        """Keep what a transcript says of the ledger of the aggregator with this key (64 hex digits)."""
+        self._heads.remember(connection, key, head)
 
-    def aggregator_head(self, connection: Connection) -> Head | None:
-        """Of the aggregator's ledger, as the last transcript said it; None before the first."""
-        return self._heads.last(connection, AGGREGATOR)
+    def aggregator_head(self, connection: Connection, *, key: str) -> Head | None:
+        """Of the ledger of the aggregator with this key, as its last transcript said it; None before the first."""
+        return self._heads.last(connection, key)
 
     def _costs(self, connection: Connection, checked: CheckedPlan) -> list[Cost]:
         plan = checked.plan

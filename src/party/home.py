@@ -65,6 +65,14 @@ class Home:
             raise PolicyError("this party does not send unencrypted updates (policy.allow_plaintext_scheme)")
         return self.keyring.scheme(name)
 
+    @property
+    def aggregator_key(self) -> str:
+        """Of the aggregator that this party pins, or met before: its verification key, hex; empty before it met any."""
+        if self.pinned:
+            return self.roster.aggregator_verify_key.hex()
+        path = self.config.state_dir / ACQUAINTANCE_FILE
+        return str(json.loads(path.read_text())["aggregator_verify_key"]) if path.exists() else ""
+
     def introduction(self) -> federation_pb2.JoinRequest:
         """What the party says of itself when it joins."""
         from .. import __version__

@@ -124,7 +124,8 @@ class Node:
 
     async def _join(self, stub: Stub) -> float:
         request = self._home.introduction()
-        seen = await self._database.run(self._accounts.aggregator_head)
+        key = self._home.aggregator_key
+        seen = await self._database.run(lambda c: self._accounts.aggregator_head(c, key=key))
         if seen:
             name = federation_pb2.RoundName(job_id=seen.job_id, round=seen.round)
             request.aggregator_ledger.CopyFrom(federation_pb2.LedgerHead(digest=seen.digest, round=name))

@@ -361,7 +361,7 @@ class RoundWorker:
                 self._accounts.return_(connection, row.job_id, row.number, now=self._clock(), reason=reason)
             self._memory.put(connection, replace(row, ended=work.state[:20] or "ENDED"))
             if head is not None:
-                self._accounts.remember(connection, head)
+                self._accounts.remember(connection, head, key=self._home.aggregator_key)
             return row
 
         row = await self._database.run(note)

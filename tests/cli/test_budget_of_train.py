@@ -176,3 +176,14 @@ def test_options_that_do_not_go_together_are_refused(
 ) -> None:
     code, out, err = budget(*command, *arguments)
     assert (code, out, says in err) == (CATALOGUE[InvalidInput].exit_code, "", True)
+
+
+def test_a_limit_on_a_job_of_train_is_named_as_train_names_it_and_holds(place: Path, budget: Run) -> None:
+    job = ("--unit", "example", "--subject", "job:zz")
+    assert read(budget, "set", *job, "--epsilon", "0.1", "--reason", "a cap")["in_force"][0]["epsilon"] == 0.1
+    with pytest.raises(BudgetError, match=r"limit 0\.1"):
+        spend(place, "zz")
+    spend(place, "yy")
+    (row,) = [each for each in read(budget, "show", "--subject", "job:yy")["budgets"] if each["unit"] == "example"]
+    assert row["rounds_spent"] == 1
+    assert read(budget, "history", "--job", "yy")["found"] == 3

@@ -312,9 +312,12 @@ def test_verifying_says_whose_signature_it_is_or_that_nobody_vouches_for_it(
     file = home / "artifact.json"
     file.write_text(json.dumps(made))
     monkeypatch.setenv("XDG_STATE_HOME", str(home / "elsewhere"))
-    assert cli.run(["artifact", "verify", str(file)]) == 0
+    assert cli.run(["artifact", "verify", str(file)]) == 4
+    captured = capsys.readouterr()
+    assert (captured.out, "for which nobody vouches here" in captured.err) == ("", True)
+    assert cli.run(["artifact", "verify", str(file), "--allow-unknown-key"]) == 0
     assert "NOBODY VOUCHES FOR THIS KEY" in capsys.readouterr().out
-    assert cli.run(["artifact", "verify", str(file), "--json"]) == 0
+    assert cli.run(["artifact", "verify", str(file), "--allow-unknown-key", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["vouched_by"] is None
     assert cli.run(["artifact", "verify", str(file), "--verify-key", "0" * 64]) == 4
     assert capsys.readouterr().out == ""

@@ -5,12 +5,14 @@ from __future__ import annotations
 import io
 import json
 import time
+from pathlib import Path
 from typing import Any
 
 import pytest
 from google.protobuf import json_format
 from rich.console import Console
 
+from src.cli.jobs_submit import _make_job
 from src.cli.jobs_view import event_line, job_lines, jobs_table, live_view, result_lines, rounds_table
 from src.cli.plain import away, columns, duration, job_to_json, safe, size
 from src.cli.status import status_lines
@@ -218,3 +220,15 @@ def test_sizes_are_told_in_the_unit_that_fits(count: int, text: str) -> None:
 
 def test_what_is_over_is_now() -> None:
     assert away(jobs_pb2.Job().deadline) == "now"
+
+
+def test_an_option_of_adaptive_clipping_keeps_what_the_file_says_beside_it(tmp_path: Path) -> None:
+    """What the options of `sotto jobs submit` make of a job."""
+    file = tmp_path / "job.yaml"
+    file.write_text(
+        "federated_training: {task: randhie, party_privacy: {adaptive_clipping: {bit_deviation: 3, quantile: 0.4}}}\n"
+    )
+    nothing = dict.fromkeys(("task", "strategy"))
+    job = _make_job(file, nothing, sections={"party_privacy": {"adaptive_clipping": {"quantile": 0.7}}})
+    adaptive = job.federated_training.party_privacy.adaptive_clipping
+    assert (adaptive.quantile, adaptive.bit_deviation) == (0.7, 3.0)

@@ -65,6 +65,7 @@ async def test_a_stop_is_not_lost_when_the_stream_breaks_at_the_same_time(moment
 
     home = SimpleNamespace(
         introduction=federation_pb2.JoinRequest,
+        aggregator_key="",
         accept=lambda _: None,
         config=SimpleNamespace(server=SimpleNamespace(address="nowhere")),
         keyring=SimpleNamespace(key_id="k"),

@@ -81,6 +81,15 @@ async def test_a_scientist_needs_only_the_command_line(job_house: Any, sotto: Co
     assert (tmp_path / "out" / "model.safetensors").read_bytes() == job_house.model
 
 
+async def test_a_trusted_aggregator_is_one_option(job_house: Any, sotto: CommandLine) -> None:
+    """Which says who draws the noise, too."""
+    code, out, err = await sotto(
+        "submit", "--task", "randhie", "--strategy", "fedsgd", "--trusted-aggregator", "--json"
+    )
+    assert (code, err) == (0, "")
+    assert '"noise_by": "aggregator"' in out
+
+
 async def test_with_json_every_command_prints_json(job_house: Any, sotto: CommandLine, tmp_path: Path) -> None:
     _, out, _ = await sotto("submit", "--task", "randhie", "--rounds", "1", "--parties", "a, b", "--json")
     job = json.loads(out)

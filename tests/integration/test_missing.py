@@ -78,7 +78,7 @@ def test_a_round_without_its_quorum_fails_at_its_deadline_and_names_who_was_miss
     job = two.end(job_id)
     assert job.state == jobs_pb2.FAILED
     assert "fewer than 3 parties contributed in time" in job.error.message
-    assert "c: still training, or away" in job.error.message
+    assert "c: no answer yet: training, or away" in job.error.message
     assert (list(job.error.parties), job.error.stage) == (["c"], "round 1")
     (row,) = two.rounds(job_id)
     assert 0.6 * SHORT_S <= row.ended_at - row.started_at < SHORT_S
