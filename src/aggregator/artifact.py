@@ -317,6 +317,7 @@ def _sum_privacy(plan: RoundPlan, plans: Sequence[RoundPlan]) -> dict[str, str]:
         "assumption": noise.assumption(charged_against(noise), sampled=True),
         "mechanism": "DP-SGD over the rows of all parties, Poisson sampling, discrete Gaussian on the rounded sum",
         "noise_by": SUM_NOISE_BY[plan.noise.noise_by],
+        "assumption_release": noise.assumption("release", sampled=True),
         "epsilon_release": real(epsilon([example_event(each, against="release") for each in plans], delta=delta)),
         "epsilon_if_all_others_collude": real(
             epsilon([example_event(each, against="all_others") for each in plans], delta=delta)

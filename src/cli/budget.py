@@ -46,8 +46,9 @@ class Row:
 
     `…_left` and `…_limit` are None without a limit, ε is None where it is infinite. `…_ever` counts over all accounting
     periods; `epsilon_at` is the ε spent at the δ that was asked for, converted from the mechanisms. `against` is from
-    whom `epsilon_spent` protects, `assumption` what it rests on; the same events against the aggregator, and if all
-    others collude, are beside it. `estimates` are None unless they were asked for.
+    whom `epsilon_spent` (and `epsilon_at`) protects, `assumption` what it rests on; the same events against the
+    aggregator, and if all others collude, are beside it; so they are for all periods together. `estimates` are None
+    unless they were asked for.
     """
 
     unit: str
@@ -63,7 +64,10 @@ class Row:
     periods: int
     rounds_ever: int
     epsilon_ever: float | None
+    assumption_ever: str
+    epsilon_ever_if_all_others_collude: float | None
     epsilon_at: float | None
+    epsilon_at_if_all_others_collude: float | None
     against: str
     assumption: str
     epsilon_against_aggregator: float | None
@@ -197,6 +201,8 @@ def _row(entries: list[Entry], budget: Budget, *, delta: float | None, estimates
     )
     ever = balance(entries, budget, ever=True) if resets else found
     charged, aggregator, others = figures(found.events, unit=budget.unit, delta=budget.delta)
+    charged_ever, _, others_ever = figures(ever.events, unit=budget.unit, delta=budget.delta)
+    others_at = None if delta is None else figures(found.events, unit=budget.unit, delta=delta)[2]
     return Row(
         unit=budget.unit,
         subject=budget.subject,
@@ -211,7 +217,10 @@ def _row(entries: list[Entry], budget: Budget, *, delta: float | None, estimates
         periods=1 + resets,
         rounds_ever=ever.rounds_spent,
         epsilon_ever=_finite(ever.epsilon_spent),
+        assumption_ever=charged_ever.assumes,
+        epsilon_ever_if_all_others_collude=_finite(others_ever.epsilon),
         epsilon_at=None if delta is None else _finite(epsilon(found.events, delta=delta)),
+        epsilon_at_if_all_others_collude=None if others_at is None else _finite(others_at.epsilon),
         against=charged.against,
         assumption=charged.assumes,
         epsilon_against_aggregator=_finite(aggregator.epsilon),
@@ -257,12 +266,16 @@ def _print_table(role: str, rows: list[Row], *, delta: float | None) -> None:
     for row in rows:
         if delta is not None:
             at = f"ε {_epsilon(row.epsilon_at)} at δ {delta:g}"
-            typer.echo(f"{row.subject} ({row.unit} level): {at}, converted from the mechanisms")
+            others = f"if all others collude ε {_epsilon(row.epsilon_at_if_all_others_collude)}"
+            whose = f"{row.subject} ({row.unit} level)"
+            typer.echo(f"{whose}: {at}, converted from the mechanisms under the same assumption; {others}")
         if row.periods > 1:
             typer.echo(
                 f"{row.subject}: accounting period {row.periods}; over all periods {row.rounds_ever} rounds and "
-                f"ε {_epsilon(row.epsilon_ever)}, which is what it has really been exposed to"
+                f"ε {_epsilon(row.epsilon_ever)} at δ {row.delta:g}, which is what it has been exposed to"
             )
+            others = f"if all others collude ε {_epsilon(row.epsilon_ever_if_all_others_collude)}"
+            typer.echo(f"  assumes {row.assumption_ever}; {others}")
 
 
 def _what_they_say(rows: list[Row]) -> Iterator[str]:

@@ -69,10 +69,11 @@ def assumption(shares: Shares | None, against: Against, *, sampled: bool = False
     """
     if shares is None:
         return NO_NOISE
+    may = f"up to {shares.colluders}" if shares.colluders else "none"
     own = "the aggregator added its noise and keeps it to itself"
     honest = (
         f"of every {shares.quorum} contributions at least {shares.honest} carry an honest noise share, whoever "
-        f"else contributes; up to {shares.colluders} of them may collude"
+        f"else contributes; {may} of them may collude"
     )
     drawn = {"both": f"{honest}; {own}", "parties": honest, "aggregator": own}[shares.noise_by]
     if against == "aggregator":
@@ -84,11 +85,9 @@ def assumption(shares: Shares | None, against: Against, *, sampled: bool = False
 
 
 def not_above_root(square: Fraction, near: float) -> float:
-    """The largest float whose square is at most `square`, found from one `near` it: nothing is claimed by rounding."""
+    """`near`, or the next float below it whose square is at most `square`: what is claimed is never rounded up."""
     while Fraction(near) ** 2 > square:
         near = math.nextafter(near, 0.0)
-    while Fraction(above := math.nextafter(near, math.inf)) ** 2 <= square:
-        near = above
     return near
 
 

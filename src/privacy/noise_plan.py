@@ -94,7 +94,8 @@ class NoisePlan:
             return None
         if self.noise_by == "parties":
             return self.noise_multiplier
-        return not_above_root(Fraction(self.noise_multiplier) ** 2 / 2, self.noise_multiplier * math.sqrt(0.5))
+        near = self.noise_multiplier * math.sqrt(0.5)  # within two units in the last place of the root
+        return not_above_root(Fraction(self.noise_multiplier) ** 2 / 2, near + 2 * math.ulp(near))
 
     @property
     def multiplier_against_all_others(self) -> float | None:
