@@ -56,7 +56,7 @@ Json = dict[str, Any]
 
 DECLARED_ROWS: Final = 150_000
 """Far fewer than there are: what is expected of a batch is no number that a batch has."""
-VECTOR = np.array([0.123456789, -3.98765432e-5, 12345678.25, 777777.0])
+VECTOR = np.array([0.123456789, -3.98765432e-5, 12345678.25, 7777777.0])
 WRITTEN: dict[str, Callable[[NDArray[Any]], str]] = {
     "repr": lambda v: f"update {v.tolist()!r}",
     "an array": lambda v: repr(v),
@@ -70,8 +70,8 @@ WRITTEN: dict[str, Callable[[NDArray[Any]], str]] = {
     "a tensor": lambda v: str(torch.from_numpy(v[:2])),
     "a comma list": lambda v: ",".join(f"{x:.7g}" for x in v),
     "JSON": lambda v: json.dumps({"v": v.tolist()}),
-    "a count": lambda v: "batch of 777777 rows",
-    "a count in hex": lambda v: f"n={777777:#x}",
+    "a count": lambda v: "batch of 7777777 rows",
+    "a count in hex": lambda v: f"n={7777777:#x}",
     "float.hex": lambda v: float(v[0]).hex(),
     "hex of float32": lambda v: v.astype("<f4").tobytes().hex(),
     "hex of doubles": lambda v: v.tobytes().hex(),
@@ -98,8 +98,8 @@ def test_the_search_finds_a_value_however_it_is_written(form: str) -> None:
 def test_the_search_finds_nothing_where_nothing_is() -> None:
     planted = Planted()
     planted.add("vector", VECTOR)
-    text = "0.1235, 0.0004; 0.12346 0.1234667 1.234567 epsilon=3.99999 777778 1777777 12345698.9 port 50051"
-    text += ' {"digest":"777777c0991bc706df81496860"}'
+    text = "0.1235, 0.0004; 0.12346 0.1234667 1.234567 epsilon=3.99999 7777778 17777777 12345698.9 port 50051"
+    text += ' {"digest":"7777777c0991bc706df81496860"}'
     assert planted.found(text) == []
 
 

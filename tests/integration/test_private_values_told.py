@@ -20,6 +20,9 @@ PARTIES = ("a", "b", "c")
 FAILURES = {"fedavg": {"unreadable": "index"}, "fedsgd": {"fail": "leave"}}
 """What happens to b when its rows are read, or in the middle of its training, by the job's strategy."""
 
+RESOLUTION_BITS = 24
+"""So fine that an integer of an update has enough digits to be known again."""
+
 
 def submit(federation: Any, strategy: str) -> str:
     """A job of one round, of the two parties that can train."""
@@ -33,6 +36,7 @@ def submit(federation: Any, strategy: str) -> str:
         spare_rounds=0,
         quorum=2,
         local_training=local,
+        encryption=jobs_pb2.Encryption(resolution_bits=RESOLUTION_BITS),
         round_timeout_s=150.0,
     )
     training.task_options.update(FAILURES[strategy])

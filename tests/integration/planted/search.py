@@ -17,6 +17,8 @@ from numpy.typing import NDArray
 DIGITS: Final = {"rows": 5, "vector": 6, "values": 6}
 """Significant digits from which on a number counts as one of these: with fewer, chance would find many."""
 COUNT_DIGITS: Final = 5
+INTEGER_DIGITS: Final = 7
+"""Of an integer in a vector: noise draws many, and shorter ones would now and then be the bound of a plan by chance."""
 PAIR_DIGITS: Final = 7
 """Of two numbers in a row together: arrays are shown with four decimals or fewer."""
 _STAMP: Final = re.compile(r"\d{4}-\d\d-\d\d[T ]\d\d:\d\d:\d\d(?:[.,]\d+)?")
@@ -54,7 +56,8 @@ class Planted:
     def add(self, kind: str, values: NDArray[np.float64]) -> None:
         self.kinds.add(kind)
         integers = (abs(int(value)) for value in values if value == np.rint(value))
-        self._counts.update(value for value in integers if value >= 10 ** (COUNT_DIGITS - 1))
+        least = INTEGER_DIGITS if kind == "vector" else COUNT_DIGITS
+        self._counts.update(value for value in integers if value >= 10 ** (least - 1))
         if kind == "count":
             return
         self._numbers[DIGITS[kind]] += [abs(value) for value in values if value != np.rint(value)]
