@@ -16,7 +16,7 @@ from ..privacy.budget import ANY, Account, check_affordable, subject_of
 from ..privacy.entries import Entry
 from ..privacy.events import Event
 from ..storage.books import Books, Cost
-from ..storage.heads import Head, HeadStore, check_head
+from ..storage.heads import Head, HeadStore, check_heads
 from ..storage.ledger import LedgerStore
 
 
@@ -123,11 +123,11 @@ class Accounts:
         """Digest of the ledger's last entry."""
         return self._store.head(connection)
 
-    def check_head(self, connection: Connection, head: Head, *, party: str) -> None:
-        """Raises LedgerError unless this ledger once had the head that a party remembers of it."""
-        check_head(
+    def check_heads(self, connection: Connection, heads: Sequence[Head], *, party: str) -> None:
+        """Raises LedgerError unless this ledger once had the heads that a party remembers of it."""
+        check_heads(
             self._store.entries(connection),
-            head,
+            heads,
             whose="this aggregator's",
             told_by=f"party {party}",
             account=self._account,
@@ -137,9 +137,9 @@ class Accounts:
         """Keep what a party says of its own ledger."""
         self._heads.remember(connection, party, head)
 
-    def head_of(self, connection: Connection, party: str) -> Head | None:
-        """Of a party's ledger, as it told it last; None before the first time."""
-        return self._heads.last(connection, party)
+    def heads_of(self, connection: Connection, party: str) -> tuple[Head, ...]:
+        """Of a party's ledger, as its jobs told them, the last one last; none before the first time."""
+        return self._heads.told(connection, party)
 
     def verify(self, connection: Connection) -> None:
         """Raises LedgerError, which names the first bad entry, when the chain is broken."""

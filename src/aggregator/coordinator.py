@@ -11,7 +11,7 @@ import asyncio
 import contextlib
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Final
 
@@ -309,20 +309,19 @@ class Coordinator:
         self._federation.enrol(members, created_at=utc(self._clock()))
         self.wake()
 
-    async def meet(self, party: str, seen: Head | None) -> Head | None:
-        """What this aggregator remembers of a party's ledger; None before it told anything.
+    async def meet(self, party: str, seen: Sequence[Head]) -> tuple[Head, ...]:
+        """What this aggregator remembers of a party's ledger, told last last; nothing before it told anything.
 
         Args:
-            seen: what the party remembers of this aggregator's ledger.
+            seen: what the party remembers of this aggregator's ledger, seen last last.
 
         Raises:
-            LedgerError: this ledger never had that entry: the database was rolled back.
+            LedgerError: this ledger never had one of these entries: the database was rolled back.
         """
 
-        def read(connection: Connection) -> Head | None:
-            if seen is not None:
-                self._accounts.check_head(connection, seen, party=party)
-            return self._accounts.head_of(connection, party)
+        def read(connection: Connection) -> tuple[Head, ...]:
+            self._accounts.check_heads(connection, seen, party=party)
+            return self._accounts.heads_of(connection, party)
 
         try:
             return await self._database.run(read)

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
+
 from ..errors import InvalidInput
 from ..protocol.signing import Signed
-from .generated import common_pb2
+from ..storage.heads import HEADS_KEPT, Head
+from .generated import common_pb2, federation_pb2
 
 
 def signed_to_proto(signed: Signed) -> common_pb2.Signed:
@@ -22,3 +25,20 @@ def signed_from_proto(message: common_pb2.Signed) -> Signed:
     if missing:
         raise InvalidInput("a signed statement is incomplete", violations=missing)
     return Signed(message.statement, message.signer, message.signature)
+
+
+def heads_to_proto(heads: Iterable[Head]) -> list[federation_pb2.LedgerHead]:
+    """The messages for what is known of another's ledger."""
+    named = [(head.digest, federation_pb2.RoundName(job_id=head.job_id, round=head.round)) for head in heads]
+    return [federation_pb2.LedgerHead(digest=digest, round=name) for digest, name in named]
+
+
+def heads_from_proto(messages: Sequence[federation_pb2.LedgerHead]) -> list[Head]:
+    """What the other side says of this one's ledger, told last last.
+
+    Raises:
+        InvalidInput: they are too many, or one is no head.
+    """
+    if len(messages) > HEADS_KEPT:
+        raise InvalidInput(f"of a ledger at most {HEADS_KEPT} heads are told")
+    return [Head(each.digest, each.round.job_id, each.round.round) for each in messages]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 from sqlalchemy import Connection, MetaData
@@ -15,7 +15,7 @@ from ..jobs.states import utc
 from ..privacy.budget import Account, Budget, balance, subject_of
 from ..protocol.derive import example_event, party_event
 from ..storage.books import Books, Cost
-from ..storage.heads import Head, HeadStore, check_head
+from ..storage.heads import Head, HeadStore, check_heads
 from ..storage.ledger import LedgerStore
 from .rules import CheckedPlan
 
@@ -101,11 +101,11 @@ class PartyAccounts:
         """Digest of the ledger's last entry."""
         return self._store.head(connection)
 
-    def check_head(self, connection: Connection, head: Head) -> None:
-        """Raises LedgerError unless this ledger once had the head that the aggregator remembers of it."""
-        check_head(
+    def check_heads(self, connection: Connection, heads: Sequence[Head]) -> None:
+        """Raises LedgerError unless this ledger once had the heads that the aggregator remembers of it."""
+        check_heads(
             self._store.entries(connection),
-            head,
+            heads,
             whose=f"party {self._config.name}'s",
             told_by="the aggregator",
             account=("party", subject_of("federation", self._config.federation)),
@@ -115,9 +115,9 @@ class PartyAccounts:
         """Keep what a transcript says of the ledger of the aggregator with this key (64 hex digits)."""
         self._heads.remember(connection, key, head)
 
-    def aggregator_head(self, connection: Connection, *, key: str) -> Head | None:
-        """Of the ledger of the aggregator with this key, as its last transcript said it; None before the first."""
-        return self._heads.last(connection, key)
+    def aggregator_heads(self, connection: Connection, *, key: str) -> tuple[Head, ...]:
+        """Of the ledger of the aggregator with this key, as the last transcripts said them; none before the first."""
+        return self._heads.told(connection, key)
 
     def _costs(self, connection: Connection, checked: CheckedPlan) -> list[Cost]:
         plan = checked.plan

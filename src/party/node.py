@@ -12,7 +12,7 @@ from typing import Final
 import grpc
 
 from ..communication.generated import federation_pb2, federation_pb2_grpc
-from ..communication.messages import signed_from_proto
+from ..communication.messages import heads_from_proto, heads_to_proto, signed_from_proto
 from ..errors import (
     AccessError,
     AuthenticationError,
@@ -31,7 +31,6 @@ from ..protocol.plan import PLAN_KIND, signed_digest
 from ..protocol.roster import AGGREGATOR
 from ..protocol.signing import open_signed
 from ..storage.database import Database
-from ..storage.heads import Head
 from .accounts import PartyAccounts
 from .home import Home
 from .rounds import RoundWorker, Stub
@@ -125,16 +124,12 @@ class Node:
     async def _join(self, stub: Stub) -> float:
         request = self._home.introduction()
         key = self._home.aggregator_key
-        seen = await self._database.run(lambda c: self._accounts.aggregator_head(c, key=key))
-        if seen:
-            name = federation_pb2.RoundName(job_id=seen.job_id, round=seen.round)
-            request.aggregator_ledger.CopyFrom(federation_pb2.LedgerHead(digest=seen.digest, round=name))
+        seen = await self._database.run(lambda c: self._accounts.aggregator_heads(c, key=key))
+        request.aggregator_ledger.extend(heads_to_proto(seen))
         answer = await stub.Join(request)
         self._home.accept(answer)
-        if answer.HasField("party_ledger"):
-            told = answer.party_ledger
-            head = Head(told.digest, told.round.job_id, told.round.round)
-            await self._database.run(lambda c: self._accounts.check_head(c, head))
+        told = heads_from_proto(answer.party_ledger)
+        await self._database.run(lambda c: self._accounts.check_heads(c, told))
         self._pause_s = FIRST_PAUSE_S  # it is there: the next time it is away is a first time again
         LOG.info(
             "joined federation %s at %s (key id %s, custody %s)",

@@ -1,23 +1,27 @@
-"""What one role knows of another's ledger: the last head that it was told, kept so that a rolled-back one is found.
+"""What one role knows of another's ledger: the last heads that it was told, kept so that a rolled-back one is found.
 
 A ledger that was cut at its end, or put back to an old copy with the rest of its database, is whole in itself. Only who
 remembers an entry that it once had can see it. So a party's head is kept by the aggregator, and the aggregator's by
-every party, each in its own database; they are compared when they meet.
+every party, each in its own database; they are compared when they meet. Several, since trainings run beside each other:
+the head that one of them tells last need not be the newest.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Final
 
-from sqlalchemy import Column, Connection, Integer, MetaData, String, Table, select
+from sqlalchemy import Column, Connection, Integer, MetaData, String, Table, func, select
 
 from ..errors import InvalidInput, LedgerError
 from ..privacy.ledger import GENESIS, Entry
 from .columns import text
 
+HEADS_KEPT: Final = 64
+"""Of a ledger: the last that each of so many jobs told, many more than run at a time."""
+LONGEST_JOB_ID: Final = 64
 _DIGEST: Final = re.compile("[0-9a-f]{64}")
 
 
@@ -26,7 +30,7 @@ class Head:
     """A ledger once ended with the entry of this digest (64 hex digits); known since a round of a job.
 
     Raises:
-        InvalidInput: `digest` is none.
+        InvalidInput: `digest` is none, or `job_id` is not 1 to 64 printable characters.
     """
 
     digest: str
@@ -36,56 +40,68 @@ class Head:
     def __post_init__(self) -> None:
         if not _DIGEST.fullmatch(self.digest):
             raise InvalidInput("the head of a ledger has 64 hex digits")
+        if not (1 <= len(self.job_id) <= LONGEST_JOB_ID and self.job_id.isprintable()):
+            raise InvalidInput("the head of a ledger names a job")
 
 
 class HeadStore:
-    """Adds the table `ledger_heads` to `metadata`: one row for each role, replaced by what it tells next."""
+    """Adds the table `ledger_heads` to `metadata`: one row for each role and job, replaced by what it tells next."""
 
     def __init__(self, metadata: MetaData) -> None:
         self._table = Table(
             "ledger_heads",
             metadata,
             Column("name", text(64), primary_key=True),
-            Column("digest", String(64), nullable=False),
-            Column("job_id", text(64), nullable=False),
+            Column("job_id", text(LONGEST_JOB_ID), primary_key=True),
             Column("round", Integer, nullable=False),
+            Column("digest", String(64), nullable=False),
+            Column("told", Integer, nullable=False),
         )
 
     def remember(self, connection: Connection, name: str, head: Head) -> None:
-        """Keep the newest head of the ledger of `name`; what is known already is not written again."""
-        if self.last(connection, name) == head:
-            return
-        values = {"digest": head.digest, "job_id": head.job_id, "round": head.round}
-        where = self._table.c.name == name
-        if not connection.execute(self._table.update().where(where).values(**values)).rowcount:
-            connection.execute(self._table.insert().values(name=name, **values))
-
-    def last(self, connection: Connection, name: str) -> Head | None:
-        """The newest head of the ledger of `name`; None before it told any."""
+        """Keep what a job told of the ledger of `name`, for what it told before; of too many jobs the first goes."""
         table = self._table
-        query = select(table.c.digest, table.c.job_id, table.c.round).where(table.c.name == name)
-        row = connection.execute(query).first()
-        return None if row is None else Head(row.digest, row.job_id, row.round)
+        mine, job = table.c.name == name, table.c.job_id == head.job_id
+        if connection.execute(select(table.c.digest).where(mine, job)).scalar() == head.digest:
+            return
+        told = (connection.execute(select(func.max(table.c.told)).where(mine)).scalar() or 0) + 1
+        connection.execute(table.delete().where(mine, job | (table.c.told <= told - HEADS_KEPT)))
+        connection.execute(
+            table.insert().values(name=name, job_id=head.job_id, round=head.round, digest=head.digest, told=told)
+        )
+
+    def told(self, connection: Connection, name: str) -> tuple[Head, ...]:
+        """The heads of the ledger of `name`, told last last; none before it told any."""
+        table = self._table
+        query = select(table.c.digest, table.c.job_id, table.c.round).where(table.c.name == name).order_by(table.c.told)
+        return tuple(Head(row.digest, row.job_id, row.round) for row in connection.execute(query))
 
 
-def check_head(entries: Iterable[Entry], head: Head, *, whose: str, told_by: str, account: tuple[str, str]) -> None:
-    """Fail closed unless a ledger once ended with `head`, or its operator has answered for the loss.
+def check_heads(
+    entries: Iterable[Entry], heads: Sequence[Head], *, whose: str, told_by: str, account: tuple[str, str]
+) -> None:
+    """Fail closed unless a ledger once ended with each of `heads`, or its operator has answered for the loss.
 
-    An operator answers by a correction (`sotto budget set | reset`) whose reason names the digest in full.
+    An operator answers by a correction (`sotto budget set | reset`) whose reason names the digest in full; it answers
+    for what was told before, too.
 
     Args:
         entries: of this role's ledger, verified.
-        whose: this role, and told_by: the one that remembers the head; as they stand in the message.
+        heads: told last last.
+        whose: this role, and told_by: the one that remembers the heads; as they stand in the message.
         account: (unit, subject) that the operator may correct, as it stands in the message.
 
     Raises:
-        LedgerError: neither.
+        LedgerError: neither; names the last that is missing.
     """
     entries = list(entries)
-    if head.digest == GENESIS or any(entry.digest == head.digest for entry in entries):
+    had = {GENESIS, *(entry.digest for entry in entries)}
+    reasons = [entry.reason for entry in entries if entry.kind == "correction"]
+    answered = [at for at, head in enumerate(heads) if any(head.digest in reason for reason in reasons)]
+    missing = [head for head in heads[max(answered, default=-1) + 1 :] if head.digest not in had]
+    if not missing:
         return
-    if any(entry.kind == "correction" and head.digest in entry.reason for entry in entries):
-        return
+    head = missing[-1]
     unit, subject = account
     raise LedgerError(
         f"{whose} ledger lacks the entry {head.digest}, which {told_by} knows as its head since round {head.round} of "

@@ -41,7 +41,7 @@ async def test_an_aggregator_that_was_put_back_to_before_a_release_is_found_by_a
     manifest = file_of(await place.job(job_id), MANIFEST_FILE)
     assert json.loads(place.blobs.read(manifest["sha256"]))["readable"]["party_ledger_heads"] == told
     seen = Head(transcript["ledger_head"], job_id, 1)
-    assert await place.coordinator.meet("a", seen) is None
+    assert await place.coordinator.meet("a", [seen]) == ()
     await place.coordinator.stop()
     await place.database.close()
     for left in tmp_path.glob("aggregator.sqlite-*"):  # noqa: ASYNC240  nothing else runs in this loop
@@ -51,8 +51,8 @@ async def test_an_aggregator_that_was_put_back_to_before_a_release_is_found_by_a
     back = Place(federation, tmp_path)
     await back.database.open()
     with pytest.raises(LedgerError, match=f"this aggregator's ledger lacks the entry {seen.digest}.*round 1 of job"):
-        await back.coordinator.meet("a", seen)
-    assert await back.coordinator.meet("b", None) is None
+        await back.coordinator.meet("a", [seen])
+    assert await back.coordinator.meet("b", []) == ()
 
     def answer(connection: Connection) -> None:
         books = Books(back.ledger, back.coordinator._accounts._books.limits)
@@ -68,6 +68,6 @@ async def test_an_aggregator_that_was_put_back_to_before_a_release_is_found_by_a
         )
 
     await back.database.run(answer)
-    assert await back.coordinator.meet("a", seen) is None
+    assert await back.coordinator.meet("a", [seen]) == ()
     await back.coordinator.stop()
     await back.database.close()

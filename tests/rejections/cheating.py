@@ -115,7 +115,7 @@ class CheatingAggregator(federation_pb2_grpc.FederationServiceServicer):
         self._work: asyncio.Queue[federation_pb2.Assignment] = asyncio.Queue()
         self.gone = asyncio.Event()
         self.joined: list[federation_pb2.JoinRequest] = []
-        self.party_ledger: federation_pb2.LedgerHead | None = None
+        self.party_ledger: list[federation_pb2.LedgerHead] = []
         self.settled: Callable[[], Awaitable[None]] | None = None
 
     # --- what a sees of it --------------------------------------------------------------------------------------------
@@ -172,8 +172,8 @@ class CheatingAggregator(federation_pb2_grpc.FederationServiceServicer):
         return federation_pb2.ReportFailureResponse()
 
     def _told(self, name: federation_pb2.RoundName, digest: str) -> None:
-        """In this it is honest: it remembers the head of a's ledger."""
-        self.party_ledger = federation_pb2.LedgerHead(digest=digest, round=name)
+        """In this it is honest: it remembers the heads of a's ledger."""
+        self.party_ledger.append(federation_pb2.LedgerHead(digest=digest, round=name))
 
     def _came(self, kind: str, what: Any) -> None:
         self.received.append(Answer(kind, what))

@@ -22,6 +22,7 @@ from src.communication.messages import signed_to_proto
 from src.errors import InvalidInput, LedgerError
 from src.protocol.plan import ROOT_KIND, TRANSCRIPT_KIND, RootStatement
 from src.protocol.signing import open_signed
+from src.storage.heads import HEADS_KEPT
 from tests.rejections.cheating import Meeting, PartyA
 from tests.rejections.scripted import House
 
@@ -61,8 +62,7 @@ async def test_a_party_with_a_rolled_back_database_does_nothing_until_what_is_lo
         round_ = await meeting.committed()
     answer = await them.ask_reveal(round_, them.freeze(round_))
     assert answer.kind == "upload"
-    told = them.party_ledger
-    assert told is not None
+    told = them.party_ledger[-1]
     assert (told.round.job_id, told.round.round) == ("job", 1)
     await a.stop()
     put_back(copy, a)
@@ -85,8 +85,7 @@ async def test_a_party_with_a_rolled_back_database_does_nothing_until_what_is_lo
     capsys.readouterr()
     await a.start()
     await meeting.committed(number=2)  # and that one is known, as every head of a ledger that nobody touched
-    assert them.party_ledger is not None
-    assert them.party_ledger.digest != told.digest
+    assert them.party_ledger[-1].digest != told.digest
 
 
 async def test_what_a_party_signs_says_where_its_ledger_was(meeting: Meeting) -> None:
@@ -99,14 +98,13 @@ async def test_what_a_party_signs_says_where_its_ledger_was(meeting: Meeting) ->
     answer = await meeting.them.ask_reveal(round_, meeting.them.freeze(round_))
     assert answer.kind == "upload"
     final = [entry.digest for entry in await meeting.a.entries() if entry.kind == "final"]
-    assert meeting.them.party_ledger is not None
-    assert meeting.them.party_ledger.digest == final[-1]
+    assert meeting.them.party_ledger[-1].digest == final[-1]
 
 
 async def test_a_party_tells_the_aggregator_the_last_head_that_a_transcript_of_its_ledger_had(meeting: Meeting) -> None:
     a, them = meeting.a, meeting.them
     round_, _ = await meeting.delivered()
-    assert [request.HasField("aggregator_ledger") for request in them.joined] == [False]
+    assert [list(request.aggregator_ledger) for request in them.joined] == [[]]
     transcript = them.sign(TRANSCRIPT_KIND, {"ledger_head": "c" * 64})
     ended = federation_pb2.RoundEnded(state="RELEASED", transcript=signed_to_proto(transcript))
     await them.tell(round_.name, ended=ended)
@@ -115,11 +113,11 @@ async def test_a_party_tells_the_aggregator_the_last_head_that_a_transcript_of_i
             await a.idle()
     await meeting.restart()
     await meeting.committed(number=2)
-    assert them.joined[-1].aggregator_ledger == head("c" * 64, number=1)
+    assert list(them.joined[-1].aggregator_ledger) == [head("c" * 64, number=1)]
 
 
-def head(digest: str, *, number: int = 3) -> federation_pb2.LedgerHead:
-    return federation_pb2.LedgerHead(digest=digest, round=federation_pb2.RoundName(job_id="job", round=number))
+def head(digest: str, *, number: int = 3, job_id: str = "job") -> federation_pb2.LedgerHead:
+    return federation_pb2.LedgerHead(digest=digest, round=federation_pb2.RoundName(job_id=job_id, round=number))
 
 
 @pytest.mark.asyncio(loop_scope="module")
@@ -129,9 +127,9 @@ async def test_the_aggregator_remembers_the_last_head_that_each_party_told(house
         part = a.prepare(await a.wanted("contribute"))
         root = a.key.sign(ROOT_KIND, {**part.statement, "ledger_head": "a" * 64}, signer="a")
         await a.commit(part, root)
-        told = (await a.join()).party_ledger
+        (told,) = (await a.join()).party_ledger
         assert (told.digest, told.round.job_id, told.round.round) == ("a" * 64, job_id, 1)
-        assert not (await b.join()).HasField("party_ledger")
+        assert not (await b.join()).party_ledger
         await asyncio.gather(b.contribute(), parties["c"].contribute())
         await a.wanted("reveal")
         first = a.header(part, root=root)
@@ -142,15 +140,16 @@ async def test_the_aggregator_remembers_the_last_head_that_each_party_told(house
         rest: list[Any] = [federation_pb2.UploadUpdateRequest(body=part.body)]
         assert await a.send([first, *rest])
         await a.commit(part, root)  # said again, as after a lost answer: it is older than what was told since
-        assert (await a.join()).party_ledger.digest == "b" * 64
+        assert [told.digest for told in (await a.join()).party_ledger] == ["b" * 64]
 
 
 @pytest.mark.asyncio(loop_scope="module")
 async def test_an_aggregator_refuses_a_party_that_has_seen_a_head_which_its_ledger_never_had(house: House) -> None:
     known = await house.app._database.run(house.app._accounts.head)
     async with house.parties() as parties:
-        await parties["a"].join(aggregator_ledger=head(known))
+        await parties["a"].join(aggregator_ledger=[head(known)])
         with pytest.raises(LedgerError, match=r"aggregator's ledger.*rolled back"):
-            await parties["a"].join(aggregator_ledger=head("e" * 64))
-        with pytest.raises(InvalidInput):
-            await parties["a"].join(aggregator_ledger=head("not a digest"))
+            await parties["a"].join(aggregator_ledger=[head("e" * 64), head(known)])
+        for wrong in ([head("not a digest")], [head(known, job_id="\n")], [head(known)] * (HEADS_KEPT + 1)):
+            with pytest.raises(InvalidInput):
+                await parties["a"].join(aggregator_ledger=wrong)

@@ -13,7 +13,7 @@ from typing import Any, Final
 from ... import __version__
 from ...communication.generated import common_pb2, federation_pb2, federation_pb2_grpc
 from ...communication.identity import caller
-from ...communication.messages import signed_from_proto, signed_to_proto
+from ...communication.messages import heads_from_proto, heads_to_proto, signed_from_proto, signed_to_proto
 from ...communication.streams import receive_pieces, send_blob
 from ...config import AggregatorConfig
 from ...encryption.batch import LARGEST_HEADER_BYTES
@@ -122,7 +122,7 @@ class FederationServicer(federation_pb2_grpc.FederationServiceServicer):
             self._check_member(name, request)
         else:
             await self._coordinator.enrol(name, request.verify_key)
-        remembered = await self._coordinator.meet(name, _seen(request))
+        remembered = await self._coordinator.meet(name, heads_from_proto(request.aggregator_ledger))
         self._federation.declare(name, declared)
         LOG.info("party %s joined (Sotto %s)", name, request.software_version)
         return federation_pb2.JoinResponse(
@@ -135,7 +135,7 @@ class FederationServicer(federation_pb2_grpc.FederationServiceServicer):
             aggregator_verify_key=self._federation.signing_key.verify_key,
             custody=self._federation.custody,
             heartbeat_interval_s=self._config.server.heartbeat_interval_s,
-            party_ledger=None if remembered is None else _head_to_proto(remembered),
+            party_ledger=heads_to_proto(remembered),
         )
 
     def _check_member(self, name: str, request: federation_pb2.JoinRequest) -> None:
@@ -346,19 +346,6 @@ def _declared_rows(request: federation_pb2.JoinRequest) -> dict[str, int]:
         text = f"at most {MAX_DECLARED_TASKS} tasks by short name, with 1 to {MAX_DECLARED_ROWS} rows each"
         raise InvalidInput(f"a party declares {text}", violations={"declared_rows": text})
     return declared
-
-
-def _seen(request: federation_pb2.JoinRequest) -> Head | None:
-    """What a party remembers of the aggregator's ledger; None before its first transcript."""
-    if not request.HasField("aggregator_ledger"):
-        return None
-    seen = request.aggregator_ledger
-    return Head(seen.digest, _printable(seen.round.job_id, 64), seen.round.round)
-
-
-def _head_to_proto(head: Head) -> federation_pb2.LedgerHead:
-    name = federation_pb2.RoundName(job_id=head.job_id, round=head.round)
-    return federation_pb2.LedgerHead(digest=head.digest, round=name)
 
 
 def _disclosed(request: federation_pb2.CommitRootRequest, field: str) -> float | None:

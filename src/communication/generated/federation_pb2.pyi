@@ -71,9 +71,9 @@ class JoinRequest(_message.Message):
         """By task, the number of rows that the party's owner is willing to make public. A round of fedsgd needs it."""
 
     @_builtins.property
-    def aggregator_ledger(self) -> Global___LedgerHead:
-        """The aggregator's ledger, as the last transcript that this party has seen gives it. The aggregator refuses with
-        LEDGER_DAMAGED when its ledger never had that entry: its database was rolled back. Absent before the first.
+    def aggregator_ledger(self) -> _containers.RepeatedCompositeFieldContainer[Global___LedgerHead]:
+        """The aggregator's ledger, as the last transcripts that this party has seen give it, one a job, seen last last. The
+        aggregator refuses with LEDGER_DAMAGED when its ledger never had one of these: its database was rolled back.
         """
 
     def __init__(
@@ -85,9 +85,9 @@ class JoinRequest(_message.Message):
         key_id: _builtins.str = ...,
         roster_digest: _builtins.str = ...,
         declared_rows: _abc.Mapping[_builtins.str, _builtins.int] | None = ...,
-        aggregator_ledger: Global___LedgerHead | None = ...,
+        aggregator_ledger: _abc.Iterable[Global___LedgerHead] | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["aggregator_ledger", b"aggregator_ledger"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
     _ClearFieldArgType: _TypeAlias = _typing.Literal["aggregator_ledger", b"aggregator_ledger", "declared_rows", b"declared_rows", "key_id", b"key_id", "protocol_version", b"protocol_version", "roster_digest", b"roster_digest", "software_version", b"software_version", "verify_key", b"verify_key"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
@@ -151,9 +151,9 @@ class JoinResponse(_message.Message):
         """The roster, signed by the operator (pinned in every kit) or, in the classic set-up, by the aggregator."""
 
     @_builtins.property
-    def party_ledger(self) -> Global___LedgerHead:
-        """The party's own ledger, as its last signed root or upload told it. A party whose ledger never had that entry goes
-        no further: its database was rolled back, or is another one. Absent before the first.
+    def party_ledger(self) -> _containers.RepeatedCompositeFieldContainer[Global___LedgerHead]:
+        """The party's own ledger, as its last signed roots or uploads told it, one a job, told last last. A party whose
+        ledger never had one of these goes no further: its database was rolled back, or is another one.
         """
 
     def __init__(
@@ -168,9 +168,9 @@ class JoinResponse(_message.Message):
         aggregator_verify_key: _builtins.bytes = ...,
         custody: _builtins.str = ...,
         heartbeat_interval_s: _builtins.float = ...,
-        party_ledger: Global___LedgerHead | None = ...,
+        party_ledger: _abc.Iterable[Global___LedgerHead] | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["party_ledger", b"party_ledger", "roster", b"roster"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["roster", b"roster"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
     _ClearFieldArgType: _TypeAlias = _typing.Literal["aggregator_verify_key", b"aggregator_verify_key", "custody", b"custody", "federation", b"federation", "heartbeat_interval_s", b"heartbeat_interval_s", "key_id", b"key_id", "party_ledger", b"party_ledger", "protocol_version", b"protocol_version", "public_key", b"public_key", "roster", b"roster", "software_version", b"software_version"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...

@@ -17,7 +17,8 @@ def create_ledger_heads(op: Operations) -> None:
     op.create_table(
         "ledger_heads",
         Column("name", text(64), primary_key=True),
-        Column("digest", String(64), nullable=False),
-        Column("job_id", text(64), nullable=False),
+        Column("job_id", text(64), primary_key=True),
         Column("round", Integer, nullable=False),
+        Column("digest", String(64), nullable=False),
+        Column("told", Integer, nullable=False),
     )
