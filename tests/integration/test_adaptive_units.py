@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import math
 from collections.abc import Mapping
 from pathlib import Path
@@ -15,53 +13,27 @@ from numpy.typing import NDArray
 
 import src.party.work as party_work
 from src.aggregator import work as aggregator_work
-from src.aggregator.planning import Model, plan_round
-from src.encryption.dealer import deal
-from src.encryption.keys import PrivateKey
-from src.jobs.executors.units import WorkContext
-from src.jobs.spec import FederatedTrainingSpec
-from src.learning.flatten import flatten, from_safetensors, to_safetensors
+from src.aggregator.planning import plan_round
 from src.privacy.entropy import DeterministicEntropy
 from src.privacy.noise import discrete_gaussian
 from src.privacy.noise_plan import fraction_from_json
-from src.protocol.canonical import canonical_bytes
-from src.protocol.keyring import Keyring
 from src.protocol.plan import RoundPlan
-from src.protocol.roster import AGGREGATOR, Member, Roster
-from src.storage.blobs import Blobs
+from src.protocol.roster import AGGREGATOR
 
-P = 0xE3B9FF6586D70C163EC926DDEAD91F6B011B351FBF8CDA056459F50D3E9BA993
-Q = 0xFAAA49171DF29F6E64818C4F9C0526B6962FD595EF4A54FC599214270537BE5B
-KEY = deal(P, Q, threshold=2, holders=3, entropy=DeterministicEntropy(bytes(32), purpose="adaptive tests"))[0]
-"""512 bits: protects nothing, and is long enough for every code path."""
+from .units import UnitsOfWork
+
 PARTIES = tuple(f"p{index:02}" for index in range(20))
 DIMENSION = 40
 
 
-class Units:
-    """A federation of twenty without processes: every unit as a worker runs it, in turn; the training is played."""
+class Units(UnitsOfWork):
+    """A federation of twenty; the training is played."""
 
     def __init__(self, directory: Path, monkeypatch: pytest.MonkeyPatch, **privacy: Any) -> None:
-        directory.mkdir(exist_ok=True)
-        self.directory, self.monkeypatch = directory, monkeypatch
-        (directory / "private.json").write_text(json.dumps(PrivateKey(P, Q, KEY.public).to_json()))
-        self.context = WorkContext(Blobs(directory / "blobs"), directory)
-        self.keyring = Keyring(KEY.public, None)
-        self.roster = Roster(
-            federation="demo",
-            key_id=KEY.public.key_id,
-            custody="aggregator",
-            threshold=0,
-            colluders=0,
-            aggregator_verify_key=bytes(32),
-            members=tuple(Member(name, bytes(32), 0) for name in PARTIES),
-            created_at="2026-01-01T00:00:00+00:00",
-        )
-        self.spec = FederatedTrainingSpec.from_json(
-            {"task": "t", "rounds": 50, "party_privacy": {"adaptive_clipping": {}, **privacy}}
-        )
-        zeros = self.context.blobs.write(to_safetensors({"w": np.zeros(DIMENSION, np.float32)}))
-        self.model = Model(zeros.sha256, zeros.size, DIMENSION)
+        spec = {"task": "t", "rounds": 50, "party_privacy": {"adaptive_clipping": {}, **privacy}}
+        super().__init__(directory, spec, parties=PARTIES)
+        self.monkeypatch = monkeypatch
+        self.model = self.store({"w": np.zeros(DIMENSION, np.float32)})
 
     def plan(self, number: int, norm: float | None = None) -> RoundPlan:
         scheme = self.keyring.scheme("paillier")
@@ -78,12 +50,7 @@ class Units:
 
     def round(self, plan: RoundPlan, norms: Mapping[str, float]) -> dict[str, Any]:
         """Contribute, noise, fold, open, apply: what `open_aggregate` answers when updates have these norms."""
-        text = canonical_bytes(plan.to_statement())
-        params = {
-            "plan": text.decode(),
-            "plan_digest": hashlib.sha256(text).hexdigest(),
-            "public": json.dumps(self.keyring.to_json()),
-        }
+        params = self.params(plan)
         batches = {}
         for name, norm in norms.items():
             self.monkeypatch.setattr(party_work, "SystemEntropy", lambda name=name: self.drawn(name, plan.round))
@@ -93,25 +60,13 @@ class Units:
             self.monkeypatch.setattr(aggregator_work, "SystemEntropy", lambda: self.drawn(AGGREGATOR, plan.round))
             batches[AGGREGATOR] = aggregator_work.HANDLERS["make_noise"](params, self.context)
         aggregate = aggregator_work.HANDLERS["fold"]({**params, "batches": batches}, self.context)
-        opening = {
-            "aggregate": aggregate["sha256"],
-            "aggregate_root": aggregate["root"],
-            "contributions": len(batches),
-            "updates": list(norms),
-            "shares": [],
-            "private_key": str(self.directory / "private.json"),
-            "optimizer": {"kind": "fedavg", "learning_rate": 1.0},
-            "state_sha256": "",
-        }
+        opening = self.opening(aggregate, contributions=len(batches), updates=list(norms))
         return aggregator_work.HANDLERS["open_aggregate"]({**params, **opening}, self.context)
 
     @staticmethod
     def drawn(name: str, number: int) -> DeterministicEntropy:
         """What a party, or the aggregator, draws from in a round: here it is known."""
         return DeterministicEntropy(bytes(32), purpose="adaptive", party=name, round_number=number)
-
-    def parameters(self, sha256: str) -> NDArray[np.float32]:
-        return flatten(from_safetensors(self.context.blobs.read(sha256)))[0]
 
 
 def update(norm: float) -> NDArray[np.float32]:

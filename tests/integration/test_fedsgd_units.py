@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -20,13 +17,10 @@ import src.learning.simulate as simulation
 import src.party.work as party_work
 from src.aggregator import work as aggregator_work
 from src.aggregator.planning import Model, plan_round
-from src.encryption.dealer import deal
 from src.encryption.keys import PrivateKey
 from src.encryption.scheme import Layout
-from src.jobs.executors.units import WorkContext
-from src.jobs.spec import FederatedTrainingSpec
 from src.learning.baselines import pool
-from src.learning.flatten import flatten, from_safetensors, load_tensors, model_to_tensors, to_safetensors, unflatten
+from src.learning.flatten import flatten, load_tensors, model_to_tensors, unflatten
 from src.learning.settings import LocalTraining
 from src.learning.task import Dataset, find_task, loss_of
 from src.privacy.entropy import DeterministicEntropy
@@ -35,18 +29,14 @@ from src.privacy.noise_plan import fraction_from_json
 from src.privacy.rounding import round_to_nearest
 from src.privacy.sampling import poisson_sample
 from src.protocol.batches import StoredBatch, fold_batches, write_batch
-from src.protocol.canonical import canonical_bytes
-from src.protocol.keyring import Keyring
 from src.protocol.plan import RoundPlan
-from src.protocol.roster import AGGREGATOR, Member, Roster
+from src.protocol.roster import AGGREGATOR
 
-P = 0xE3B9FF6586D70C163EC926DDEAD91F6B011B351FBF8CDA056459F50D3E9BA993
-Q = 0xFAAA49171DF29F6E64818C4F9C0526B6962FD595EF4A54FC599214270537BE5B
+from .units import KEY, P, Q, UnitsOfWork
+
 PARTIES = ("a", "b", "c")
 DECLARED = {"a": 5000, "b": 5400, "c": 6000}
 ROUNDS = 4
-KEY = deal(P, Q, threshold=2, holders=3, entropy=DeterministicEntropy(bytes(32), purpose="fedsgd tests"))[0]
-"""512 bits: protects nothing, and is long enough for every code path."""
 
 
 @pytest.fixture(autouse=True)
@@ -70,62 +60,41 @@ def dataset(name: str) -> Dataset:
     return find_task("randhie").load_data(options(name))
 
 
-@dataclass
-class Units:
-    """A federation without processes: every unit as a worker runs it, in turn."""
+class Units(UnitsOfWork):
+    """A federation of three, which draws what is known."""
 
-    directory: Path
-    monkeypatch: pytest.MonkeyPatch
-    noise_by: str = "both"
-    scheme: str = "plaintext"
-    sampling_rate: float = 0.02
-    quorum: int = 3
-    server: dict[str, Any] = field(default_factory=dict)
-
-    def __post_init__(self) -> None:
-        self.directory.mkdir(exist_ok=True)
-        (self.directory / "private.json").write_text(json.dumps(PrivateKey(P, Q, KEY.public).to_json()))
-        from src.storage.blobs import Blobs
-
-        self.context = WorkContext(Blobs(self.directory / "blobs"), self.directory)
-        self.keyring = Keyring(KEY.public, None)
-        self.roster = Roster(
-            federation="demo",
-            key_id=KEY.public.key_id,
-            custody="aggregator",
-            threshold=0,
-            colluders=0,
-            aggregator_verify_key=bytes(32),
-            members=tuple(Member(name, bytes(32), 0) for name in PARTIES),
-            created_at="2026-01-01T00:00:00+00:00",
-        )
-        self.spec = FederatedTrainingSpec.from_json(
-            {
-                "task": "randhie",
-                "strategy": "fedsgd",
-                "trusted_aggregator": self.noise_by == "aggregator",
-                "rounds": ROUNDS,
-                "spare_rounds": 0,
-                "quorum": self.quorum,
-                "local_training": {
-                    "sampling_rate": self.sampling_rate,
-                    "learning_rate": 1.5,
-                    "epsilon": 2.0,
-                },
-                "party_privacy": {"noise_by": self.noise_by},
-                "encryption": {"scheme": self.scheme},
-                "server_optimizer": self.server,
-                "seed": 3,
-            }
-        )
+    def __init__(
+        self,
+        directory: Path,
+        monkeypatch: pytest.MonkeyPatch,
+        *,
+        noise_by: str = "both",
+        scheme: str = "plaintext",
+        sampling_rate: float = 0.02,
+        quorum: int = 3,
+        server: Mapping[str, Any] | None = None,
+    ) -> None:
+        spec = {
+            "task": "randhie",
+            "strategy": "fedsgd",
+            "trusted_aggregator": noise_by == "aggregator",
+            "rounds": ROUNDS,
+            "spare_rounds": 0,
+            "quorum": quorum,
+            "local_training": {"sampling_rate": sampling_rate, "learning_rate": 1.5, "epsilon": 2.0},
+            "party_privacy": {"noise_by": noise_by},
+            "encryption": {"scheme": scheme},
+            "server_optimizer": server or {},
+            "seed": 3,
+        }
+        super().__init__(directory, spec, parties=PARTIES)
+        self.monkeypatch = monkeypatch
 
     def first_model(self) -> Model:
-        tensors = model_to_tensors(find_task("randhie").build_model(self.spec.seed))
-        blob = self.context.blobs.write(to_safetensors(tensors))
-        return Model(blob.sha256, blob.size, flatten(tensors)[1].size)
+        return self.store(model_to_tensors(find_task("randhie").build_model(self.spec.seed)))
 
     def plan(self, number: int, model: Model) -> RoundPlan:
-        scheme = self.keyring.scheme(self.scheme)
+        scheme = self.keyring.scheme(self.spec.encryption.scheme)
         return plan_round(
             self.spec,
             job_id="job",
@@ -135,14 +104,6 @@ class Units:
             scheme=scheme,
             declared_rows=DECLARED,
         )
-
-    def params(self, plan: RoundPlan) -> dict[str, Any]:
-        text = canonical_bytes(plan.to_statement())
-        return {
-            "plan": text.decode(),
-            "plan_digest": hashlib.sha256(text).hexdigest(),
-            "public": json.dumps(self.keyring.to_json()),
-        }
 
     def contribute(self, plan: RoundPlan, name: str) -> dict[str, Any]:
         self.monkeypatch.setattr(party_work, "SystemEntropy", lambda: injected(name, plan.round))
@@ -157,23 +118,8 @@ class Units:
             self.monkeypatch.setattr(aggregator_work, "SystemEntropy", lambda: injected(AGGREGATOR, plan.round))
             batches[AGGREGATOR] = aggregator_work.HANDLERS["make_noise"](params, self.context)
         aggregate = aggregator_work.HANDLERS["fold"]({**params, "batches": batches}, self.context)
-        return aggregator_work.HANDLERS["open_aggregate"](
-            {
-                **params,
-                "aggregate": aggregate["sha256"],
-                "aggregate_root": aggregate["root"],
-                "contributions": len(batches),
-                "updates": list(contributors),
-                "shares": [],
-                "private_key": str(self.directory / "private.json"),
-                "optimizer": {
-                    "kind": self.spec.server_optimizer.name,
-                    "learning_rate": self.spec.server_optimizer.learning_rate,
-                },
-                "state_sha256": state,
-            },
-            self.context,
-        )
+        opening = self.opening(aggregate, contributions=len(batches), updates=contributors, state=state)
+        return aggregator_work.HANDLERS["open_aggregate"]({**params, **opening}, self.context)
 
     def train(self) -> tuple[list[RoundPlan], list[NDArray[np.float32]]]:
         """The plans of all rounds, and the parameters before the first and after each."""
@@ -187,9 +133,6 @@ class Units:
             model = Model(result["model_sha256"], result["model_bytes"], model.dimension)
             parameters.append(self.parameters(model.sha256))
         return plans, parameters
-
-    def parameters(self, sha256: str) -> NDArray[np.float32]:
-        return flatten(from_safetensors(self.context.blobs.read(sha256)))[0]
 
 
 def draws(plan: RoundPlan) -> tuple[dict[str, NDArray[np.int64]], NDArray[np.int64]]:

@@ -25,28 +25,18 @@ from numpy.typing import NDArray
 import src.party.work as party_work
 from src import cli
 from src.aggregator import work as aggregator_work
-from src.aggregator.planning import Model, plan_round
-from src.encryption.dealer import deal
-from src.encryption.keys import PrivateKey
-from src.jobs.executors.units import WorkContext, decode_reply, encode_unit, execute
-from src.jobs.spec import FederatedTrainingSpec
-from src.learning.flatten import flatten, model_to_tensors, to_safetensors
+from src.aggregator.planning import plan_round
+from src.jobs.executors.units import decode_reply, encode_unit, execute
+from src.learning.flatten import model_to_tensors
 from src.learning.task import find_task
 from src.logs import JsonFormatter, TextFormatter
-from src.privacy.entropy import DeterministicEntropy
-from src.protocol.canonical import canonical_bytes
-from src.protocol.keyring import Keyring
 from src.protocol.plan import RoundPlan
-from src.protocol.roster import AGGREGATOR, Member, Roster
-from src.storage.blobs import Blobs
+from src.protocol.roster import AGGREGATOR
 
 from .planted.search import Planted
+from .units import UnitsOfWork
 
-P = 0xE3B9FF6586D70C163EC926DDEAD91F6B011B351FBF8CDA056459F50D3E9BA993
-Q = 0xFAAA49171DF29F6E64818C4F9C0526B6962FD595EF4A54FC599214270537BE5B
 PARTIES = ("a", "b", "c")
-KEY = deal(P, Q, threshold=2, holders=3, entropy=DeterministicEntropy(bytes(32), purpose="planted"))[0]
-"""512 bits: protects nothing, and is long enough for every code path."""
 
 Json = dict[str, Any]
 
@@ -179,49 +169,33 @@ def searched(notebook: Path, capfd: pytest.CaptureFixture[str]) -> Callable[...,
 # --- units of work, as a worker runs them -----------------------------------------------------------------------------
 
 
-class Units:
-    """A round of a federation without processes: every unit as a worker runs it, frames and all."""
+class Units(UnitsOfWork):
+    """Frames and all, as a role gets to see them."""
 
     def __init__(self, directory: Path, strategy: str, *, options: Json) -> None:
-        (directory / "private.json").write_text(json.dumps(PrivateKey(P, Q, KEY.public).to_json()))
-        self.directory, self.options = directory, options
-        self.context = WorkContext(Blobs(directory / "blobs"), directory)
-        self.keyring = Keyring(KEY.public, None)
         fields: Json = {"sampling_rate": 0.1, "learning_rate": 1.5, "epsilon": 4.0}
         fields |= {"steps": 2} if strategy == "fedavg" else {}
         privacy: Json = {"clipping_norm": 0.5, "noise_multiplier": 0.4} if strategy == "fedavg" else {}
-        self.spec = FederatedTrainingSpec.from_json(
-            {
-                "task": "planted",
-                "strategy": strategy,
-                "rounds": 1,
-                "spare_rounds": 0,
-                "local_training": fields,
-                "party_privacy": {**privacy, "noise_by": "both"},
-                "encryption": {"scheme": "paillier", "resolution_bits": 24},
-                "seed": 3,
-            }
-        )
+        spec = {
+            "task": "planted",
+            "strategy": strategy,
+            "rounds": 1,
+            "spare_rounds": 0,
+            "local_training": fields,
+            "party_privacy": {**privacy, "noise_by": "both"},
+            "encryption": {"scheme": "paillier", "resolution_bits": 24},
+            "seed": 3,
+        }
+        super().__init__(directory, spec, parties=PARTIES)
+        self.options = options
 
     def plan(self) -> RoundPlan:
-        tensors = model_to_tensors(find_task("planted").build_model(self.spec.seed))
-        blob = self.context.blobs.write(to_safetensors(tensors))
-        roster = Roster(
-            federation="demo",
-            key_id=KEY.public.key_id,
-            custody="aggregator",
-            threshold=0,
-            colluders=0,
-            aggregator_verify_key=bytes(32),
-            members=tuple(Member(name, bytes(32), 0) for name in PARTIES),
-            created_at="2026-01-01T00:00:00+00:00",
-        )
         return plan_round(
             self.spec,
             job_id="job",
             number=1,
-            model=Model(blob.sha256, blob.size, flatten(tensors)[1].size),
-            roster=roster,
+            model=self.store(model_to_tensors(find_task("planted").build_model(self.spec.seed))),
+            roster=self.roster,
             scheme=self.keyring.scheme("paillier"),
             declared_rows=dict.fromkeys(PARTIES, DECLARED_ROWS),
         )
@@ -235,9 +209,7 @@ class Units:
             return {}, [frame.decode(), repr(error), repr(vars(error))]
 
     def round(self, *, parties: tuple[str, ...] = PARTIES) -> list[str]:
-        plan = self.plan()
-        text = canonical_bytes(plan.to_statement())
-        params: Json = {"plan": text.decode(), "plan_digest": "ab" * 32, "public": json.dumps(self.keyring.to_json())}
+        params = self.params(self.plan())
         batches, seen = {}, []
         for name in parties:
             own = {"name": name, "declared_rows": DECLARED_ROWS, "options": self.options}
@@ -247,16 +219,7 @@ class Units:
             return seen
         batches[AGGREGATOR], _ = self.run(aggregator_work, "make_noise", params)
         aggregate, more = self.run(aggregator_work, "fold", {**params, "batches": batches})
-        opening = {
-            "aggregate": aggregate["sha256"],
-            "aggregate_root": aggregate["root"],
-            "contributions": len(batches),
-            "updates": list(parties),
-            "shares": [],
-            "private_key": str(self.directory / "private.json"),
-            "optimizer": {"kind": "fedavg", "learning_rate": 1.0},
-            "state_sha256": "",
-        }
+        opening = self.opening(aggregate, contributions=len(batches), updates=parties)
         result, last = self.run(aggregator_work, "open_aggregate", {**params, **opening})
         assert result
         return [*seen, *more, *last]
