@@ -22,7 +22,7 @@ _MARGIN: Final = 1.0 - 2.0**-22
 
 
 def l2_norm(update: NDArray[np.float32]) -> float:
-    """L2 norm in double precision, safe for every finite float32 (the squares stay below 1e77 · d)."""
+    """L2 norm of `update`, shape (d,), in double precision: safe for finite float32, squares stay below 1e77 · d."""
     wide = update.astype(np.float64)
     return math.sqrt(float(np.dot(wide, wide)))
 
@@ -166,7 +166,7 @@ class AdaptiveClipping:
 
 
 def joint_sensitivity(sensitivity: int, bit_unit: int) -> int:
-    """⌈√(S² + B²)⌉: L2 sensitivity, in integer units, of an encoded update and its bit (0 units: no bit) together."""
+    """⌈√(S² + B²)⌉: L2 sensitivity of an encoded update and its bit (0: no bit) together, all ≥ 0, in integer units."""
     squared = sensitivity**2 + bit_unit**2
     root = math.isqrt(squared)
     return root + (root * root < squared)

@@ -31,7 +31,7 @@ _HKDF_SALT: Final = b"sotto.v1.deterministic-entropy"
 
 
 class Entropy(Protocol):
-    """A source of uniformly random bits."""
+    """A source of uniformly random bits. A negative amount raises InvalidInput."""
 
     def token(self, size: int) -> bytes:
         """`size` ≥ 0 random bytes: keys, nonces, identifiers."""
@@ -117,6 +117,9 @@ class DeterministicEntropy:
         key: the master key of the run, any length ≥ 1.
         purpose: what is drawn ("noise", "rounding", …); two purposes never share a stream.
         job, round_number, party: who draws and when.
+
+    Raises:
+        InvalidInput: an empty key.
     """
 
     def __init__(self, key: bytes, *, purpose: str, job: str = "", round_number: int = 0, party: str = "") -> None:

@@ -1,7 +1,8 @@
 """What a privacy mechanism did, as data: the events that a ledger stores instead of epsilons.
 
 An event is versioned and canonical: the same event has one JSON text, reals are decimal strings (the shortest that give
-the float back), unknown types, versions and fields are refused. ε is recomputed from events by `accounting`.
+the float back), unknown types, versions and fields are refused. ε is recomputed from events by `accounting`. A value
+out of its range raises InvalidInput wherever an event is made.
 """
 
 from __future__ import annotations
@@ -41,9 +42,25 @@ def _check_real(name: str, value: float, *, upper: float = math.inf) -> None:
         raise InvalidInput(f"{name} must be a finite float in [0, {upper}]")
 
 
+def _check_sampling_rate(value: float) -> None:
+    _check_real("sampling_rate", value, upper=1.0)
+    if value == 0.0:
+        raise InvalidInput("sampling_rate must be above 0")
+
+
+def _check_sum(event: NoisySum | SampledNoisySum) -> None:
+    _check_real("noise_multiplier", event.noise_multiplier)
+    _check_real("tau", event.tau)
+    _check_real("failure_probability", event.failure_probability, upper=1.0)
+    _check_count("rounds", event.rounds)
+    _check_count("dimension", event.dimension)
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DpSgdSteps:
     """`steps` of DP-SGD on one data set: Poisson sampling, per-example clipping, Gaussian noise on the sum.
+
+    Example level: one example more or less.
 
     Attributes:
         sampling_rate: q in (0, 1], the probability of a row to be in a step.
@@ -52,26 +69,16 @@ class DpSgdSteps:
     """
 
     type: ClassVar[str] = "dp_sgd_steps"
+    unit: ClassVar[Unit] = "example"
+    relation: ClassVar[Relation] = RELATIONS["example"]
     sampling_rate: float
     noise_multiplier: float
     steps: int
 
     def __post_init__(self) -> None:
-        _check_real("sampling_rate", self.sampling_rate, upper=1.0)
+        _check_sampling_rate(self.sampling_rate)
         _check_real("noise_multiplier", self.noise_multiplier)
         _check_count("steps", self.steps)
-        if self.sampling_rate == 0.0:
-            raise InvalidInput("sampling_rate must be above 0")
-
-    @property
-    def unit(self) -> Unit:
-        """Example level."""
-        return "example"
-
-    @property
-    def relation(self) -> Relation:
-        """One example more or less."""
-        return RELATIONS[self.unit]
 
     def repeated(self, count: int) -> DpSgdSteps:
         """The same `count` times over."""
@@ -120,6 +127,8 @@ class Shares:
 class NoisySum:
     """`rounds` releases of a sum of clipped updates with discrete Gaussian noise from one or several hands.
 
+    Party level: one party's update replaced by zero; who contributed is public.
+
     Attributes:
         noise_multiplier: guaranteed standard deviation of all noise over the sensitivity of the sum, ≥ 0.
         rounds: ≥ 1.
@@ -132,6 +141,8 @@ class NoisySum:
     """
 
     type: ClassVar[str] = "noisy_sum"
+    unit: ClassVar[Unit] = "party"
+    relation: ClassVar[Relation] = RELATIONS["party"]
     noise_multiplier: float
     rounds: int = 1
     tau: float = 0.0
@@ -140,21 +151,7 @@ class NoisySum:
     shares: Shares | None = None
 
     def __post_init__(self) -> None:
-        _check_real("noise_multiplier", self.noise_multiplier)
-        _check_real("tau", self.tau)
-        _check_real("failure_probability", self.failure_probability, upper=1.0)
-        _check_count("rounds", self.rounds)
-        _check_count("dimension", self.dimension)
-
-    @property
-    def unit(self) -> Unit:
-        """Party level."""
-        return "party"
-
-    @property
-    def relation(self) -> Relation:
-        """One party's update replaced by zero; who contributed is public."""
-        return RELATIONS[self.unit]
+        _check_sum(self)
 
     def repeated(self, count: int) -> NoisySum:
         """The same `count` times over."""
@@ -166,7 +163,8 @@ class NoisySum:
 class SampledNoisySum:
     """`rounds` releases of a sum of clipped gradients over a secret Poisson sample, with discrete Gaussian noise.
 
-    The sum is one of integers: what one example can change, rounding included, is its sensitivity.
+    Example level: one example more or less. The sum is one of integers: what one example can change, rounding
+    included, is its sensitivity.
 
     Attributes:
         sampling_rate: q in (0, 1], the probability of a row to be in the sample of a round; nobody learns who was.
@@ -179,6 +177,8 @@ class SampledNoisySum:
     """
 
     type: ClassVar[str] = "sampled_noisy_sum"
+    unit: ClassVar[Unit] = "example"
+    relation: ClassVar[Relation] = RELATIONS["example"]
     sampling_rate: float
     noise_multiplier: float
     rounds: int = 1
@@ -188,24 +188,8 @@ class SampledNoisySum:
     shares: Shares | None = None
 
     def __post_init__(self) -> None:
-        _check_real("sampling_rate", self.sampling_rate, upper=1.0)
-        _check_real("noise_multiplier", self.noise_multiplier)
-        _check_real("tau", self.tau)
-        _check_real("failure_probability", self.failure_probability, upper=1.0)
-        _check_count("rounds", self.rounds)
-        _check_count("dimension", self.dimension)
-        if self.sampling_rate == 0.0:
-            raise InvalidInput("sampling_rate must be above 0")
-
-    @property
-    def unit(self) -> Unit:
-        """Example level."""
-        return "example"
-
-    @property
-    def relation(self) -> Relation:
-        """One example more or less."""
-        return RELATIONS[self.unit]
+        _check_sampling_rate(self.sampling_rate)
+        _check_sum(self)
 
     def repeated(self, count: int) -> SampledNoisySum:
         """The same `count` times over."""

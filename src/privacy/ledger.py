@@ -2,7 +2,7 @@
 
 A ledger is a sequence of `Entry`. Each carries the digest of the one before, so that a changed, missing or moved entry
 is noticed and named. A ledger that was cut at its end, or rewritten from some entry on, is noticed by the heads that
-were recorded elsewhere (signed transcripts, manifests): pass them to `verify_chain`.
+were recorded elsewhere (signed transcripts, manifests): pass them to `verify_lines`.
 
 What is spent: a reservation counts from the moment it is written. `final` makes that irrevocable; `returned` gives it
 back, and only before `final`. A reservation with neither counts as spent. A `release` says what was shown, and only of
@@ -63,7 +63,6 @@ __all__ = [
     "release",
     "reserve",
     "to_line",
-    "verify_chain",
     "verify_lines",
 ]
 
@@ -79,10 +78,12 @@ def verify_lines(
     Every sound line before the first bad one is verified first, so the first bad entry is the one named.
 
     Args:
+        lines: all of the ledger, in order, each with or without its line feed.
+        known_heads: digests, hex, that this ledger had as head at some time; each must be there.
         judge: as `Replay` takes it: `protocol.ledger.Signatures`.
 
     Raises:
-        LedgerError: as `from_line`, `verify_chain` and the judge.
+        LedgerError: as `from_line`, `Replay` and the judge; names the first bad entry.
     """
     replay = Replay(judge)
     entries: list[Entry] = []
@@ -207,24 +208,6 @@ class Replay:
             raise LedgerError(
                 f"the ledger lacks an entry that was once its last ({missing[0][:16]}…): it was cut or rewritten"
             )
-
-
-def verify_chain(entries: Iterable[Entry], *, known_heads: Iterable[str] = ()) -> str:
-    """Check a whole ledger; returns its head, the digest of the last entry (`GENESIS` if there is none).
-
-    Args:
-        entries: all of them, in order.
-        known_heads: digests that this ledger had as head at some time; each must be there.
-
-    Raises:
-        LedgerError: names the first bad entry, by the sequence that belongs at its place (also `metadata["entry"]`), or
-            says that a known head is missing.
-    """
-    replay = Replay()
-    for entry in entries:
-        replay.add(entry)
-    replay.check_heads(known_heads)
-    return replay.head
 
 
 def _head(entries: Sequence[Entry]) -> Entry | None:

@@ -187,6 +187,14 @@ def tail_bound(sigma2: Fraction | int, *, log2_probability: int, draws: int) -> 
     is e^{σ²t²/2} times a ratio of theta sums that is largest, 1, at t = 0), and so is a sum of independent ones with
     the sum of their variances, which may be passed as `sigma2`. Computed in integers.
 
+    Args:
+        sigma2: σ² ≥ 0, in squared integer units.
+        log2_probability: ≥ 0.
+        draws: ≥ 1.
+
+    Returns:
+        T ≥ 0, in integer units; 0 without noise.
+
     Raises:
         InvalidInput: `sigma2` negative, `log2_probability` negative or `draws` below 1.
     """

@@ -22,7 +22,6 @@ VARIANCE_GRID: Final = 1 << 20
 """Variances are rounded up to multiples of 2^-20 squared integer units: short exact rationals, at most 4e-6 too large
 at the smallest variance allowed in a sum."""
 
-NO_NOISE: Final = "no noise at party level"
 NO_NOISE_IN_SUM: Final = "no noise in the sum"
 
 
@@ -75,11 +74,6 @@ class NoisePlan:
     def honest_shares(self) -> int:
         """Shares that are counted on."""
         return self.quorum - self.colluders
-
-    @property
-    def parties_sigma2(self) -> Fraction:
-        """Variance that the counted shares add up to."""
-        return self.share_sigma2 * self.honest_shares
 
     @property
     def multiplier_release(self) -> float | None:
@@ -143,11 +137,14 @@ class NoisePlan:
             against: who must not learn.
             sampling_rate: None for a party's cost; else each row's, of a sum over secret Poisson samples of this rate.
             failure_probability: of one round, as in `NoisySum`.
+
+        Raises:
+            InvalidInput: an argument out of range, or shares too small for the theory of sums.
         """
         multiplier, tau = self._claim(against)
         if multiplier is None:
             unit: Unit = "party" if sampling_rate is None else "example"
-            silent = NO_NOISE if unit == "party" else NO_NOISE_IN_SUM
+            silent = REASONS["release"] if unit == "party" else NO_NOISE_IN_SUM
             return NonPrivate(unit=unit, reason=REASONS[against] if self.noise_multiplier else silent)
         if sampling_rate is None:
             return NoisySum(
@@ -208,18 +205,6 @@ class NoisePlan:
     def assumption(self, against: Against, *, sampled: bool = False) -> str:
         """What a figure of this noise rests on, in words; of a sum over secret samples, these too."""
         return assumption(self.shares, against, sampled=sampled)
-
-    def to_json(self) -> dict[str, str | int]:
-        """Strings and integers only; variances are exact."""
-        return {
-            "noise_by": self.noise_by,
-            "noise_multiplier": repr(self.noise_multiplier),
-            "sensitivity": repr(self.sensitivity),
-            "quorum": self.quorum,
-            "colluders": self.colluders,
-            "aggregator_sigma2": fraction_to_json(self.aggregator_sigma2),
-            "share_sigma2": fraction_to_json(self.share_sigma2),
-        }
 
 
 def plan_noise(

@@ -134,7 +134,7 @@ def project(total: NDArray[np.float64], bound: float) -> NDArray[np.float64]:
 
 
 def round_to_nearest(total: NDArray[np.float64], *, resolution_bits: int) -> NDArray[np.int64]:
-    """`total` in units of 2^-f, each coordinate rounded to the nearest integer (halves to even), dtype int64.
+    """`total`, shape (d,), in units of 2^-f, each coordinate rounded to the nearest integer (halves to even), as int64.
 
     Raises:
         InvalidInput: a value that is not finite, or above 2^50 units. No value is shown.

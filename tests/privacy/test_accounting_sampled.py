@@ -151,6 +151,22 @@ def test_the_true_delta_at_the_claimed_epsilon_is_within_delta(sigma2: float, ra
     assert 0.0 < max(hockey_stick(p, q, claimed), hockey_stick(q, p, claimed)) <= delta
 
 
+@pytest.mark.parametrize(("sigma2", "rate", "unsampled"), [(1.0, 0.2, 0.2), (0.25, 0.02, 0.3), (0.5, 0.01, 0.4)])
+def test_the_true_delta_of_a_mixture_is_within_delta_at_fractional_orders(
+    sigma2: float, rate: float, unsampled: float
+) -> None:
+    """A sampled sum beside one that is not sampled, and whose best order lies between 1 and 3."""
+    delta, reach = 1e-4, 30
+    sampled = SampledNoisySum(sampling_rate=rate, noise_multiplier=math.sqrt(sigma2))
+    plain = SampledNoisySum(sampling_rate=1.0, noise_multiplier=unsampled)
+    claimed = epsilon([sampled, plain], delta=delta)
+    one = law_of(sigma2, reach=reach)
+    p = np.add.outer(one, law_of(unsampled**2, reach=reach))
+    with_it = mixed(rate, one, law_of(sigma2, shift=1, reach=reach))
+    q = np.add.outer(with_it, law_of(unsampled**2, shift=1, reach=reach))
+    assert 0.0 < max(hockey_stick(p, q, claimed), hockey_stick(q, p, claimed)) <= delta
+
+
 INTEGERS = [float(order) for order in range(2, 65)]
 SAMPLED = st.builds(
     SampledNoisySum,
@@ -189,7 +205,7 @@ def test_the_known_answer_holds_for_integer_noise_at_the_best_integer_order() ->
 @settings(deadline=None, max_examples=10)
 @given(events=st.lists(SAMPLED, min_size=1, max_size=3), more=SAMPLED, steps=st.booleans())
 def test_more_of_anything_never_costs_less(events: list[Event], more: SampledNoisySum, steps: bool) -> None:
-    """Mixed with DP-SGD too, where only those orders count that bound both."""
+    """Mixed with DP-SGD too, whose bounds are at other orders."""
     added: Event = more
     if steps:
         added = DpSgdSteps(sampling_rate=more.sampling_rate, noise_multiplier=more.noise_multiplier, steps=more.rounds)
@@ -197,6 +213,106 @@ def test_more_of_anything_never_costs_less(events: list[Event], more: SampledNoi
     after = epsilon([*events, added], delta=1e-6)
     assert after >= before
     assert epsilon([added, *events], delta=1e-6) == after
+
+
+@pytest.mark.parametrize("rate", [0.01, 0.3, 0.8])
+@pytest.mark.parametrize("sigma2", [0.09, 0.25, 1.0, 6.0])
+def test_between_whole_orders_it_costs_no_more_than_at_the_next(rate: float, sigma2: float) -> None:
+    """Both directions; narrow noise too, for which no formula is known there."""
+    without = law_of(sigma2)
+    with_it = mixed(rate, without, law_of(sigma2, shift=1))
+    for order in (1.01, 1.3, 1.9, 2.1, 2.5, 3.7, 6.2):
+        charged = binomial_bound(rate, math.sqrt(sigma2), max(2, math.ceil(order))) * (1 + 1e-9) + 1e-12
+        assert divergence(with_it, without, order) <= charged
+        assert divergence(without, with_it, order) <= charged
+
+
+@pytest.mark.parametrize(("rate", "multiplier", "excess"), [(0.02, 0.8, 2e-4), (0.3, 2.0, 0.009), (0.6, 8.0, 0.039)])
+def test_fractional_orders_of_dp_sgd_are_never_too_low_and_sometimes_too_high(
+    rate: float, multiplier: float, excess: float
+) -> None:
+    """By quadrature: dp-accounting adds absolute values where its series alternates."""
+    orders = [1.1, 1.3, 1.5, 1.8, 2.0, 2.5, 3.0]
+    accountant = RdpAccountant(orders=orders)
+    accountant.compose(to_dp_event(DpSgdSteps(sampling_rate=rate, noise_multiplier=multiplier, steps=1)))
+    x, step = np.linspace(-12 * multiplier, 12 * multiplier + 1, 100_001, retstep=True)
+    without = -(x**2) / (2 * multiplier**2) - math.log(multiplier * math.sqrt(2 * math.pi)) + math.log(step)
+    with_it = mixed(rate, without, without + (x - 0.5) / multiplier**2)
+    above = [found - divergence(with_it, without, order) for found, order in zip(accountant.rdp, orders, strict=True)]
+    assert min(above) > -1e-10
+    assert max(value for value in above if math.isfinite(value)) == pytest.approx(excess, rel=0.1)
+
+
+def test_where_an_order_is_overestimated_a_higher_one_is_charged() -> None:
+    """Steps at q = 0.6 beside a sum whose best order is below 2: by dp-accounting's values there, ε would be 69.5."""
+    steps = DpSgdSteps(sampling_rate=0.6, noise_multiplier=8.0, steps=300)
+    plain = SampledNoisySum(sampling_rate=1.0, noise_multiplier=0.13)
+    assert epsilon([steps, plain], delta=1e-5) == pytest.approx(66.456, rel=1e-5)
+
+
+WHOLE = sorted({*range(2, 64), 128, 256, 512, 1024})
+MIXED = st.lists(
+    st.one_of(
+        SAMPLED,
+        st.builds(SampledNoisySum, sampling_rate=st.just(1.0), noise_multiplier=st.floats(0.1, 20)),
+        st.builds(
+            DpSgdSteps,
+            sampling_rate=st.sampled_from([0.02, 0.3, 1.0]),
+            noise_multiplier=st.sampled_from([0.4, 0.8, 2.0]),
+            steps=st.integers(1, 60),
+        ),
+    ),
+    min_size=1,
+    max_size=4,
+)
+
+
+@settings(deadline=None, max_examples=15)
+@given(events=MIXED, delta=st.sampled_from([1e-5, 1e-8]))
+def test_a_mixture_never_costs_more_than_at_whole_orders_nor_less_than_a_part(
+    events: list[Event], delta: float
+) -> None:
+    """At the whole orders that every kind of event is bounded at, dp-accounting says what they cost together."""
+    whole = RdpAccountant(orders=WHOLE)
+    for event in events:
+        whole.compose(to_dp_event(event))
+    ours = epsilon(events, delta=delta)
+    assert ours <= whole.get_epsilon(delta) * (1 + 1e-12)
+    kinds = {(type(event), isinstance(event, SampledNoisySum) and event.sampling_rate < 1.0) for event in events}
+    for kind, sampled in kinds:
+        part = [
+            event
+            for event in events
+            if type(event) is kind and (isinstance(event, SampledNoisySum) and event.sampling_rate < 1.0) == sampled
+        ]
+        assert ours >= epsilon(part, delta=delta)
+
+
+FEW_SUMS = SampledNoisySum(sampling_rate=0.01, noise_multiplier=1.5, rounds=50)
+
+
+@pytest.mark.parametrize(
+    ("sums", "other", "before", "after"),
+    [
+        (SampledNoisySum(sampling_rate=0.02, noise_multiplier=1.1, rounds=300), (0.05, 0.8, 60), 6.2270, 5.9330),
+        (FEW_SUMS, (1.0, 0.25, 4), 74.129, 68.627),
+        (FEW_SUMS, (0.3, 0.3, 20), 184.196, 105.295),
+    ],
+    ids=["a short fedavg job", "full batches near 70", "sampled batches near 105"],
+)
+def test_a_sampled_sum_leaves_other_events_their_fractional_orders(
+    sums: SampledNoisySum, other: tuple[float, float, int], before: float, after: float
+) -> None:
+    """What whole orders alone would charge, and what is charged."""
+    rate, multiplier, count = other
+    steps = DpSgdSteps(sampling_rate=rate, noise_multiplier=multiplier, steps=count)
+    whole = RdpAccountant(orders=WHOLE)
+    for event in (sums, steps):
+        whole.compose(to_dp_event(event))
+    assert whole.get_epsilon(1e-5) == pytest.approx(before, rel=1e-5)
+    together = epsilon([sums, steps], delta=1e-5)
+    assert together == pytest.approx(after, rel=1e-5)
+    assert together - epsilon([steps], delta=1e-5) <= epsilon([sums], delta=1e-5)
 
 
 def test_rounds_split_over_jobs_and_restarts_cost_the_same_to_the_last_bit() -> None:

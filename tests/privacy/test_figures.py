@@ -8,14 +8,13 @@ from fractions import Fraction
 
 import pytest
 from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from src.privacy.accounting import epsilon
 from src.privacy.events import DpSgdSteps, Event, NoiseBy, NoisySum, NonPrivate, SampledNoisySum
 from src.privacy.figures import AGAINST, EVERYBODY, OWN_NOISE, TRUSTED, UNKNOWN, Against, figures, left_against
 from src.privacy.noise_plan import NoisePlan, plan_noise
+from tests.privacy.plans import WHO, noise_plans
 
-WHO: tuple[NoiseBy, ...] = ("both", "parties", "aggregator")
 ALL: tuple[Against, ...] = ("release", "aggregator", "all_others")
 STEPS = DpSgdSteps(sampling_rate=0.05, noise_multiplier=1.0, steps=10)
 
@@ -25,24 +24,9 @@ def a_plan(noise_by: NoiseBy = "both", *, multiplier: float = 3.0, colluders: in
 
 
 @settings(deadline=None, max_examples=60)
-@given(
-    noise_by=st.sampled_from(WHO),
-    noise_multiplier=st.floats(0.05, 20),
-    sensitivity=st.floats(100, 1e6),
-    quorum=st.integers(1, 20),
-    data=st.data(),
-)
-def test_an_event_says_what_its_plan_says_and_never_more(
-    noise_by: NoiseBy, noise_multiplier: float, sensitivity: float, quorum: int, data: st.DataObject
-) -> None:
+@given(plan=noise_plans())
+def test_an_event_says_what_its_plan_says_and_never_more(plan: NoisePlan) -> None:
     """From what is charged against the release alone: the noise that is left against the aggregator and all others."""
-    plan = plan_noise(
-        noise_by=noise_by,
-        noise_multiplier=noise_multiplier,
-        sensitivity=sensitivity,
-        quorum=quorum,
-        colluders=data.draw(st.integers(0, quorum - 1)),
-    )
     charged = plan.event("release", dimension=7)
     assert isinstance(charged, NoisySum)
     for against in ALL:
@@ -52,12 +36,13 @@ def test_an_event_says_what_its_plan_says_and_never_more(
             assert found.noise_multiplier == pytest.approx(planned.noise_multiplier, rel=1e-3)
             assert found.noise_multiplier <= charged.noise_multiplier
             assert found.tau == planned.tau
+            parties = plan.honest_shares * plan.share_sigma2
             there = {
-                "release": plan.aggregator_sigma2 + plan.parties_sigma2,
-                "aggregator": plan.parties_sigma2,
+                "release": plan.aggregator_sigma2 + parties,
+                "aggregator": parties,
                 "all_others": plan.share_sigma2,
             }
-            assert (Fraction(found.noise_multiplier) * Fraction(sensitivity)) ** 2 <= there[against]
+            assert (Fraction(found.noise_multiplier) * Fraction(plan.sensitivity)) ** 2 <= there[against]
 
 
 def test_a_partys_budget_counts_against_the_release_and_the_aggregators_figure_stands_beside_it() -> None:

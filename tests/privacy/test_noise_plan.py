@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from fractions import Fraction
 
@@ -13,44 +12,27 @@ from hypothesis import strategies as st
 from src.errors import InvalidInput
 from src.privacy.accounting import epsilon
 from src.privacy.events import NoiseBy, NoisySum, NonPrivate, SampledNoisySum
-from src.privacy.noise_plan import fraction_from_json, fraction_to_json, plan_noise
-
-WHO: tuple[NoiseBy, ...] = ("both", "parties", "aggregator")
+from src.privacy.noise_plan import NoisePlan, fraction_from_json, fraction_to_json, plan_noise
+from tests.privacy.plans import WHO, noise_plans
 
 
 @settings(deadline=None, max_examples=150)
-@given(
-    noise_by=st.sampled_from(WHO),
-    noise_multiplier=st.floats(0.05, 20),
-    sensitivity=st.floats(100, 1e6),
-    quorum=st.integers(1, 20),
-    data=st.data(),
-)
-def test_any_admissible_set_of_honest_contributors_carries_the_planned_noise(
-    noise_by: NoiseBy, noise_multiplier: float, sensitivity: float, quorum: int, data: st.DataObject
-) -> None:
-    colluders = data.draw(st.integers(0, quorum - 1))
-    plan = plan_noise(
-        noise_by=noise_by,
-        noise_multiplier=noise_multiplier,
-        sensitivity=sensitivity,
-        quorum=quorum,
-        colluders=colluders,
-    )
-    wanted = (Fraction(noise_multiplier) * Fraction(sensitivity)) ** 2
-    honest = quorum - colluders
-    assert plan.parties_sigma2 == honest * plan.share_sigma2
-    assert wanted <= plan.aggregator_sigma2 + plan.parties_sigma2 <= wanted + Fraction(honest + 1, 2**20)
+@given(plan=noise_plans())
+def test_any_admissible_set_of_honest_contributors_carries_the_planned_noise(plan: NoisePlan) -> None:
+    wanted = (Fraction(plan.noise_multiplier) * Fraction(plan.sensitivity)) ** 2
+    honest = plan.quorum - plan.colluders
+    parties = honest * plan.share_sigma2
+    assert wanted <= plan.aggregator_sigma2 + parties <= wanted + Fraction(honest + 1, 2**20)
     halves = {"both": wanted / 2, "parties": wanted, "aggregator": Fraction(0)}
-    assert halves[noise_by] <= plan.parties_sigma2 <= halves[noise_by] + Fraction(honest, 2**20)
+    assert halves[plan.noise_by] <= parties <= halves[plan.noise_by] + Fraction(honest, 2**20)
     claimed = plan.multiplier_against_aggregator
-    if noise_by == "aggregator":
+    if plan.noise_by == "aggregator":
         assert claimed is None
     else:
         assert claimed is not None
-        assert (Fraction(claimed) * Fraction(sensitivity)) ** 2 <= plan.parties_sigma2
-        assert claimed == pytest.approx(noise_multiplier * (math.sqrt(0.5) if noise_by == "both" else 1.0))
-    assert plan.multiplier_release == noise_multiplier
+        assert (Fraction(claimed) * Fraction(plan.sensitivity)) ** 2 <= parties
+        assert claimed == pytest.approx(plan.noise_multiplier * (math.sqrt(0.5) if plan.noise_by == "both" else 1.0))
+    assert plan.multiplier_release == plan.noise_multiplier
 
 
 def test_half_the_variance_is_not_rounded_up() -> None:
@@ -58,26 +40,22 @@ def test_half_the_variance_is_not_rounded_up() -> None:
     plan = plan_noise(noise_by="both", noise_multiplier=5.330078125, sensitivity=100.0, quorum=1, colluders=0)
     claimed = plan.multiplier_against_aggregator
     assert claimed is not None
-    assert (Fraction(claimed) * 100) ** 2 <= plan.parties_sigma2
+    assert (Fraction(claimed) * 100) ** 2 <= plan.share_sigma2
 
 
 def test_a_plan_by_hand() -> None:
     """z = 2, sensitivity 10: variance 400; half from the aggregator, half from 5 - 1 honest parties."""
     plan = plan_noise(noise_by="both", noise_multiplier=2.0, sensitivity=10.0, quorum=5, colluders=1)
-    assert (plan.aggregator_sigma2, plan.share_sigma2, plan.parties_sigma2) == (
-        Fraction(200),
-        Fraction(50),
-        Fraction(200),
+    assert plan.honest_shares == 4
+    assert plan == NoisePlan(
+        noise_by="both",
+        noise_multiplier=2.0,
+        sensitivity=10.0,
+        quorum=5,
+        colluders=1,
+        aggregator_sigma2=Fraction(200),
+        share_sigma2=Fraction(50),
     )
-    assert json.loads(json.dumps(plan.to_json())) == {
-        "noise_by": "both",
-        "noise_multiplier": "2.0",
-        "sensitivity": "10.0",
-        "quorum": 5,
-        "colluders": 1,
-        "aggregator_sigma2": "200/1",
-        "share_sigma2": "50/1",
-    }
 
 
 def test_events_say_what_holds_and_against_whom() -> None:
@@ -96,31 +74,16 @@ def test_events_say_what_holds_and_against_whom() -> None:
 
 
 @settings(deadline=None, max_examples=100)
-@given(
-    noise_by=st.sampled_from(WHO),
-    noise_multiplier=st.floats(0.05, 20),
-    sensitivity=st.floats(100, 1e6),
-    quorum=st.integers(1, 20),
-    data=st.data(),
-)
-def test_what_is_left_if_all_others_collude_is_one_share(
-    noise_by: NoiseBy, noise_multiplier: float, sensitivity: float, quorum: int, data: st.DataObject
-) -> None:
-    plan = plan_noise(
-        noise_by=noise_by,
-        noise_multiplier=noise_multiplier,
-        sensitivity=sensitivity,
-        quorum=quorum,
-        colluders=data.draw(st.integers(0, quorum - 1)),
-    )
+@given(plan=noise_plans())
+def test_what_is_left_if_all_others_collude_is_one_share(plan: NoisePlan) -> None:
     own = plan.multiplier_against_all_others
-    if noise_by == "aggregator":
+    if plan.noise_by == "aggregator":
         assert own is None
         return
     assert own is not None
-    assert (Fraction(own) * Fraction(sensitivity)) ** 2 <= plan.share_sigma2
-    parts = 2 if noise_by == "both" else 1
-    wanted = noise_multiplier / math.sqrt(parts * plan.honest_shares)
+    assert (Fraction(own) * Fraction(plan.sensitivity)) ** 2 <= plan.share_sigma2
+    parts = 2 if plan.noise_by == "both" else 1
+    wanted = plan.noise_multiplier / math.sqrt(parts * plan.honest_shares)
     assert wanted * (1 - 1e-12) <= own <= wanted * (1 + 1e-3)
 
 
@@ -185,7 +148,7 @@ def test_extra_answers_and_honest_colluders_gain_nothing() -> None:
 @pytest.mark.parametrize("noise_by", WHO)
 def test_no_noise_is_a_plan_that_claims_nothing(noise_by: NoiseBy) -> None:
     plan = plan_noise(noise_by=noise_by, noise_multiplier=0.0, sensitivity=10.0, quorum=3, colluders=0)
-    assert (plan.aggregator_sigma2, plan.share_sigma2, plan.parties_sigma2) == (Fraction(0),) * 3
+    assert plan.aggregator_sigma2 == plan.share_sigma2 == 0
     assert plan.multiplier_release is None
     assert plan.multiplier_against_aggregator is None
     for event in (plan.event("release", dimension=1), plan.event("aggregator", dimension=1)):
