@@ -127,7 +127,6 @@ def plan_round(
         InvalidInput, PlanError: when no such round can be run; says why.
     """
     cohort, quorum = invited(spec, roster)
-    local = spec.local_training
     if spec.strategy == "fedsgd":
         settings = _gradient_sum(spec, model, roster, scheme=scheme, quorum=quorum, declared_rows=declared_rows or {})
     else:
@@ -144,14 +143,7 @@ def plan_round(
         model_sha256=model.sha256,
         model_bytes=model.size,
         dimension=model.dimension,
-        local=LocalPlan(
-            steps=settings.steps,
-            sampling_rate=real(local.sampling_rate),
-            learning_rate=real(local.learning_rate),
-            max_grad_norm=real(local.max_grad_norm),
-            noise_multiplier=real(settings.noise_multiplier),
-            delta=real(local.delta),
-        ),
+        local=_local_plan(spec, settings),
         clipping_norm=real(settings.clipping_norm),
         resolution_bits=settings.resolution_bits,
         rounded_bound=settings.derived.rounded_bound,
@@ -167,6 +159,19 @@ def plan_round(
         custody=roster.custody,
         gradient_sum=settings.gradient_sum,
         adaptive_clipping=settings.adaptive_clipping,
+    )
+
+
+def _local_plan(spec: FederatedTrainingSpec, settings: _Settings) -> LocalPlan:
+    """What a party does with its rows: as the job asks, but for the steps and the noise."""
+    local = spec.local_training
+    return LocalPlan(
+        steps=settings.steps,
+        sampling_rate=real(local.sampling_rate),
+        learning_rate=real(local.learning_rate),
+        max_grad_norm=real(local.max_grad_norm),
+        noise_multiplier=real(settings.noise_multiplier),
+        delta=real(local.delta),
     )
 
 

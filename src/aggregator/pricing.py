@@ -167,8 +167,7 @@ class Pricing:
             )
         # Under the smallest norm there is the least noise, whose shares are the furthest from one discrete Gaussian: no
         # round costs more. The largest needs the widest slots: where these fit, all do.
-        costs = [round_costs(scheme, plan)["release"] for plan in plans]
-        return costs[0]
+        return round_costs(scheme, plans[0])["release"]
 
     def _accepted(self, connection: Connection) -> list[tuple[JobRow, int, dict[str, int]]]:
         """The trainings already accepted, with the number of the round that each has come to, and the rows that its

@@ -1,4 +1,4 @@
-"""Who is reachable, and what was last pushed to whom.
+"""Who is reachable, who was turned away, and what was last pushed to whom.
 
 Work is level-triggered: after every change the coordinator offers each connected party what it is wanted for now, and
 a session passes on what differs from what it passed on before. So a reconnect, or a restart of either side, loses
@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from ..communication.generated import federation_pb2
@@ -34,6 +34,7 @@ class Sessions:
 
     def __init__(self) -> None:
         self._open: dict[str, Session] = {}
+        self._refused: dict[str, str] = {}
         self._sequence = 0
 
     @property
@@ -41,8 +42,18 @@ class Sessions:
         """Names of the parties with an open stream."""
         return frozenset(self._open)
 
+    @property
+    def refused(self) -> Mapping[str, str]:
+        """Parties that were turned away when they last joined: name → why, for everybody to read."""
+        return self._refused
+
+    def refuse(self, party: str, why: str) -> None:
+        """Remember why a party was turned away, for those who wait for it; until it opens a stream."""
+        self._refused[party] = why
+
     def open(self, party: str, session_id: str) -> Session:
         """Begin a stream to a party."""
+        self._refused.pop(party, None)
         older = self._open.get(party)
         if older is not None:
             older.queue.put_nowait(None)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Final
@@ -125,7 +125,8 @@ class Trainings:
             return self._all_declared(job, spec)
         joined = self._sessions.connected
         missing = sorted(set(spec.parties) - joined)
-        self._stage[job.job_id] = f"waiting for {', '.join(missing) or 'at least two parties'} to join"
+        waiting = f"waiting for {', '.join(missing) or 'at least two parties'} to join"
+        self._stage[job.job_id] = self._with_refusals(waiting, missing)
         if missing or len(joined) < 2:  # a sum over one party is that party's update
             return False
         return self._all_declared(job, spec)
@@ -133,7 +134,8 @@ class Trainings:
     def _all_declared(self, job: JobRow, spec: FederatedTrainingSpec) -> bool:
         missing = undeclared(spec, self._federation)
         if missing:
-            self._stage[job.job_id] = f"waiting for {', '.join(missing)} to join and declare their rows"
+            waiting = f"waiting for {', '.join(missing)} to join and declare their rows"
+            self._stage[job.job_id] = self._with_refusals(waiting, missing)
         return not missing
 
     async def advance(self, job: JobRow, *, paused: bool) -> None:
@@ -407,6 +409,7 @@ class Trainings:
         elif names and not known.said and now - known.since >= WAIT_NOTICE_S:
             self._awaited[row.job_id] = _Awaited(names, known.since, said=True)
             text = f"round {row.number} waits for {', '.join(names)} ({row.state.value.lower()})"
+            text = self._with_refusals(text, names)
             await self._held.happen(row.job_id, JobEvent(kind=EventKind.WAITING, message=text, cause=AGGREGATOR_CAUSE))
 
     def progress(self, job_id: str, *, rounds: int) -> Activity | None:
@@ -421,19 +424,26 @@ class Trainings:
             stage = self._stage.get(job_id, "")
             return Activity(stage, bytes_received=tally.bytes_up) if stage or tally.bytes_up else None
         row = rows[-1]
+        awaited = rules.waiting_for(row)
         end = tally.estimate(rounds, since=row.started_at, now=self._clock())
         return Activity(
-            stage=f"round {row.number}: {row.state.value.lower()}",
-            waiting_for=rules.waiting_for(row),
+            stage=self._with_refusals(f"round {row.number}: {row.state.value.lower()}", awaited),
+            waiting_for=awaited,
             parties=rules.party_states(row, self._sessions.connected),
             bytes_received=tally.bytes_up + sum(row.bytes_up.values()),
             estimated_end_at=utc(end) if end else "",
         )
 
     def awaited(self) -> dict[str, str]:
-        """What is expected of each party now."""
+        """What is expected of each party now; of one that was turned away, why."""
         rows = [row for row in self._recent.values() if not row.at_rest]
-        return {name: row.state.value.lower() for row in rows for name in rules.waiting_for(row)}
+        expected = {name: row.state.value.lower() for row in rows for name in rules.waiting_for(row)}
+        return expected | {name: f"refused: {why}" for name, why in self._sessions.refused.items()}
+
+    def _with_refusals(self, text: str, awaited: Sequence[str]) -> str:
+        """`text`, and of those for whom something waits who was turned away, and why."""
+        refused = self._sessions.refused
+        return "; ".join([text, *(f"{name} was refused: {refused[name]}" for name in awaited if name in refused)])
 
 
 def _batches(row: RoundRow) -> list[Batch]:

@@ -25,8 +25,27 @@ def aggregator(config: Config) -> None:
 def party(
     config: Config,
     name: Annotated[str | None, typer.Option("--name", help="Be this party instead of the one in the file.")] = None,
+    check_data: Annotated[
+        bool, typer.Option("--check-data", help="Load the data, say here what is wrong with it, and end.")
+    ] = False,
 ) -> None:
     """Run a party: a data owner's node, until SIGTERM or Ctrl-C. It makes outbound connections only."""
+    if check_data:
+        _check_data(config, name)
+        return
     from ..party.main import run
 
     run(config, name=name)
+
+
+def _check_data(config: Path, name: str | None) -> None:
+    """For the owner alone: nothing is sent or logged. Exit code 1 if not every row can be trained on."""
+    from ..config import load_party_config
+    from ..party.check import check_data
+
+    all_fine = True
+    for line, fine in check_data(load_party_config(config, name=name)):
+        typer.echo(line)
+        all_fine = all_fine and fine
+    if not all_fine:
+        raise typer.Exit(1)

@@ -32,7 +32,7 @@ class Activity:
 
 @dataclass(frozen=True, slots=True)
 class PartyStatus:
-    """Whether a party is reachable, and what is expected of it (empty: nothing)."""
+    """Whether a party is reachable, and what is expected of it (empty: nothing), or why it was refused."""
 
     party: str
     connected: bool

@@ -79,7 +79,7 @@ def central(
         threads: of torch, in this process from now on.
 
     Raises:
-        InvalidInput: as `pool` and `train_dpsgd`.
+        InvalidInput: as `pool`, `train_plain` and `train_dpsgd`.
     """
     torch.set_num_threads(threads)
     data = pool(parties)

@@ -55,9 +55,9 @@ def train_dpsgd(
 ) -> None:
     """Train `model` in place with DP-SGD: `config.steps` steps of SGD on clipped, noised gradients.
 
-    A step whose sample is empty is a step of pure noise, and so is one whose every row has no finite gradient. No row
-    makes this fail. The caller sets torch's threads. Losses are neither returned nor logged: they are functions of
-    private rows.
+    A step whose sample is empty is a step of pure noise, and so is one whose every row is not finite, or has no finite
+    gradient: such a row is sampled as any other, and counts as zero. No row makes this fail. The caller sets torch's
+    threads. Losses are neither returned nor logged: they are functions of private rows.
 
     Args:
         model: float32, trained in float64 and rounded at the end; buffers stay as they are.
@@ -95,8 +95,9 @@ def train_plain(
     divisor is the same.
 
     Raises:
-        InvalidInput: `loss` does not return one value for each example.
+        InvalidInput: a row is not finite, or `loss` does not return one value for each example.
     """
+    dataset.require_finite()
     model.train()
     optimizer = torch.optim.SGD(model.parameters(), lr=config.learning_rate, momentum=config.momentum)
     features, labels = torch.from_numpy(dataset.features), torch.from_numpy(dataset.labels)

@@ -24,8 +24,8 @@ def clipped_gradient_sum(
 ) -> NDArray[np.float64]:
     """Σ of the gradients of the chosen examples, each scaled down to L2 norm `max_grad_norm` at most.
 
-    An example whose gradient is not finite counts as zero: what one example adds is bounded whatever it holds, and
-    nothing that one example does makes this fail. No row chosen: zeros.
+    An example that is not finite, or whose gradient is not, counts as zero: what one example adds is bounded whatever
+    it holds, and nothing that one example does makes this fail. No row chosen: zeros.
 
     Args:
         model: as it is sent to the parties; stays as it is.

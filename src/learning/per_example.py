@@ -9,8 +9,9 @@ layer is linear and called once, on one row for each example, they come from its
 outputs (Goodfellow 2015, "Efficient Per-Example Gradient Computations"; Bu et al. 2022, "Differentially Private
 Optimization on Large Foundation Models at Small Cost", section 3); else Opacus computes every gradient by itself.
 
-An example whose loss or gradient is not finite, or cannot be computed, counts as zero: neither a sum that is not finite
-nor a failure ever tells of one row. What is wrong with the model or the loss itself is found beforehand, on blank rows.
+An example that is not finite itself, or whose loss or gradient is not, or cannot be computed, counts as zero: neither
+a sum that is not finite nor a failure ever tells of one row. What is wrong with the model or the loss itself is found
+beforehand, on blank rows.
 """
 
 from __future__ import annotations
@@ -101,12 +102,15 @@ class ClippedSums:
     def over(self, dataset: Dataset, chosen: NDArray[np.int64], *, padded_to: int = 0) -> torch.Tensor:
         """Σ over the chosen examples, each scaled down to L2 norm C at most; shape (size,), float64.
 
+        No model and no loss sees an example that is not finite.
+
         Args:
             chosen: positions in `dataset`, shape (k,).
             padded_to: 0, or rows to compute at least, in chunks that are all full, with blank rows that count for
                 nothing: then neither the time taken nor the shapes at work tell how many were chosen.
         """
         total = torch.zeros(self.size, dtype=torch.float64)
+        chosen = chosen[dataset.finite(chosen)]
         rows = min(self._most_rows, _PADDED_ROWS if padded_to else _CHUNK_ROWS)
         for start in range(0, max(len(chosen), padded_to), rows):
             part = chosen[start : start + rows]

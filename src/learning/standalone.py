@@ -207,7 +207,8 @@ def run_plan(plan: Plan, *, purse: Purse, entropy: Entropy, max_model_bytes: int
     Raises:
         BudgetError: nothing was charged and no data touched.
         LimitError: the model is too large; nothing was charged.
-        InvalidInput: DP-SGD cannot train the task's model (found after the reservation: it counts as spent).
+        InvalidInput: DP-SGD cannot train the task's model, or without it a row is not finite (found after the
+            reservation: it counts as spent); or a public row is not finite (before: nothing was charged).
         JobFailed: the training failed, for a reason of which type and place are told, or its parameters are not finite
             numbers; charged.
     """

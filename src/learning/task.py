@@ -29,6 +29,7 @@ BUILT_IN: Final[Mapping[str, tuple[str, str]]] = {"randhie": (".tasks.randhie", 
 Options = Mapping[str, object]
 Loss = Callable[["torch.Tensor", "torch.Tensor"], "torch.Tensor"]
 Metrics = Callable[[NDArray[Any], NDArray[Any]], dict[str, float]]
+_ALL: Final = slice(None)
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,13 +37,14 @@ class Dataset:
     """Rows to train or evaluate on; one row is one example.
 
     Attributes:
-        features: float32, finite, shape (n, …): the first axis counts the rows.
+        features: float32, shape (n, …): the first axis counts the rows.
         labels: shape (n,): whole numbers for classes, floats for anything else.
         description: public text on what the rows are; no count or statistic of private rows.
 
+    A row that is not finite is a row: to refuse it here would tell others of it, by a party that does not contribute.
+
     Raises:
-        InvalidInput: the shapes or dtypes are others, or a feature or label is not finite: found when rows are loaded,
-            which is their owner's matter, and not when somebody's model meets them.
+        InvalidInput: the shapes or dtypes are others.
     """
 
     features: NDArray[np.float32]
@@ -54,13 +56,23 @@ class Dataset:
             raise InvalidInput("features are float32 with at least two axes, rows first")
         if self.labels.shape != self.features.shape[:1]:
             raise InvalidInput("there is one label for each row of features")
-        if not np.isfinite(self.features).all():
-            raise InvalidInput("every feature is finite")
-        if self.labels.dtype.kind == "f" and not np.isfinite(self.labels).all():
-            raise InvalidInput("every label is finite")
 
     def __len__(self) -> int:
         return len(self.labels)
+
+    def finite(self, rows: NDArray[np.int64] | slice = _ALL) -> NDArray[np.bool_]:
+        """Of each of these rows whether every feature and its label are finite: positions, shape (k,); all by default.
+
+        DP-SGD passes over the others.
+        """
+        features, labels = self.features[rows], self.labels[rows]
+        found = np.asarray(np.isfinite(features).all(axis=tuple(range(1, features.ndim))))
+        return found & np.isfinite(labels) if labels.dtype.kind == "f" else found
+
+    def require_finite(self) -> None:
+        """Raises InvalidInput where a row is not finite: for rows that are public, or trained on without privacy."""
+        if not self.finite().all():
+            raise InvalidInput("every feature and label is finite")
 
 
 class Task(Protocol):
@@ -71,7 +83,7 @@ class Task(Protocol):
     - `load_holdout(options) -> Dataset`: public rows on which the aggregator evaluates;
     - `loss(outputs, labels) -> Tensor` of shape (n,): one loss for each example, never their mean, since DP-SGD clips
       each example's gradient by itself. Model and loss are computed in float64, and tried on blank rows first (features
-      and labels of zero); of an example for which the loss is not finite, or fails, nothing is learnt;
+      and labels of zero); of an example that is not finite, or for which the loss is not or fails, nothing is learnt;
     - `metrics(outputs, labels) -> dict[str, float]`, over numpy arrays;
     - `preload()`: imports what its data needs, once for all workers.
     """
@@ -128,9 +140,17 @@ def check_options(options: Options, *, known: tuple[str, ...], task: str) -> Non
 
 
 def holdout_of(task: Task, options: Options) -> Dataset | None:
-    """The task's public rows, or None where it has none: then a job says "not evaluated"."""
+    """The task's public rows, or None where it has none: then a job says "not evaluated".
+
+    Raises:
+        InvalidInput: one of them is not finite.
+    """
     load = getattr(task, "load_holdout", None)
-    return None if load is None else cast(Dataset, load(options))
+    if load is None:
+        return None
+    rows = cast(Dataset, load(options))
+    rows.require_finite()
+    return rows
 
 
 def loss_of(task: Task) -> Loss:

@@ -42,10 +42,8 @@ class App:
         state.mkdir(parents=True, exist_ok=True)
         home = Home(config)
         metadata = MetaData()
-        self._memory, ledger = (
-            RoundMemory(metadata),
-            LedgerStore(metadata, signer=EntrySigner(home.signing_key)),
-        )
+        self._memory = RoundMemory(metadata)
+        ledger = LedgerStore(metadata, signer=EntrySigner(home.signing_key))
         location = database_location(config.database_path, config.database.url, config.database.password_file)
         self._database = Database(location, Migrations("party"))
         self._blobs = Blobs(state / "blobs")

@@ -136,8 +136,6 @@ def derive_gradient_sum(
 ) -> Derived:
     """`derive` for `fedsgd`: what one example can change, the noise over that, and slots for the largest batch.
 
-    The cap is the same for all parties, so that all slots are: it follows from the most rows that one of them declares.
-
     Args:
         max_grad_norm: L2 bound of one example's gradient.
         sampling_rate: of every party's Poisson sample.
@@ -156,22 +154,10 @@ def derive_gradient_sum(
             "only such a job may",
             field="trusted_aggregator",
         )
-    least = least_resolution_bits(max_grad_norm, dimension=dimension)
-    if resolution_bits < least:
-        raise PlanError(
-            f"a sum of {dimension} coordinates under a norm of {max_grad_norm:g} needs at least {least} "
-            f"resolution bits, the plan has {resolution_bits}",
-            field="resolution_bits",
-        )
+    _check_grid(max_grad_norm, resolution_bits=resolution_bits, dimension=dimension)
     if not declared_rows or min(declared_rows.values()) < 1:
         raise PlanError("every party of a fedsgd cohort declares at least one row", field="declared_rows")
-    cohort = len(declared_rows)
-    cap = batch_cap(
-        max(declared_rows.values()),
-        sampling_rate=sampling_rate,
-        draws=cohort * priced_rounds,
-        log2_probability=CAP_LOG2,
-    )
+    cap = _cap(declared_rows, sampling_rate=sampling_rate, priced_rounds=priced_rounds)
     bound = nearest_bound(max_grad_norm, resolution_bits=resolution_bits, dimension=dimension)
     noise = plan_noise(
         noise_by=cast(NoiseBy, noise_by),
@@ -188,9 +174,29 @@ def derive_gradient_sum(
         norm=cap * max_grad_norm,
         resolution_bits=resolution_bits,
         delta=delta,
-        cohort=cohort,
+        cohort=len(declared_rows),
         priced_rounds=priced_rounds,
         cap=cap,
+    )
+
+
+def _check_grid(max_grad_norm: float, *, resolution_bits: int, dimension: int) -> None:
+    least = least_resolution_bits(max_grad_norm, dimension=dimension)
+    if resolution_bits < least:
+        raise PlanError(
+            f"a sum of {dimension} coordinates under a norm of {max_grad_norm:g} needs at least {least} "
+            f"resolution bits, the plan has {resolution_bits}",
+            field="resolution_bits",
+        )
+
+
+def _cap(declared_rows: Mapping[str, int], *, sampling_rate: float, priced_rounds: int) -> int:
+    """The same for all parties, so that all slots are: from the most rows that one of them declares."""
+    return batch_cap(
+        max(declared_rows.values()),
+        sampling_rate=sampling_rate,
+        draws=len(declared_rows) * priced_rounds,
+        log2_probability=CAP_LOG2,
     )
 
 

@@ -169,23 +169,21 @@ def provision(
     dealt = _deal(request, processes=processes or os.cpu_count() or 1, tell=tell)
     tell("writing the kits")
     out = out.absolute()
-    out.parent.mkdir(parents=True, exist_ok=True)
-    place = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=out.parent))  # mode 0700
-    try:
-        made = _write(place, request, dealt, aggregator=aggregator_overrides or {}, party=party_overrides or {})
-        place.rename(out)
-    except BaseException:
-        shutil.rmtree(place, ignore_errors=True)
-        raise
+    made = _write_all(out, request, dealt, aggregator=aggregator_overrides or {}, party=party_overrides or {})
+    return _summary(out, request, dealt, made)
+
+
+def _summary(out: Path, request: _Request, dealt: _Deal, made: list[tuple[str, str, str]]) -> Summary:
+    """Of what `_write` returned."""
     return Summary(
         out=out,
-        federation=federation,
+        federation=request.federation,
         parties=request.parties,
-        custody=custody,
-        modulus_bits=modulus_bits,
+        custody=request.custody,
+        modulus_bits=request.modulus_bits,
         threshold=request.threshold,
-        colluders=colluders,
-        tolerated_colluders=2 * request.threshold - len(parties) - 1 if dealt.key else None,
+        colluders=request.colluders,
+        tolerated_colluders=2 * request.threshold - len(request.parties) - 1 if dealt.key else None,
         key_id=dealt.roster.key_id,
         roster_digest=dealt.roster.digest,
         valid_days=VALID_DAYS,
@@ -294,6 +292,21 @@ def _deal(request: _Request, *, processes: int, tell: Progress) -> _Deal:
         roster=roster,
         signed=sign_roster(roster, signing[OPERATOR]),
     )
+
+
+def _write_all(
+    out: Path, request: _Request, dealt: _Deal, *, aggregator: Mapping[str, Any], party: Mapping[str, Any]
+) -> list[tuple[str, str, str]]:
+    """`_write` into `out`, or nothing: made beside it, and renamed once all is there."""
+    out.parent.mkdir(parents=True, exist_ok=True)
+    place = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=out.parent))  # mode 0700
+    try:
+        made = _write(place, request, dealt, aggregator=aggregator, party=party)
+        place.rename(out)
+    except BaseException:
+        shutil.rmtree(place, ignore_errors=True)
+        raise
+    return made
 
 
 def _write(

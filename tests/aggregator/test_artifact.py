@@ -54,6 +54,31 @@ def make_plan(federation: Federation, spec: FederatedTrainingSpec, number: int =
     )
 
 
+def ended_round(
+    federation: Federation, spec: FederatedTrainingSpec, number: int, *, result: dict[str, Any] | None
+) -> RoundRow:
+    """A round that was released with this result, or failed without one."""
+    signed = federation.sign(PLAN_KIND, make_plan(federation, spec, number).to_statement())
+    transcript = federation.sign(TRANSCRIPT_KIND, {"round": number}).to_json()
+    return RoundRow(
+        job_id="job",
+        number=number,
+        state=RoundState.RELEASED if result else RoundState.FAILED,
+        plan=signed.to_json(),
+        plan_digest=signed_digest(signed, PLAN_KIND),
+        model_sha256="a" * 64,
+        cohort=("a", "b", "c"),
+        quorum=3,
+        holders=(),
+        threshold=0,
+        noise_needed=True,
+        started_at=0.0,
+        timeout_s=1.0,
+        contributors=("a", "aggregator", "b", "c") if result else (),
+        result={**result, "transcript": transcript} if result else None,
+    )
+
+
 @pytest.fixture
 def blobs(tmp_path: Path) -> Blobs:
     return Blobs(tmp_path / "blobs")
@@ -70,37 +95,15 @@ def manifest(federation: Federation, blobs: Blobs) -> MakeManifest:
         epsilon_party: float | str = 3.5,
     ) -> tuple[dict[str, Any], dict[str, Any]]:
         model = blobs.write(MODEL)
-        history = []
-        for number, state in enumerate([RoundState.RELEASED, RoundState.FAILED, RoundState.RELEASED], start=1):
-            signed = federation.sign(PLAN_KIND, make_plan(federation, spec, number).to_statement())
-            released = state is RoundState.RELEASED
-            transcript = federation.sign(TRANSCRIPT_KIND, {"round": number})
-            result = {
-                "model_sha256": model.sha256,
-                "model_bytes": model.size,
-                "metrics": metrics or {},
-                "epsilon_party": epsilon_party,
-                "epsilon_party_against_aggregator": "inf",
-                "transcript": transcript.to_json(),
-            }
-            row = RoundRow(
-                job_id="job",
-                number=number,
-                state=state,
-                plan=signed.to_json(),
-                plan_digest=signed_digest(signed, PLAN_KIND),
-                model_sha256=model.sha256,
-                cohort=("a", "b", "c"),
-                quorum=3,
-                holders=(),
-                threshold=0,
-                noise_needed=True,
-                started_at=0.0,
-                timeout_s=1.0,
-                contributors=("a", "aggregator", "b", "c") if released else (),
-                result=result if released else None,
-            )
-            history.append(row)
+        result = {
+            "model_sha256": model.sha256,
+            "model_bytes": model.size,
+            "metrics": metrics or {},
+            "epsilon_party": epsilon_party,
+            "epsilon_party_against_aggregator": "inf",
+        }
+        ends = (result, None, result)
+        history = [ended_round(federation, spec, number, result=end) for number, end in enumerate(ends, start=1)]
         job = JobRow(
             job_id="job",
             request_id="r",

@@ -71,3 +71,34 @@ async def test_an_aggregator_that_was_put_back_to_before_a_release_is_found_by_a
     assert await back.coordinator.meet("a", [seen]) == ()
     await back.coordinator.stop()
     await back.database.close()
+
+
+@pytest.mark.parametrize("pinned", [False, True])
+async def test_who_waits_for_a_party_that_was_refused_is_told_until_it_joins(
+    pinned: bool, federation: Federation, tmp_path: Path
+) -> None:
+    federation.pinned = pinned
+    place = Place(federation, tmp_path)
+    await place.database.open()
+    job_id = await place.submit(place.training())
+    doing = "round 1: training" if pinned else "waiting for a, b to join"
+    refused = "refused: the aggregator's ledger lacks an entry that a knows of"
+    with pytest.raises(LedgerError):
+        await place.coordinator.meet("a", [Head("9" * 64, "lost", 3)])
+    await place.turn()
+    assert _shown(place, job_id) == (f"{doing}; a was {refused}", refused)
+    if pinned:
+        await place.turn(after_s=11)
+        assert (await place.events(job_id))[-1].message == f"round 1 waits for a, b (training); a was {refused}"
+    place.coordinator._sessions.open("a", "1")
+    await place.turn()
+    assert _shown(place, job_id) == ((doing, "training") if pinned else ("waiting for b to join", ""))
+    await place.coordinator.stop()
+    await place.database.close()
+
+
+def _shown(place: Place, job_id: str) -> tuple[str, str]:
+    """What a job is doing, and what is expected of party a."""
+    activity = place.coordinator.progress(job_id)
+    assert activity is not None
+    return activity.stage, place.coordinator.trainings.awaited().get("a", "")

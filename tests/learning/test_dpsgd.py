@@ -308,3 +308,12 @@ def test_it_trains_in_a_child_of_a_preloaded_forkserver(tmp_path: Path) -> None:
         check=False,
     )
     assert done.stdout.strip() == "[(True, True), (True, True)]", done.stderr
+
+
+def test_without_privacy_a_row_that_is_not_finite_is_refused(
+    data: MakeData, training: MakeTraining, entropy: MakeEntropy
+) -> None:
+    rows = data(8)
+    rows.features[3, 1] = np.inf
+    with pytest.raises(InvalidInput, match="finite"):
+        train_plain(mlp(), rows, loss=default_loss, config=training(), entropy=entropy("plain"))

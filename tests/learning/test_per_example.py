@@ -178,6 +178,55 @@ def test_positions_that_nearly_cancel_are_clipped_by_the_norm_that_is_summed(bui
 # ------------------------------------------------------------------------------- rows of which nothing can be computed
 
 
+BROKEN: dict[str, tuple[list[float], float]] = {
+    "a feature that is not a number": ([np.nan, 1.0, 1.0, 1.0], 0.0),
+    "an infinite feature": ([1.0, np.inf, 1.0, 1.0], 1.0),
+    "a label that is not a number": ([1.0, 1.0, 1.0, 1.0], np.nan),
+    "an infinite label": ([1.0, 1.0, 1.0, 1.0], -np.inf),
+}
+
+
+@pytest.mark.parametrize("what", BROKEN)
+@pytest.mark.parametrize("name", MODELS)
+def test_a_row_that_is_not_finite_adds_nothing_and_no_model_or_loss_ever_sees_it(name: str, what: str) -> None:
+    """Not even a model that would make a number of it, or fail."""
+    model, (features, label) = MODELS[name](), BROKEN[what]
+    others = np.random.default_rng(4).normal(size=(6, 4))
+    known = np.arange(6) % 2 * 1.0
+    with_it = rows_of(np.insert(others, 2, features, axis=0), np.insert(known, 2, label))
+
+    seen: list[bool] = []
+
+    def loss(outputs: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        seen.append(bool(torch.isfinite(outputs).all() and torch.isfinite(labels).all()))
+        return default_loss(outputs, labels)
+
+    for run in (summed, moved):
+        found, without = run(model, with_it, 0.5, loss), run(model, rows_of(others, known), 0.5)
+        np.testing.assert_allclose(found, without, rtol=1e-6, atol=1e-7)
+    alone = rows_of([features], [label])
+    assert not summed(model, alone, 0.5, loss).any()
+    assert seen
+    assert all(seen)
+
+
+def test_a_row_that_is_not_finite_stays_in_the_count_and_moves_no_other_in_or_out_of_a_batch() -> None:
+    """As one whose label is no class, which counts as zero too: the same rows are drawn, the same noise is added."""
+    features = np.random.default_rng(5).normal(size=(30, 4))
+    labels = np.arange(30) % 2
+    labels[3] = 7
+    broken = features.copy()
+    broken[3, 1] = np.nan
+    found = []
+    for rows in (rows_of(features, labels), rows_of(broken, labels)):
+        model = seeded(torch.nn.Linear(4, 2))
+        config = LocalTraining(5, 0.5, 0.5, 1.0, 1.0, declared_rows=30)
+        entropy = DeterministicEntropy(b"tests/learning", purpose="broken")
+        train_dpsgd(model, rows, loss=default_loss, config=config, entropy=entropy)
+        found.append(torch.cat([each.detach().reshape(-1) for each in model.parameters()]))
+    assert torch.equal(*found)
+
+
 def steep() -> torch.nn.Module:
     """The model that finds out whether a row has a first feature of 2: in float32 a square overflows there."""
     first, last = torch.nn.Linear(4, 3), torch.nn.Linear(3, 1)

@@ -133,9 +133,6 @@ REFUSED = {
     "features of float64": (np.zeros((2, 1)), np.zeros(2)),
     "features without a second axis": (np.zeros(2, np.float32), np.zeros(2)),
     "one label too few": (np.zeros((2, 1), np.float32), np.zeros(1)),
-    "a feature that is not finite": (np.full((2, 1), np.nan, np.float32), np.zeros(2)),
-    "a label that is not a number": (np.zeros((2, 1), np.float32), np.array([0.0, np.nan])),
-    "a label that is infinite": (np.zeros((2, 1), np.float32), np.array([0.0, np.inf], np.float32)),
     "labels in a column": (np.zeros((2, 1), np.float32), np.zeros((2, 1))),
 }
 
@@ -144,3 +141,36 @@ REFUSED = {
 def test_refuses_a_data_set_with(what: str) -> None:
     with pytest.raises(InvalidInput):
         Dataset(*REFUSED[what], "x")  # type: ignore[arg-type]
+
+
+NOT_FINITE = {
+    "a feature that is not a number": (f32([[0], [np.nan]]), np.zeros(2)),
+    "an infinite feature": (f32([[0], [-np.inf]]), np.zeros(2, np.int64)),
+    "a label that is not a number": (f32([[0], [0]]), np.array([0.0, np.nan])),
+    "a label that is infinite": (f32([[0], [0]]), np.array([0.0, np.inf], np.float32)),
+}
+
+
+@pytest.mark.parametrize("what", NOT_FINITE)
+def test_loading_a_row_is_no_error_and_tells_its_owner_of(what: str) -> None:
+    """Whether a party contributes must not hang on one row; whoever cannot use such a row asks for finite ones."""
+    rows = Dataset(*NOT_FINITE[what], "x")
+    assert len(rows) == 2
+    assert rows.finite().tolist() == [True, False]
+    assert rows.finite(np.array([1, 0, 1])).tolist() == [False, True, False]
+    with pytest.raises(InvalidInput, match="every feature and label is finite"):
+        rows.require_finite()
+
+
+def test_no_row_and_images_are_finite() -> None:
+    assert Dataset(np.zeros((0, 3), np.float32), np.zeros(0), "x").finite().shape == (0,)
+    Dataset(np.zeros((2, 3, 4, 5), np.float32), np.zeros(2, bool), "x").require_finite()
+
+
+def test_public_rows_are_finite_or_refused() -> None:
+    class Broken(Bare):
+        def load_holdout(self, options: object) -> Dataset:
+            return Dataset(f32([[np.nan]]), np.zeros(1), "x")
+
+    with pytest.raises(InvalidInput, match="finite"):
+        holdout_of(Broken(), {})

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import fields
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -27,6 +28,25 @@ Q = 0xFAAA49171DF29F6E64818C4F9C0526B6962FD595EF4A54FC599214270537BE5B
 
 MakePlan = Callable[..., RoundPlan]
 """make_plan(scheme, **settings): a plan whose derived fields follow from its settings."""
+
+GIVEN: dict[str, Any] = {
+    "federation": "demo",
+    "job_id": "job1",
+    "round": 1,
+    "spec_digest": "5" * 64,
+    "task": "randhie",
+    "task_options": "{}",
+    "seed": 7,
+    "model_sha256": "a" * 64,
+    "model_bytes": 100,
+    "local": LocalPlan(
+        steps=10, sampling_rate="0.05", learning_rate="0.1", max_grad_norm="1.0", noise_multiplier="1.1", delta="1e-05"
+    ),
+    "roster_digest": "b" * 64,
+    "threshold": 2,
+    "custody": "threshold",
+}
+"""Of every plan, whatever its settings."""
 
 
 @pytest.fixture(scope="session")
@@ -97,25 +117,9 @@ def make_plan() -> MakePlan:
             adaptive=adaptive,
         )
         return RoundPlan(
-            federation="demo",
-            job_id="job1",
-            round=1,
+            **GIVEN,
             priced_rounds=priced_rounds,
-            spec_digest="5" * 64,
-            task="randhie",
-            task_options="{}",
-            seed=7,
-            model_sha256="a" * 64,
-            model_bytes=100,
             dimension=dimension,
-            local=LocalPlan(
-                steps=10,
-                sampling_rate="0.05",
-                learning_rate="0.1",
-                max_grad_norm="1.0",
-                noise_multiplier="1.1",
-                delta="1e-05",
-            ),
             clipping_norm=repr(clipping_norm),
             resolution_bits=resolution_bits,
             rounded_bound=derived.rounded_bound,
@@ -123,12 +127,9 @@ def make_plan() -> MakePlan:
             key_id=derived.layout.key_id,
             layout=derived.layout.to_json(),
             noise=derived.noise,
-            roster_digest="b" * 64,
             cohort=tuple(f"party{index}" for index in range(parties)),
             quorum=quorum,
             colluders=colluders,
-            threshold=2,
-            custody="threshold",
             adaptive_clipping=_adaptation(adaptive, derived.bit_unit) if adaptive else None,
         )
 

@@ -1428,6 +1428,7 @@ class PartyStatus(_message.Message):
     party: _builtins.str
     connected: _builtins.bool
     waiting_for: _builtins.str
+    """What is expected of it now, or why it was refused when it last joined; empty: neither."""
     def __init__(
         self,
         *,
