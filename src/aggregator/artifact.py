@@ -8,17 +8,13 @@ on and what came of it.
 from __future__ import annotations
 
 import json
-import math
-import platform
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Final
 
 from jsonschema import Draft202012Validator
 
-from .. import __version__
 from ..errors import NotFoundError, StorageError
 from ..jobs.computations import ExportSpec
 from ..jobs.spec import FederatedTrainingSpec
@@ -26,11 +22,12 @@ from ..jobs.states import JobRow
 from ..privacy.accounting import MEANINGLESS_EPSILON, epsilon
 from ..privacy.events import NoisySum
 from ..privacy.figures import AGAINST, EVERYBODY, OWN_NOISE, against_of_rows
-from ..protocol.canonical import real
+from ..protocol.canonical import number_or_inf, real
 from ..protocol.derive import adaptation_of, charged_against, example_event, noise_of, party_event
 from ..protocol.plan import MANIFEST_KIND, TRANSCRIPT_KIND, RoundPlan, signed_digest
 from ..protocol.signing import Signed, open_signed
 from ..storage.blobs import Blobs
+from ..versions import versions_of
 from .federation import Federation
 from .planning import plan_of
 from .round_row import RoundRow, RoundState
@@ -80,13 +77,13 @@ def write_artifact(
         "rounds": [_round(row) for row in history],
         "ledger_head": ledger_head,
         **({"party_ledger_heads": heads} if (heads := party_ledger_heads(history)) else {}),
-        "versions": _versions(),
+        "versions": versions_of(PACKAGES),
         "statements": statements(plan, federation.keyring.modulus_bits, last),
     }
     return {
         "files": write_files(statement, federation=federation, blobs=blobs),
         "metrics": last["metrics"],
-        "epsilon_example": spent_example if math.isfinite(spent_example) else "inf",
+        "epsilon_example": number_or_inf(spent_example),
         "epsilon_party": last["epsilon_party"],
         "epsilon_party_against_aggregator": last["epsilon_party_against_aggregator"],
         "delta": float(plan.local.delta),
@@ -196,7 +193,7 @@ def evaluation_statement(
             "manifest_sha256": source.manifest_sha256 if source else "",
         },
         "privacy": source.statement["privacy"] if source else UNKNOWN_PRIVACY,
-        "versions": _versions(),
+        "versions": versions_of(PACKAGES),
         "statements": lines,
     }
 
@@ -392,13 +389,3 @@ def statements(plan: RoundPlan, modulus_bits: int, last: dict[str, Any]) -> list
 
 def _text(value: float | str) -> str:
     return value if isinstance(value, str) else real(value)
-
-
-def _versions() -> dict[str, str]:
-    found = {"sotto": __version__, "python": platform.python_version()}
-    for name in PACKAGES:
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            continue  # an aggregator needs no torch
-    return found

@@ -15,7 +15,18 @@ from ..communication.identity import Identity
 from ..errors import AccessError, InvalidInput, NotFoundError
 from ..jobs.store import JobStore
 from ..privacy.accounting import epsilon
-from ..privacy.budget import Account, Balance, Budget, Limits, any_of, balance, concerns, period_start, subject_of
+from ..privacy.budget import (
+    Account,
+    Balance,
+    Budget,
+    Limits,
+    any_of,
+    balance,
+    concerns,
+    period_start,
+    resets,
+    subject_of,
+)
 from ..privacy.events import RELATIONS
 from ..privacy.figures import Figure, figures
 from ..privacy.ledger import GENESIS, Entry, to_line
@@ -203,7 +214,7 @@ class Budgets:
                     budget=budget,
                     now=now,
                     ever=balance(entries, budget, ever=True) if reset else now,
-                    periods=1 + sum(_is_reset(entry, account) for entry in entries),
+                    periods=1 + sum(resets(entry, account) for entry in entries),
                     epsilon_at=epsilon(now.events, delta=delta) if delta else None,
                     figures=figures(now.events, unit=unit, delta=budget.delta),
                 )
@@ -223,11 +234,6 @@ def finite(value: float | None) -> float | None:
 
 def _any(entries: list[Entry], account: Account) -> bool:
     return any(concerns(entry, account) for entry in entries)
-
-
-def _is_reset(entry: Entry, account: Account) -> bool:
-    corrected = entry.correction
-    return corrected is not None and corrected.action == "reset" and (entry.unit, entry.subject) == account
 
 
 def _check_unit(unit: str) -> None:

@@ -18,25 +18,12 @@ from ..jobs.computations import EvaluationSpec, ExportSpec
 from ..jobs.spec import FederatedTrainingSpec
 from ..jobs.specs import JobSpec, spec_of
 from ..jobs.states import JobRow, JobState, seconds, utc
+from ..jobs.wire import ASSUMPTIONS, FIGURES
 from ..learning.task import known_tasks
 from ..storage.blobs import Blobs
 from .artifact import MODEL_FILE, Source, evaluation_statement, export_statement, read_source, write_files
 from .federation import Federation
 from .work import EXPORTS, has_torch, model_shape
-
-FIGURES: Final = (
-    "epsilon_example",
-    "epsilon_party",
-    "epsilon_party_against_aggregator",
-    "delta",
-    "party_delta",
-    "epsilon_example_if_all_others_collude",
-    "epsilon_party_if_all_others_collude",
-    "example_assumption",
-    "party_assumption",
-    "party_assumption_against_aggregator",
-)
-"""What a result says of privacy: of a training's model the training's, of any other model nothing (None)."""
 
 OPERATORS: Final = "operator/"
 """How their names begin: they see everybody's jobs."""
@@ -155,7 +142,7 @@ class Computations:
         else:
             raise AssertionError("check lets through evaluations, and exports of a job")
         files = await asyncio.to_thread(write_files, statement, federation=self._federation, blobs=self._blobs)
-        return {"files": files, "metrics": metrics, **{name: known.get(name) for name in FIGURES}}
+        return {"files": files, "metrics": metrics, **{name: known.get(name) for name in (*FIGURES, *ASSUMPTIONS)}}
 
     async def _evaluate(
         self, job: JobRow, spec: EvaluationSpec, source: JobRow | None, made_by: Source | None, now: float

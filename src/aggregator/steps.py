@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -19,7 +18,7 @@ from ..privacy.events import Event as Mechanism
 from ..privacy.events import event_from_json
 from ..privacy.figures import Figure, figures
 from ..protocol.batches import StoredBatch
-from ..protocol.canonical import real
+from ..protocol.canonical import number_or_inf, real
 from ..protocol.plan import (
     LIST_KIND,
     OPENING_KIND,
@@ -120,9 +119,9 @@ class RoundSteps:
             "state_sha256": opened["state_sha256"],
             "blobs": [blob for blob in (opened["model_sha256"], opened["state_sha256"]) if blob],
             "metrics": metrics,
-            "epsilon_party": _plain(party.epsilon),
-            "epsilon_party_against_aggregator": _plain(aggregator),
-            "epsilon_party_if_all_others_collude": _plain(others.epsilon),
+            "epsilon_party": number_or_inf(party.epsilon),
+            "epsilon_party_against_aggregator": number_or_inf(aggregator),
+            "epsilon_party_if_all_others_collude": number_or_inf(others.epsilon),
             "party_assumption": party.assumes,
             "party_delta": delta,
             "transcript": transcript.to_json(),
@@ -186,11 +185,6 @@ def _figures(costs: list[tuple[Mechanism, Mechanism]], delta: float) -> tuple[Fi
 def _next_norm(opened: Mapping[str, Any]) -> dict[str, str]:
     """What adaptive clipping made of the bits, for the next round; nothing without it."""
     return {key: opened[key] for key in ("next_clipping_norm",) if key in opened}
-
-
-def _plain(value: float) -> float | str:
-    """JSON has no infinity."""
-    return value if math.isfinite(value) else "inf"
 
 
 def lacking(row: RoundRow) -> tuple[str, ...]:

@@ -20,6 +20,7 @@ from ..errors import ConfigError, DeadlineError, JobFailed
 from ..jobs.spec import FederatedTrainingSpec, LocalTraining, PartyPrivacy, spec_to_proto
 from ..learning.tasks.randhie import DEMO, RandHieTask
 from ..privacy.accounting import MEANINGLESS_EPSILON
+from ..protocol.canonical import number_or_inf
 from ..provisioning import Summary, provision
 from .processes import Roles
 from .view import View, epsilon
@@ -254,9 +255,9 @@ class Demo:
             "auc_central": baselines.central["auc"],
             "auc_central_dp": baselines.central_dp["auc"],
             "epsilon_example": final.epsilon_example,
-            "epsilon_party": _finite(final.epsilon_party),
-            "epsilon_party_against_aggregator": _finite(final.epsilon_party_against_aggregator),
-            "epsilon_party_if_all_others_collude": _finite(final.epsilon_party_if_all_others_collude),
+            "epsilon_party": number_or_inf(final.epsilon_party),
+            "epsilon_party_against_aggregator": number_or_inf(final.epsilon_party_against_aggregator),
+            "epsilon_party_if_all_others_collude": number_or_inf(final.epsilon_party_if_all_others_collude),
             "delta": final.delta,
             "party_delta": final.party_delta,
             "bytes_up": sum(party["bytes_up"] for each in result["rounds"] for party in each["parties"]),
@@ -350,8 +351,8 @@ def _round_json(summary: jobs_pb2.RoundSummary) -> dict[str, Any]:
         "state": summary.state,
         "contributions": summary.contributions,
         "metrics": dict(summary.metrics),
-        "epsilon_party": _finite(summary.epsilon_party),
-        "epsilon_party_against_aggregator": _finite(summary.epsilon_party_against_aggregator),
+        "epsilon_party": number_or_inf(summary.epsilon_party),
+        "epsilon_party_against_aggregator": number_or_inf(summary.epsilon_party_against_aggregator),
         "parties": [
             {
                 "party": party.party,
@@ -365,8 +366,3 @@ def _round_json(summary: jobs_pb2.RoundSummary) -> dict[str, Any]:
         "seconds": summary.seconds if summary.HasField("seconds") else None,
         "reason": summary.reason,
     }
-
-
-def _finite(value: float) -> float | str:
-    """JSON has no infinity."""
-    return value if math.isfinite(value) else "inf"

@@ -191,7 +191,7 @@ def _party_to_proto(party: Mapping[str, Any]) -> jobs_pb2.PartySummary:
     return message
 
 
-_FIGURES: Final = (
+FIGURES: Final = (
     "epsilon_example",
     "epsilon_party",
     "epsilon_party_against_aggregator",
@@ -200,7 +200,7 @@ _FIGURES: Final = (
     "epsilon_example_if_all_others_collude",
     "epsilon_party_if_all_others_collude",
 )
-_ASSUMPTIONS: Final = ("example_assumption", "party_assumption", "party_assumption_against_aggregator")
+ASSUMPTIONS: Final = ("example_assumption", "party_assumption", "party_assumption_against_aggregator")
 
 
 def result_to_proto(result: Mapping[str, Any]) -> jobs_pb2.JobResult:
@@ -216,10 +216,10 @@ def _fill_result(message: jobs_pb2.JobResult, result: Mapping[str, Any]) -> None
         message.files.add(name=file["name"], bytes=file["bytes"], sha256=bytes.fromhex(file["sha256"]))
     for name, value in (result.get("metrics") or {}).items():
         message.metrics[name] = float(value)
-    for name in _FIGURES:
+    for name in FIGURES:
         if result.get(name) is not None:  # of a model that came with the job nothing is known, which is not zero
             setattr(message, name, float(result[name]))
-    for name in _ASSUMPTIONS:
+    for name in ASSUMPTIONS:
         if result.get(name):
             setattr(message, name, str(result[name]))
 

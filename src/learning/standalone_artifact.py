@@ -9,19 +9,17 @@ import base64
 import binascii
 import hashlib
 import math
-import platform
 from collections.abc import Mapping
 from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Final
 
-from .. import __version__
 from ..errors import DigestError, InvalidInput, SignatureError
 from ..privacy.accounting import ACCOUNTANT, MEANINGLESS_EPSILON, epsilon
 from ..privacy.events import DpSgdSteps
-from ..protocol.canonical import canonical_bytes
+from ..protocol.canonical import canonical_bytes, number_or_inf
 from ..protocol.signing import Signed, SigningKey, open_signed
+from ..versions import versions_of
 from .flatten import from_safetensors
 from .standalone import Plan, Trained, steps_of
 from .standalone_json import load_schema, read_object, rfc8785, violations
@@ -66,7 +64,7 @@ def build_artifact(
     metrics = trained.metrics or {}
     body: dict[str, Any] = {
         "model": _model(trained.model, in_file=in_file),
-        "epsilon": _number(plan.epsilon),
+        "epsilon": number_or_inf(plan.epsilon),
         "accuracy": metrics.get("accuracy"),
         "n": plan.source.n,
         "provenance": {
@@ -169,7 +167,7 @@ def _seal(
         **body,
         "dp": {
             "enabled": job.private,
-            "epsilon": _number(plan.epsilon),
+            "epsilon": number_or_inf(plan.epsilon),
             "delta": job.delta,
             "clip": job.clip if job.private else None,
             "noise_multiplier": local.noise_multiplier,
@@ -190,7 +188,7 @@ def _seal(
         },
         "seed": job.seed,
         "created_at": created_at,
-        "versions": _versions(),
+        "versions": versions_of(_PACKAGES),
     }
     sealed = {**artifact, "hash": artifact_hash(artifact)}
     problems = violations(SCHEMA, sealed)
@@ -201,10 +199,6 @@ def _seal(
 def _model(model: bytes, *, in_file: bool) -> dict[str, Any]:
     where = {"file": MODEL_FILE} if in_file else {"base64": base64.b64encode(model).decode()}
     return {"format": "safetensors", "bytes": len(model), "sha256": hashlib.sha256(model).hexdigest(), **where}
-
-
-def _number(value: float) -> float | str:
-    return value if math.isfinite(value) else "inf"
 
 
 def _statements(plan: Plan) -> list[str]:
@@ -221,16 +215,6 @@ def _statements(plan: Plan) -> list[str]:
         lines.append("DP-SGD's noise is floating-point: open to attacks on its low bits in principle")
     lines.append("accuracy is of public rows, and n is public: neither is computed from private rows")
     return lines
-
-
-def _versions() -> dict[str, str]:
-    found = {"sotto": __version__, "python": platform.python_version()}
-    for name in _PACKAGES:
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            continue  # a mock needs no torch
-    return found
 
 
 def _check_model(model: Mapping[str, Any], directory: Path | None) -> None:

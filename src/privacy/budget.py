@@ -107,10 +107,11 @@ def _may_invite(entry: Entry) -> bool:
 
 def period_start(entries: Iterable[Entry], account: Account) -> int:
     """Sequence of the last reset of an account; 0 when there was none."""
-    return max((entry.sequence for entry in entries if _resets(entry, account)), default=0)
+    return max((entry.sequence for entry in entries if resets(entry, account)), default=0)
 
 
-def _resets(entry: Entry, account: Account) -> bool:
+def resets(entry: Entry, account: Account) -> bool:
+    """Whether with this entry a new period of the account begins."""
     corrected = entry.correction
     return corrected is not None and corrected.action == "reset" and (entry.unit, entry.subject) == account
 

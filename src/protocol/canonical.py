@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Mapping
 from typing import Any, NoReturn
 
@@ -55,6 +56,11 @@ def digest(value: Mapping[str, Any], *, domain: str) -> str:
 def real(value: float) -> str:
     """A float as statements carry it: the shortest decimal that reads back as the same double."""
     return repr(float(value))
+
+
+def number_or_inf(value: float) -> float | str:
+    """A float as plain JSON carries it, which has no infinity: that is the text "inf"."""
+    return "inf" if math.isinf(value) else value
 
 
 def _check(value: object, path: str) -> None:

@@ -15,7 +15,7 @@ import pytest
 
 from src.aggregator import computations
 from src.aggregator.artifact import MANIFEST_FILE, MODEL_FILE, UNKNOWN_PRIVACY, write_artifact
-from src.aggregator.computations import FIGURES, Computations, Workers
+from src.aggregator.computations import Computations, Workers
 from src.aggregator.federation import Federation
 from src.aggregator.planning import Model, plan_round
 from src.aggregator.round_row import RoundRow, RoundState
@@ -39,6 +39,7 @@ from src.jobs.executors.units import WorkContext, decode_reply, encode_unit, exe
 from src.jobs.spec import FederatedTrainingSpec
 from src.jobs.specs import JobSpec
 from src.jobs.states import JobRow, JobState, utc
+from src.jobs.wire import ASSUMPTIONS, FIGURES
 from src.learning.flatten import from_safetensors, model_to_tensors, to_safetensors
 from src.learning.tasks.randhie import RandHieTask
 from src.protocol.plan import PLAN_KIND, TRANSCRIPT_KIND, signed_digest
@@ -51,6 +52,7 @@ NOW = 1.8e9
 OWNER = "scientist/ann"
 ROWS = {"parties": 3, "seed": 0, "holdout": 0.2}
 TRAINING = FederatedTrainingSpec(task="randhie", rounds=1, spare_rounds=0)
+PRIVACY = (*FIGURES, *ASSUMPTIONS)
 
 
 def accepts(pool: WorkerPool) -> Workers:
@@ -275,7 +277,7 @@ def test_an_export_is_the_same_model_with_all_that_was_guaranteed_for_it(place: 
 def test_the_figures_of_privacy_are_the_trainings(place: Place, spec: JobSpec) -> None:
     known = place.source.result or {}
     result = place.run(spec)
-    assert {name: result[name] for name in FIGURES} == {name: known[name] for name in FIGURES}
+    assert {name: result[name] for name in PRIVACY} == {name: known[name] for name in PRIVACY}
     assert result["epsilon_party_against_aggregator"] == "inf"
 
 
@@ -301,7 +303,7 @@ def test_of_a_model_that_came_with_the_job_no_privacy_is_claimed(place: Place, t
     sha256 = place.blobs.write(place.model).sha256
     result = place.run(EvaluationSpec(model_sha256=sha256, task="randhie"))
     statement = place.fetched(result, tmp_path)
-    assert [result[name] for name in FIGURES] == [None] * len(FIGURES)
+    assert [result[name] for name in PRIVACY] == [None] * len(PRIVACY)
     assert statement["privacy"] == UNKNOWN_PRIVACY
     assert statement["evaluated"] == {"job_id": "", "manifest_sha256": ""}
     assert any("nothing is known of how this model was made" in line for line in statement["statements"])
