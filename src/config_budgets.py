@@ -68,10 +68,9 @@ def enforced(config: AggregatorConfig | PartyConfig | None) -> dict[Unit, dict[s
 
 
 def _limits(sections: dict[Account, Budget | None]) -> Limits:
-    return Limits(
-        {
-            account: Limit(max_rounds=section.max_rounds, epsilon=section.epsilon, delta=section.delta)
-            for account, section in sections.items()
-            if section is not None
-        }
-    )
+    return Limits({account: limit_of(section) for account, section in sections.items() if section is not None})
+
+
+def limit_of(section: Budget) -> Limit:
+    """What a section of the configuration says, as the ledger has it."""
+    return Limit(max_rounds=section.max_rounds, epsilon=section.epsilon, delta=section.delta)

@@ -71,6 +71,17 @@ def test_help_lists_every_command_and_imports_nothing_heavy() -> None:
     assert heavy & set(modules.split()) == set()
 
 
+def test_help_lists_every_exit_code_with_all_its_reasons(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.run(["--help"]) == 0
+    _, _, table = capsys.readouterr().out.partition("Exit codes")
+    rows = " ".join(table.split())
+    for code, meant in cli.exit_codes().items():
+        assert f"{code} {meant}" in rows
+    listed = {reason: code for code, meant in cli.exit_codes().items() for reason in meant.split(", ")}
+    assert {row.reason: row.exit_code for row in CATALOGUE.values()}.items() <= listed.items()
+    assert (listed["success"], listed[cli.USAGE_REASON], listed["interrupted"]) == (0, 2, 130)
+
+
 def test_the_version_is_the_packages(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.run(["--version"]) == 0
     assert capsys.readouterr().out == f"sotto {__version__}\n"

@@ -18,7 +18,7 @@ from ..communication.generated import budget_pb2_grpc, federation_pb2_grpc, jobs
 from ..communication.grpc_server import GrpcServer
 from ..communication.tls import TlsFiles
 from ..config import AggregatorConfig
-from ..config_budgets import limits_of
+from ..config_budgets import limit_of, limits_of
 from ..config_sections import split_address
 from ..jobs.admission import JobSettings
 from ..jobs.executors.pool import WorkerPool
@@ -203,7 +203,7 @@ def _settings(config: AggregatorConfig) -> JobSettings:
 
 def log_start(config: AggregatorConfig, federation: Federation, address: str) -> None:
     """What an operator wants to see first: configuration, key, pipeline parameters, address."""
-    privacy, budget = config.privacy, config.privacy.budget
+    privacy = config.privacy
     LOG.info("Sotto %s, aggregator of federation %r", __version__, config.federation)
     LOG.info(
         "custody %s, key id %s, %d bits, threshold %d of %d holders",
@@ -214,12 +214,10 @@ def log_start(config: AggregatorConfig, federation: Federation, address: str) ->
         len(federation.roster.holders),
     )
     LOG.info(
-        "noise by %s, %d colluders tolerated, party-level budget: rounds %s, epsilon %s at delta %g",
+        "noise by %s, %d colluders tolerated, party-level budget: %s",
         privacy.noise_by,
         privacy.colluders,
-        budget.max_rounds,
-        budget.epsilon,
-        budget.delta,
+        limit_of(privacy.budget),
     )
     LOG.info(
         "%d to %d workers, %s at the start; state in %s",

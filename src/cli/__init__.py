@@ -18,11 +18,15 @@ import typer
 from typer.core import TyperGroup
 
 from .. import __version__
-from ..errors import UNEXPECTED, ConfigError, InvalidInput, SottoError, meaning
+from ..errors import CATALOGUE, UNEXPECTED, ConfigError, InvalidInput, SottoError, meaning
 from .quick import quicken
 
 USAGE_REASON: Final = "USAGE"
-"""The reason of a command line that cannot be understood; its exit code is 2, as everywhere."""
+"""The reason of a command line that cannot be understood."""
+USAGE_EXIT: Final = 2
+"""As everywhere."""
+ABORTED_EXIT: Final = 130
+"""128 and the number of SIGINT, as shells have it."""
 
 
 class _Lazy(NamedTuple):
@@ -67,6 +71,8 @@ class LazyGroup(TyperGroup):
         """The table, without importing what it lists."""
         with formatter.section("Commands"):
             formatter.write_dl([(name, lazy.help) for name, lazy in COMMANDS.items()])
+        with formatter.section("Exit codes, with the reasons that --json names"):
+            formatter.write_dl([(str(code), meant) for code, meant in exit_codes().items()])
 
     def resolve_command(self, ctx: Any, args: list[str]) -> Any:
         """As the parent, with a suggestion for a name that is nearly right."""
@@ -77,6 +83,14 @@ class LazyGroup(TyperGroup):
             hint = f" Did you mean {close[0]!r}?" if close else f" There are: {', '.join(COMMANDS)}."
             ctx.fail(f"No such command {args[0]!r}.{hint}")
         return super().resolve_command(ctx, args)
+
+
+def exit_codes() -> dict[int, str]:
+    """Every exit code with what it means: the reasons of the catalogue that have it."""
+    found: dict[int, list[str]] = {0: ["success"], USAGE_EXIT: [USAGE_REASON], ABORTED_EXIT: ["interrupted"]}
+    for row in CATALOGUE.values():
+        found.setdefault(row.exit_code, []).append(row.reason)
+    return {code: ", ".join(found[code]) for code in sorted(found)}
 
 
 app = typer.Typer(
@@ -123,7 +137,7 @@ def run(arguments: Sequence[str]) -> int:
         _report(error, as_json=as_json)
         return meaning(error).exit_code
     except typer.Abort:
-        return 130
+        return ABORTED_EXIT
     except Exception as error:
         if hasattr(error, "show") and hasattr(error, "format_message"):  # the parser's own: wrong usage
             return _report_usage(error, as_json=as_json)

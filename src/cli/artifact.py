@@ -10,6 +10,8 @@ from typing import Annotated, Final
 
 import typer
 
+from .prose import say
+
 app = typer.Typer(
     add_completion=False,
     rich_markup_mode=None,
@@ -84,17 +86,17 @@ def verify(
         return
     private = math.isfinite(found.epsilon)
     costs = f"ε = {found.epsilon:.6g} at δ = {found.delta:g} for each row" if private else "NO PRIVACY: ε is infinite"
-    typer.echo(f"job {found.job_id}: {costs}")
-    typer.echo(f"hash {found.hash}: form, hash, model and ε are in order")
+    say(f"job {found.job_id}: {costs}")
+    say(f"hash {found.hash}: form, hash, model and ε are in order")
     if not found.signer:
-        typer.echo("NOT SIGNED: the hash shows damage, not who made it")
+        say("NOT SIGNED: the hash shows damage, not who made it")
     elif vouched_by is None:
-        typer.echo(
+        say(
             f"signed by who calls itself {found.signer!r}, with key {found.verify_key}: NOBODY VOUCHES FOR THIS KEY, "
             "it is not this node's. Get the key from who trained, and name it (--verify-key)"
         )
     else:
-        typer.echo(f"signed by {found.signer!r} with {vouched_by}")
+        say(f"signed by {found.signer!r} with {vouched_by}")
 
 
 def _vouched_by(key: str, *, named: bool, config: Path | None, name: str | None) -> str | None:

@@ -9,9 +9,16 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, cast
 import typer
 
 from ..errors import ConfigError, Refused
+from .prose import prose
 
 if TYPE_CHECKING:
     from ..learning.audit import AuditResult
+
+CANARIES = "Default: 100000 of kind dirac, 1000 examples. Too few to tell anything are refused."
+GUESSES = "Fixed beforehand (default: by canaries and claim). Too few to tell anything are refused."
+BEYOND = (
+    "the guesses could not have refuted this claim, had all of them been right: only the noise was tested against it"
+)
 
 app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
 
@@ -34,8 +41,8 @@ def audit(
     epochs: Annotated[float | None, typer.Option(help="Instead of --steps: times that an example is seen.")] = None,
     learning_rate: Annotated[float, typer.Option(help="Of SGD.")] = 0.1,
     kind: Annotated[str, typer.Option(help="Canaries: 'dirac' (strongest) or 'examples'.")] = "dirac",
-    canaries: Annotated[int | None, typer.Option(help="Default: 100000 of kind dirac, 1000 examples.")] = None,
-    guesses: Annotated[int | None, typer.Option(help="Fixed beforehand (default: by canaries and claim).")] = None,
+    canaries: Annotated[int | None, typer.Option(help=CANARIES)] = None,
+    guesses: Annotated[int | None, typer.Option(help=GUESSES)] = None,
     confidence: Annotated[float, typer.Option(help="Of the lower bound.")] = 0.95,
     expect_below: Annotated[
         float | None, typer.Option(help="Exit with 5 if ε is shown to be above this, or the mechanism is flagged.")
@@ -69,6 +76,7 @@ def audit(
         canaries=canaries,
         guesses=guesses,
         confidence=confidence,
+        expect_below=expect_below,
     )
     model, entropy = found.build_model(seed), SystemEntropy()
     result = learning.audit(model, rows, loss=loss_of(found), plan=plan, entropy=entropy, threads=1)
@@ -155,10 +163,14 @@ def _lines(task: str, result: AuditResult) -> list[str]:
         (result.verdict_delta, 1.0 - VERDICT_P, result.verdict_epsilon, result.verdict_lower_bound),
     )
     return [
-        f"DP-SGD of task {task}: {training.steps} steps, sampling rate {training.sampling_rate:g}, clipping norm "
-        f"{training.max_grad_norm:g}, noise multiplier {training.noise_multiplier:g}",
-        f"{plan.canaries} canaries ({plan.kind}), {result.included} of them in; {plan.guesses} guesses, fixed "
-        f"beforehand, {result.correct} right ({result.correct / plan.guesses:.1%})",
+        *prose(
+            f"DP-SGD of task {task}: {training.steps} steps, sampling rate {training.sampling_rate:g}, clipping norm "
+            f"{training.max_grad_norm:g}, noise multiplier {training.noise_multiplier:g}"
+        ),
+        *prose(
+            f"{plan.canaries} canaries ({plan.kind}), {result.included} of them in; {plan.guesses} guesses, fixed "
+            f"beforehand, {result.correct} right ({result.correct / plan.guesses:.1%})"
+        ),
         "",
         f"{'':<28}{'claimed ε':>12}{'ε is at least':>16}",
         *(
@@ -168,7 +180,8 @@ def _lines(task: str, result: AuditResult) -> list[str]:
         "",
         f"claimed by: {ACCOUNTANT}, one example more or less",
         f"noise on known input: {noise.ratio:.4f} of the planned variance (right: {noise.low:.4f} to {noise.high:.4f})",
-        *_verdict(result),
+        *([] if result.guesses_can_refute else prose(BEYOND)),
+        *(line for each in _verdict(result) for line in prose(each)),
     ]
 
 

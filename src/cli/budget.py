@@ -19,10 +19,12 @@ from .budget_source import (
     SubjectOption,
     UnitOption,
     as_entered,
+    asked_for,
     head_of,
     load,
     read_entries,
 )
+from .prose import assuming, prose, say, warn
 
 if TYPE_CHECKING:
     from ..privacy.accounting import Estimate
@@ -113,9 +115,12 @@ def show(
         typer.echo(json.dumps(body, ensure_ascii=False))
         return
     _print_table(role, rows, delta=delta)
-    typer.echo(f"{len(entries)} entries, chain verified, head {head_of(entries)}")
+    if subject is not None:
+        for line in dict.fromkeys(_never_entered(source.limits, row) for row in rows if not row.entries):
+            say(line)
+    say(f"{len(entries)} entries, chain verified, head {head_of(entries)}")
     for warning in warnings:
-        typer.echo(f"sotto: warning: {warning}", err=True)
+        warn(warning)
 
 
 def read(
@@ -129,7 +134,7 @@ def read(
     """(whose ledger, its entries, one row for each budget, warnings).
 
     Raises:
-        InvalidInput: a δ out of range.
+        InvalidInput: a δ out of range, a unit that there is not, or a subject that nobody knows here.
         NotFoundError: the role has no database yet.
         LedgerError: the ledger's chain is broken.
     """
@@ -139,11 +144,9 @@ def read(
     if delta is not None and not 0.0 < delta < 1.0:
         raise InvalidInput("--delta must lie strictly between 0 and 1", violations={"delta": "in (0, 1)"})
     entries = read_entries(source)
-    asked = [
-        account
-        for account in _accounts(source.limits, entries, subject=subject)
-        if unit in (None, account[0]) and subject in (None, account[1])
-    ]
+    asked = asked_for(source, entries, unit=unit, subject=subject)
+    if asked is None:
+        asked = [account for account in _accounts(source.limits, entries) if unit in (None, account[0])]
     rows = [
         _row(entries, budget, delta=delta, estimates=estimates)
         for account in asked
@@ -153,7 +156,7 @@ def read(
     return source.role, entries, rows, warnings
 
 
-def _accounts(limits: Limits, entries: list[Entry], *, subject: str | None) -> Iterator[Account]:
+def _accounts(limits: Limits, entries: list[Entry]) -> Iterator[Account]:
     """Every account that has a limit of its own or an entry; "kind:*" only where it stands for datasets not seen yet.
 
     Those at example level first.
@@ -166,8 +169,6 @@ def _accounts(limits: Limits, entries: list[Entry], *, subject: str | None) -> I
         if entry.user:
             seen[entry.unit, f"user:{entry.user}"] = None
     seen |= dict.fromkeys(limits.invited(entries))
-    if subject is not None:
-        seen |= {(account[0], subject): None for account in list(seen)}
     single = [account for account in seen if account[1] != any_of(account[1])]
     if not any(account[1].startswith("dataset:") for account in single):
         single += [account for account in seen if account[1] == "dataset:*"]
@@ -261,49 +262,69 @@ def _print_table(role: str, rows: list[Row], *, delta: float | None) -> None:
             str(row.entries),
         )
     Console().print(table)
-    for line in _what_they_say(rows):
+    for line in (*_what_they_say(rows), *(line for row in rows for line in _further(row, delta=delta))):
         typer.echo(line)
-    for row in rows:
-        if delta is not None:
-            at = f"ε {_epsilon(row.epsilon_at)} at δ {delta:g}"
-            others = f"if all others collude ε {_epsilon(row.epsilon_at_if_all_others_collude)}"
-            whose = f"{row.subject} ({row.unit} level)"
-            typer.echo(f"{whose}: {at}, converted from the mechanisms under the same assumption; {others}")
-        if row.periods > 1:
-            typer.echo(
-                f"{row.subject}: accounting period {row.periods}; over all periods {row.rounds_ever} rounds and "
-                f"ε {_epsilon(row.epsilon_ever)} at δ {row.delta:g}, which is what it has been exposed to"
-            )
-            others = f"if all others collude ε {_epsilon(row.epsilon_ever_if_all_others_collude)}"
-            typer.echo(f"  assumes {row.assumption_ever}; {others}")
+
+
+def _never_entered(limits: Limits, row: Row) -> str:
+    """Of a subject that was asked for by name: perhaps it is not the name that was meant."""
+    from ..privacy.budget import any_of
+
+    of_all = any_of(row.subject)
+    rows = {subject for unit, subject in limits.rows if unit == row.unit}
+    whose = f"; its limit is that of {of_all}" if of_all in rows and row.subject not in rows else ""
+    return f"{row.subject} ({row.unit} level): no entry of this ledger names it so far{whose}"
+
+
+def _further(row: Row, *, delta: float | None) -> Iterator[str]:
+    """What was asked for at another δ, and what there was before a reset."""
+    if delta is not None:
+        at = f"ε {_epsilon(row.epsilon_at)} at δ {delta:g}"
+        others = f"if all others collude ε {_epsilon(row.epsilon_at_if_all_others_collude)}"
+        whose = f"{row.subject} ({row.unit} level)"
+        text = f"{whose}: {at}, converted from the mechanisms under the same assumption; {others}"
+        yield from prose(text, hang="    ")
+    if row.periods > 1:
+        others = f"if all others collude ε {_epsilon(row.epsilon_ever_if_all_others_collude)}"
+        yield from prose(
+            f"{row.subject}: accounting period {row.periods}; over all periods {row.rounds_ever} rounds and "
+            f"ε {_epsilon(row.epsilon_ever)} at δ {row.delta:g}, which is what it has been exposed to; {others}",
+            hang="    ",
+        )
+        yield from assuming("assumes", row.assumption_ever)
 
 
 def _what_they_say(rows: list[Row]) -> Iterator[str]:
     """Of each budget that has spent anything its `_figures`; said once for all that have the same."""
-    said: dict[tuple[str, ...], list[str]] = {}
+    said: dict[tuple[str, tuple[str, ...]], list[str]] = {}
     for row in rows:
         if row.rounds_spent:
-            said.setdefault(tuple(_figures(row)), []).append(f"{row.subject} ({row.unit} level)")
-    for (first, *others), subjects in said.items():
-        yield f"{', '.join(subjects)}: {first}"
-        yield from (f"  {line}" for line in others)
+            said.setdefault((_spent(row), tuple(_figures(row))), []).append(f"{row.subject} ({row.unit} level)")
+    for (spent, others), subjects in said.items():
+        yield from prose(f"{', '.join(subjects)}: {spent}", hang="    ")
+        yield from others
 
 
-def _figures(row: Row) -> Iterator[str]:
-    """From whom the ε spent protects, what it rests on, and what is left against others."""
+def _spent(row: Row) -> str:
+    """The ε spent, and from whom it protects."""
     from ..privacy.accounting import MEANINGLESS_EPSILON
 
     spent = row.epsilon_spent
     worth = f": no meaningful {row.unit}-level guarantee" if spent is None or spent > MEANINGLESS_EPSILON else ""
-    yield f"ε {_epsilon(spent)} at δ {row.delta:g} counts against {row.against}{worth}"
-    yield f"assumes {row.assumption}"
+    return f"ε {_epsilon(spent)} at δ {row.delta:g} counts against {row.against}{worth}"
+
+
+def _figures(row: Row) -> Iterator[str]:
+    """What it rests on, and what is left against others."""
+    yield from assuming("assumes", row.assumption)
     against = f"against the aggregator ε {_epsilon(row.epsilon_against_aggregator)}"
+    others = f"if all others collude ε {_epsilon(row.epsilon_if_all_others_collude)}"
+    yield from prose(f"{against}; {others}", indent="  ", hang="    ")
     if row.assumption_against_aggregator != row.assumption:
-        against += f" (assumes {row.assumption_against_aggregator})"
-    yield f"{against}; if all others collude ε {_epsilon(row.epsilon_if_all_others_collude)}"
+        yield from assuming("against the aggregator assumes", row.assumption_against_aggregator)
     for each in row.estimates or ():
         value = "" if each.standing == "skipped" else f"ε {_epsilon(each.epsilon)}, "
-        yield f"{each.accountant}: {value}{each.standing} ({each.note})"
+        yield from prose(f"{each.accountant}: {value}{each.standing} ({each.note})", indent="  ", hang="    ")
 
 
 def _epsilon(value: float | None) -> str:

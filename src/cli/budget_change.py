@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Final
 
 import typer
 
-from .budget_ledger import as_object, describe
+from .budget_ledger import HANG, as_object, describe
 from .budget_source import (
     AsJson,
     ConfigFile,
@@ -20,9 +20,11 @@ from .budget_source import (
     UnitOption,
     account_of,
     as_entered,
+    asked_for,
     load,
     read_entries,
 )
+from .prose import say, warn
 
 if TYPE_CHECKING:
     from ..config import AggregatorConfig, PartyConfig
@@ -160,17 +162,22 @@ def _correct(
 
     Raises:
         ConflictError: the role is running.
-        InvalidInput: no reason, or what `choose` raises.
+        InvalidInput: no reason, a user whom nobody knows, a reset of what has neither limit nor entry, or what
+            `choose` raises.
         NotFoundError: the role has never run, or has no key.
         LedgerError: the ledger is broken.
     """
     from ..errors import InvalidInput, NotFoundError
+    from ..privacy.budget import any_of
 
     if not reason.strip():
         raise InvalidInput("a change of a budget needs a reason", violations={"reason": "must not be empty"})
     if not source.signing_key.is_file():
         raise NotFoundError("this role has no signing key yet: it has never run", private="keys.signing_key")
-    read_entries(source)  # a database that is not there is not made here
+    entries = read_entries(source)  # a database that is not there is not made here
+    unit, subject = account
+    if action == "reset" or (subject.startswith("user:") and subject != any_of(subject)):
+        asked_for(source, entries, unit=unit, subject=subject)
     return asyncio.run(_write(source, account, action=action, choose=choose, reason=reason))
 
 
@@ -225,12 +232,12 @@ def _report(source: Source, account: Account, *, entry: Entry, entries: list[Ent
         body = {"role": source.role, "entry": as_object(entry), "in_force": in_force, "warnings": warnings}
         typer.echo(json.dumps(body, ensure_ascii=False))
         return
-    typer.echo(describe(entry))
+    say(describe(entry), hang=HANG)
     for budget in budgets:
         found = balance(entries, budget)
-        typer.echo(f"in force: {budget.limit}; spent {found.rounds_spent} rounds, ε {found.epsilon_spent:.4g}")
+        say(f"in force: {budget.limit}; spent {found.rounds_spent} rounds, ε {found.epsilon_spent:.4g}")
     for warning in warnings:
-        typer.echo(f"sotto: warning: {warning}", err=True)
+        warn(warning)
 
 
 def _resets(entry: Entry) -> bool:

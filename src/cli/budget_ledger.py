@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, get_args
 
 import typer
 
@@ -17,11 +17,13 @@ from .budget_source import (
     SubjectOption,
     UnitOption,
     as_entered,
+    asked_for,
     head_of,
     load,
     read_entries,
     verify_key_of,
 )
+from .prose import say
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -31,6 +33,12 @@ if TYPE_CHECKING:
 
 WORTH_SEEING = 50
 """Entries that `history` shows unless asked for more."""
+CUT_OFF = (
+    "whether its end was cut off was not checked: such a ledger is whole in itself. Only a head that was recorded "
+    "elsewhere (a manifest, a transcript, what `sotto budget show` said) finds it: --head"
+)
+HANG = " " * 7
+"""Before the further lines of an entry: as wide as its number."""
 
 
 def history(
@@ -48,6 +56,10 @@ def history(
     source = load(config, name=name, state_dir=state_dir)
     entries, subject = read_entries(source), as_entered(source, subject)
     job = job and (as_entered(source, f"job:{job}") or "").removeprefix("job:")
+    asked_for(source, entries, unit=unit, subject=subject)
+    if job is not None:
+        asked_for(source, entries, unit=unit, subject=f"job:{job}")
+    _check_kind(kind)
     found = [
         entry
         for entry in entries
@@ -64,9 +76,20 @@ def history(
         typer.echo(json.dumps(body, ensure_ascii=False))
         return
     for entry in shown:
-        typer.echo(describe(entry))
+        say(describe(entry), hang=HANG)
+    if entries and not found:
+        say("no entry is of that kind, unit, subject and job together")
     earlier = f"; the {len(shown)} newest of {len(found)}: --limit shows more" if len(shown) < len(found) else ""
-    typer.echo(f"{len(entries)} entries, chain verified, head {head_of(entries)}{earlier}")
+    say(f"{len(entries)} entries, chain verified, head {head_of(entries)}{earlier}")
+
+
+def _check_kind(kind: str | None) -> None:
+    from ..errors import InvalidInput
+    from ..privacy.entries import Kind
+
+    known = ", ".join(get_args(Kind))
+    if kind is not None and kind not in get_args(Kind):
+        raise InvalidInput(f"--kind must be one of {known}", violations={"kind": known})
 
 
 def _asked(entry: Entry, *, unit: str | None, subject: str | None) -> bool:
@@ -86,7 +109,7 @@ def as_object(entry: Entry) -> dict[str, Any]:
 
 
 def describe(entry: Entry) -> str:
-    """One line for people: when, what, for whom."""
+    """One paragraph for people: when, what, for whom."""
     where = f"job {entry.job_id}" if entry.job_id else ""
     where += f" round {entry.round}" if entry.round is not None else ""
     parts = [
@@ -140,7 +163,7 @@ def export(
     if as_json:
         typer.echo(json.dumps({"file": str(out), "entries": len(entries), "head": head_of(entries)}))
     else:
-        typer.echo(f"{len(entries)} entries in {out}, head {head_of(entries)}")
+        say(f"{len(entries)} entries in {out}, head {head_of(entries)}")
 
 
 def verify(
@@ -178,11 +201,13 @@ def verify(
     if as_json:
         typer.echo(json.dumps(report, ensure_ascii=False))
         return
-    typer.echo(f"{report['entries']} entries, chain verified, head {report['head']}")
+    say(f"{report['entries']} entries, chain verified, head {report['head']}")
     for line in _about_signatures(report):
-        typer.echo(line)
+        say(line)
     if heads:
-        typer.echo(f"{len(heads)} heads recorded elsewhere are in it")
+        say(f"{len(heads)} heads recorded elsewhere are in it")
+    else:
+        say(CUT_OFF)
 
 
 def _about_signatures(report: dict[str, Any]) -> list[str]:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, cast
+from typing import TYPE_CHECKING, Annotated, Final, cast
 
 import typer
 
@@ -13,6 +14,7 @@ if TYPE_CHECKING:
 
     from ..config import AggregatorConfig, PartyConfig
     from ..privacy.budget import Account, Limits
+    from ..privacy.events import Unit
     from ..privacy.ledger import Entry
     from ..storage.migrations import History
 
@@ -35,6 +37,8 @@ SubjectOption = Annotated[
 
 KINDS = ("dataset", "user", "federation", "party", "job")
 """Of subjects."""
+SHOWN_KNOWN: Final = 10
+"""Subjects that are named to whoever asked for one that is not known."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -167,14 +171,110 @@ def account_of(unit: str | None, subject: str | None, *, one: bool = False) -> A
     Raises:
         InvalidInput: neither unit nor subject is one.
     """
+    return _unit(unit), _subject(subject, one=one)
+
+
+def _unit(unit: str | None) -> Unit:
     from ..errors import InvalidInput
-    from ..privacy.budget import ANY
     from ..privacy.events import RELATIONS
 
-    kind, colon, rest = (subject or "").partition(":")
     if unit not in RELATIONS:
         raise InvalidInput("--unit must be example or party", violations={"unit": "example or party"})
+    return unit
+
+
+def _subject(subject: str | None, *, one: bool = False) -> str:
+    from ..errors import InvalidInput
+    from ..privacy.budget import ANY
+
+    kind, colon, rest = (subject or "").partition(":")
     if kind not in KINDS or not colon or not rest or (one and rest == ANY):
         shown = ", ".join(f"{each}:NAME" for each in KINDS)
         raise InvalidInput(f"--subject must be one of {shown}", violations={"subject": shown})
-    return unit, f"{kind}:{rest}"
+    return f"{kind}:{rest}"
+
+
+# --- who is known -----------------------------------------------------------------------------------------------------
+
+
+def asked_for(
+    source: Source, entries: Sequence[Entry], *, unit: str | None, subject: str | None
+) -> list[Account] | None:
+    """The accounts that options narrow a view to: a subject's at each unit at which it is known; None for all.
+
+    Args:
+        unit, subject: as typed; None where nothing was.
+
+    Raises:
+        InvalidInput: a unit or kind that there is not; a subject that is known at none of the units.
+    """
+    from ..errors import InvalidInput
+    from ..privacy.events import RELATIONS
+
+    units = list(RELATIONS) if unit is None else [_unit(unit)]
+    if subject is None:
+        return None
+    whose = _subject(subject)
+    found: list[Account] = [(each, whose) for each in units if is_known(source, entries, (each, whose))]
+    if not found:
+        level = "" if unit is None else f" at {unit} level"
+        raise InvalidInput(
+            f"there is no subject {whose} here{level}: it has neither a limit nor an entry. "
+            f"{_known(source, entries, units, whose)}",
+            violations={"subject": "has neither a limit nor an entry"},
+        )
+    return found
+
+
+def is_known(source: Source, entries: Sequence[Entry], account: Account) -> bool:
+    """Whether there is a limit for it or an entry about it, or (a user) the configuration names them as an owner."""
+    from ..config_budgets import enforced
+
+    unit, subject = account
+    kind, _, name = subject.partition(":")
+    if any(entry.unit == unit and subject in _subjects(entry) for entry in entries):
+        return True
+    kinds = enforced(source.config).get(unit, {})
+    if kind not in kinds:
+        return False
+    if kind == "user":
+        return source.limits.knows(entries, account) or name in _owners(source)
+    names = kinds[kind]
+    return (names is None or name in names) and bool(source.limits.budgets(entries, account))
+
+
+def _subjects(entry: Entry) -> list[str]:
+    """All that an entry names. (A charge that names no parties may concern any; it makes none of them known.)"""
+    named = {"user": entry.user, "job": entry.job_id}
+    found = [entry.subject, *(f"{kind}:{name}" for kind, name in named.items() if name)]
+    return [*found, *(f"party:{name}" for name in entry.parties)]
+
+
+def _owners(source: Source) -> set[str]:
+    from ..config import PartyConfig
+
+    if not isinstance(source.config, PartyConfig):
+        return set()
+    return {dataset.user for dataset in source.config.datasets.values() if dataset.user is not None}
+
+
+def _known(source: Source, entries: Sequence[Entry], units: Sequence[Unit], subject: str) -> str:
+    """Who is known at these units, those of the subject's kind if there are any; of jobs the newest first."""
+    from ..config_budgets import enforced
+    from ..privacy.budget import any_of
+
+    found: dict[str, None] = {}
+    for entry in reversed(entries):
+        if entry.unit in units:
+            found |= dict.fromkeys(_subjects(entry))
+    for unit in units:
+        found |= dict.fromkeys(each for its, each in source.limits.rows if its == unit)
+        for kind, names in enforced(source.config).get(unit, {}).items():
+            found |= dict.fromkeys(f"{kind}:{name}" for name in sorted(names or ()))
+        found |= dict.fromkeys(f"user:{name}" for name in sorted(_owners(source)) if unit == "example")
+    everybody = [each for each in found if each != any_of(each)]
+    alike = [each for each in everybody if any_of(each) == any_of(subject)] or everybody
+    more = f" and {len(alike) - SHOWN_KNOWN} more" if len(alike) > SHOWN_KNOWN else ""
+    known = f"Known: {', '.join(alike[:SHOWN_KNOWN])}{more}" if alike else "Nobody is known yet"
+    by_file = source.config is not None and subject.startswith("user:") and "example" in units
+    return f"{known}; privacy.budgets.users or default_user_epsilon makes a user known" if by_file else known

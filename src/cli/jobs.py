@@ -160,8 +160,8 @@ def result(
     """Print a finished job's result; with --out fetch and verify its files."""
     with connection.connected(config, patient=out is not None) as client:
         brought = client.result(job_id)
-        files = client.fetch_artifact(job_id, out) if out is not None else {}
-    jobs_submit.print_result(job_id, brought, files=files, as_json=as_json)
+        fetched = None if out is None else jobs_submit.fetch(client, job_id, out, config=config)
+    jobs_submit.print_result(job_id, brought, fetched=fetched, as_json=as_json)
 
 
 def _print_job(job: Job) -> None:

@@ -4,18 +4,25 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Final
+from typing import TYPE_CHECKING, Annotated, Any, Final, NamedTuple
 
 import typer
 
 from . import connection
 from .connection import DEFAULT_CONFIG, ConfigOption, JsonOption
+from .prose import say
 
 if TYPE_CHECKING:
-    from ..client import Job, JobResult
+    from ..client import Job, JobResult, SottoClient
 
 INLINE_WAIT_S: Final = 20.0
 """An evaluation or export is often done by then: the answer to its submission brings the result."""
+
+UNCHECKED: Final = (
+    "NO SIGNATURE WAS CHECKED, only digests that the aggregator itself announced: the configuration pins no roster. To "
+    "have it checked, name the roster.json of your kit in client.yaml (keys: {roster: roster.json}), and fetch the "
+    "result into the same directory again"
+)
 
 NameOption = Annotated[str, typer.Option("--name", help="A name to recognise the job by.")]
 PriorityOption = Annotated[str | None, typer.Option("--priority", help="high, normal or low.")]
@@ -148,18 +155,40 @@ def wait_for(
     _finish(job, config, out=out, as_json=as_json)
 
 
-def print_result(job_id: str, brought: JobResult, *, files: dict[str, Path], as_json: bool) -> None:
-    """A job's result and where its files lie now."""
+class Fetched(NamedTuple):
+    """A job's files, by name, where they lie now; the roster that their signature was checked with, if it was."""
+
+    files: dict[str, Path]
+    roster: Path | None
+
+    def to_json(self) -> dict[str, Any]:
+        """For a machine."""
+        paths = {name: str(path) for name, path in self.files.items()}
+        return {"paths": paths, "signature_checked": self.roster is not None}
+
+
+def fetch(client: SottoClient, job_id: str, out: Path, *, config: Path) -> Fetched:
+    """Fetch a job's files and verify them by what the configuration pins."""
+    from ..client_config import connection_of
+
+    return Fetched(client.fetch_artifact(job_id, out), connection_of(config)["roster"])
+
+
+def print_result(job_id: str, brought: JobResult, *, fetched: Fetched | None, as_json: bool) -> None:
+    """A job's result, where its files lie now, and whether anybody's signature vouches for them."""
     if as_json:
         from .plain import plain, print_json
 
-        print_json({**plain(brought), "paths": {name: str(path) for name, path in files.items()}})
+        print_json({**plain(brought), **({"paths": {}} if fetched is None else fetched.to_json())})
         return
     from .jobs_view import result_lines
 
     typer.echo("\n".join([f"job {job_id} succeeded", *result_lines(brought)]))
-    for path in files.values():
+    if fetched is None:
+        return
+    for path in fetched.files.values():
         typer.echo(f"wrote {path}")
+    say(UNCHECKED if fetched.roster is None else f"signed by the aggregator, checked with {fetched.roster}")
 
 
 # --- inside -----------------------------------------------------------------------------------------------------------
@@ -189,16 +218,16 @@ def _finish(job: Job, config: Path, *, out: Path | None, as_json: bool) -> None:
     from ..client import result_of
     from .plain import job_to_json, print_json
 
-    files: dict[str, Path] = {}
+    fetched = None
     if out is not None and job.HasField("result"):
         with connection.connected(config, patient=True) as client:
-            files = client.fetch_artifact(job.job_id, out)
+            fetched = fetch(client, job.job_id, out, config=config)
     if as_json:
-        paths = {"paths": {name: str(path) for name, path in files.items()}} if out is not None else {}
+        paths = {} if out is None else {"paths": {}} if fetched is None else fetched.to_json()
         print_json({**job_to_json(job), **paths})
     result = result_of(job)
     if not as_json:
-        print_result(job.job_id, result, files=files, as_json=False)
+        print_result(job.job_id, result, fetched=fetched, as_json=False)
 
 
 def _make_job(file: Path | None, training: dict[str, Any], *, sections: dict[str, dict[str, Any]]) -> Job:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, Final
 from ..communication.generated.jobs_pb2 import Job, JobEvent, JobResult, JobState, RoundSummary
 from ..privacy.accounting import MEANINGLESS_EPSILON
 from .plain import STYLES, about, away, clock, columns, priority_name, real, safe, size, state_name
+from .prose import assuming, prose
 
 if TYPE_CHECKING:
     from rich.console import Group
@@ -16,7 +17,14 @@ SHOWN_ROUNDS: Final = 8
 SHOWN_EVENTS: Final = 5
 """The last ones, in a view that has to fit on a terminal."""
 
-_RIGHT: Final = ("round", "updates", "ε party", "ε vs aggr.", "ε vs all", "ε rows left", "up", "s")
+_HANG: Final = " " * 9
+"""Before the further lines of a fact: as wide as the word before it."""
+_LEFT: Final = "ε rows left"
+_WHAT_IS_LEFT: Final = (
+    f"{_LEFT}: of the example-level budget of a party's rows, what was left once that round was charged, by the "
+    "party's own ledger and at the δ of its limit; the least of all parties that say it"
+)
+_RIGHT: Final = ("round", "updates", "ε party", "ε vs aggr.", "ε vs all", _LEFT, "up", "s")
 
 
 def jobs_table(jobs: Sequence[Job]) -> str:
@@ -61,9 +69,8 @@ def job_lines(job: Job) -> list[str]:
         lines.append(f"deadline {clock(job.deadline)}, {away(job.deadline)}")
     if job.HasField("error"):
         lines.append(f"error    {_error_words(job)}")
-    if job.HasField("result"):
-        lines += result_lines(job.result)
-    return lines
+    lines = [each for line in lines for each in prose(line, hang=_HANG)]
+    return [*lines, *(result_lines(job.result) if job.HasField("result") else [])]
 
 
 def _progress_lines(job: Job) -> list[str]:
@@ -106,7 +113,8 @@ def result_lines(result: JobResult) -> list[str]:
         lines.append("ε        unknown: the model came with the job")
     else:
         lines += _guarantee_lines(result)
-    lines += [f"file     {file.name} ({file.bytes} bytes, SHA-256 {file.sha256.hex()})" for file in result.files]
+    for file in result.files:
+        lines += prose(f"file     {file.name} ({file.bytes} bytes, SHA-256 {file.sha256.hex()})", hang=_HANG)
     return lines
 
 
@@ -122,20 +130,16 @@ def _guarantee_lines(result: JobResult) -> list[str]:
     against = result.party_assumption_against_aggregator
     against = "" if against == result.party_assumption else against
     return [
-        row,
-        *_assuming("assumes", result.example_assumption),
-        party,
-        *_assuming("assumes", result.party_assumption),
-        *_assuming("against the aggregator assumes", against),
+        *prose(row, hang=_HANG),
+        *assuming("assumes", safe(result.example_assumption), indent=_HANG),
+        *prose(party, hang=_HANG),
+        *assuming("assumes", safe(result.party_assumption), indent=_HANG),
+        *assuming("against the aggregator assumes", safe(against), indent=_HANG),
     ]
 
 
 def _if_others_collude(message: JobResult, name: str) -> str:
     return f"; {real(getattr(message, name))} if all others collude" if message.HasField(name) else ""  # type: ignore[arg-type]
-
-
-def _assuming(word: str, text: str) -> list[str]:
-    return [f"         {word} {safe(text)}"] if text else []
 
 
 def event_line(event: JobEvent) -> str:
@@ -147,17 +151,29 @@ def event_line(event: JobEvent) -> str:
 
 
 def rounds_table(rounds: Iterable[RoundSummary]) -> str:
-    """One line a round that ended, and what the figures for a party rest on."""
+    """One line a round that ended, what the figures for a party rest on, and what is left of what."""
     shown = list(rounds)
-    said = [each for each in shown if each.party_assumption][-1:]
-    notes = [f"ε of a party at δ = {each.party_delta:g}: assumes {safe(each.party_assumption)}" for each in said]
-    return "\n".join([columns(_ROUND_HEADER, [_round_cells(each) for each in shown], right=_RIGHT), *notes])
+    header, cells = _rounds_of_table(shown)
+    notes = []
+    for each in [each for each in shown if each.party_assumption][-1:]:
+        word = f"ε of a party at δ = {each.party_delta:g}: assumes"
+        notes += assuming(word, safe(each.party_assumption), indent="")
+    notes += prose(_WHAT_IS_LEFT) if _LEFT in header else []
+    return "\n".join([columns(header, cells, right=_RIGHT), *notes])
 
 
 _ROUND_HEADER: Final = (
     *("round", "state", "updates", "metrics"),
-    *("ε party", "ε vs aggr.", "ε vs all", "ε rows left", "up", "s"),
+    *("ε party", "ε vs aggr.", "ε vs all", _LEFT, "up", "s"),
 )
+
+
+def _rounds_of_table(rounds: Sequence[RoundSummary]) -> tuple[Sequence[str], list[list[str]]]:
+    """Header and cells; what is left has no column where no party says it."""
+    cells, left = [_round_cells(each) for each in rounds], _ROUND_HEADER.index(_LEFT)
+    if any(row[left] != "-" for row in cells):
+        return _ROUND_HEADER, cells
+    return [name for name in _ROUND_HEADER if name != _LEFT], [row[:left] + row[left + 1 :] for row in cells]
 
 
 def _round_cells(each: RoundSummary) -> list[str]:
@@ -263,16 +279,17 @@ def _facts(job: Job) -> list[tuple[str, str]]:
     return [(word, text.lstrip()) for word, _, text in (line.partition(" ") for line in lines)]
 
 
-def _rounds(rounds: Iterable[RoundSummary]) -> Any:
+def _rounds(rounds: Sequence[RoundSummary]) -> Any:
     from rich import box
     from rich.table import Table
     from rich.text import Text
 
     table = Table(box=box.SIMPLE_HEAD, padding=(0, 1), pad_edge=False)
-    for name in _ROUND_HEADER:
+    header, rows = _rounds_of_table(rounds)
+    for name in header:
         table.add_column(name, justify="right" if name in _RIGHT else "left", no_wrap=True)
-    for each in rounds:
-        cells = [Text(safe(cell)) for cell in _round_cells(each)]
+    for each, row in zip(rounds, rows, strict=True):
+        cells = [Text(safe(cell)) for cell in row]
         cells[1].style = STYLES.get(each.state, "")
         table.add_row(*cells)
     return table

@@ -8,8 +8,12 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from .prose import prose
+
 if TYPE_CHECKING:
     from ..provisioning import Summary
+
+_HANG = " " * 16
 
 app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
 
@@ -69,10 +73,11 @@ def describe(summary: Summary) -> str:
         lines += [
             f"  key id        {summary.key_id}",
             f"  opening       {summary.threshold} of {len(summary.parties)} key shares open a sum",
-            f"  collusion     {_collusion(summary)}",
+            *prose(f"  collusion     {_collusion(summary)}", hang=_HANG),
         ]
     else:
-        lines += ["  custody       the aggregator makes and holds the key: updates are protected, but not from it"]
+        said = "the aggregator makes and holds the key: updates are protected, but not from it"
+        lines += prose(f"  custody       {said}", hang=_HANG)
     lines += [f"  certificates  valid for {summary.valid_days} days", "", "What goes to whom, by a channel you trust:"]
     width = max(len(str(kit.path)) for kit in summary.kits)
     lines += [f"  {kit.path!s:<{width}}  to {kit.recipient}" for kit in summary.kits]

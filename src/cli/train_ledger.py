@@ -109,7 +109,7 @@ class LedgerPurse:
         clock: Callable[[], float] = time.time,
     ) -> None:
         self._location = location
-        self._books = Books(LedgerStore(MetaData(), signer=EntrySigner(key)), limits)
+        self._books = Books(LedgerStore(MetaData(), signer=EntrySigner(key)), limits, name_users=True)
         self._account = account
         self._user = user
         self._stated_delta = stated_delta
@@ -166,7 +166,7 @@ class LedgerPurse:
         # No limit in ε allows that one: the node's policy did. Limits in rounds hold, and the user must be known.
         entries = self._books.store.entries(connection)
         for budget in self._books.budgets(entries, cost, job_id=job_id):
-            check_affordable(entries, replace(budget, epsilon=None), [(cost.rounds, cost.event)])
+            check_affordable(entries, replace(budget, epsilon=None), [(cost.rounds, cost.event)], name_user=True)
         unit, subject = cost.account
         entry = ledger.reserve(
             entries,

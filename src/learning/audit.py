@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import copy
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Final, Literal, Protocol, get_args
 
@@ -24,12 +25,13 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from ..errors import ConfigError, Refused
+from ..errors import ConfigError, NotFoundError, Refused
 from ..privacy import accounting
 from ..privacy.audit import (
     VARIANCE_P,
     VERDICT_P,
     VarianceTest,
+    can_refute,
     correct_guesses,
     default_guesses,
     epsilon_lower_bound,
@@ -44,7 +46,7 @@ from .dpsgd import train_dpsgd
 from .per_example import uses_ghost_clipping
 from .settings import LocalTraining
 from .synthetic import SyntheticTask
-from .task import Dataset, Loss, Task, find_task, holdout_of
+from .task import Dataset, Loss, Task, find_task, holdout_of, known_tasks
 
 Kind = Literal["dirac", "examples"]
 
@@ -162,6 +164,17 @@ class AuditResult:
         return self.verdict_p_value <= VERDICT_P
 
     @property
+    def guesses_can_refute(self) -> bool:
+        """Whether they could have refuted it, had all of them been right."""
+        return can_refute(
+            canaries=self.plan.canaries,
+            guesses=self.plan.guesses,
+            epsilon=self.verdict_epsilon,
+            delta=self.verdict_delta,
+            p=VERDICT_P,
+        )
+
+    @property
     def variance_flagged(self) -> bool:
         """Whether the noise is not the planned noise, at `privacy.audit.VARIANCE_P`."""
         return self.variance.flagged or self.variance_p_value <= VARIANCE_P
@@ -185,15 +198,18 @@ def plan_audit(
     canaries: int | None = None,
     guesses: int | None = None,
     confidence: float = 0.95,
+    expect_below: float | None = None,
 ) -> AuditPlan:
     """The plan for a training configuration that is given by ε, by its noise multiplier, or by both.
 
     Args:
         rows: public rows that are trained on beside the canaries; only the divisor of a step depends on it.
         canaries, guesses: None for `DEFAULT_CANARIES` and `privacy.audit.default_guesses`.
+        expect_below: an ε at `delta`, ≥ 0, that is expected to be kept, whatever is claimed.
 
     Raises:
-        ConfigError: neither ε nor a noise multiplier, or a setting out of its range.
+        ConfigError: neither ε nor a noise multiplier, a setting out of its range, or so few canaries or guesses that
+            they could refute neither claim nor expectation, were every guess right; says how many it takes.
         Refused: both, and with this noise multiplier ε is larger.
     """
     if epsilon is None and noise_multiplier is None:
@@ -213,11 +229,57 @@ def plan_audit(
         found = accounting.calibrate_dp_sgd(epsilon=epsilon, delta=delta, sampling_rate=sampling_rate, steps=steps)
         training = replace(training, noise_multiplier=found)
     plan = AuditPlan(training=training, delta=delta, kind=kind, canaries=amount, guesses=amount, confidence=confidence)
-    if guesses is None:
-        guesses = default_guesses(amount, epsilon=claimed(training, verdict_delta(amount, delta)))
+    by_default = default_guesses(amount, epsilon=claimed(training, verdict_delta(amount, delta)))
     if epsilon is not None and noise_multiplier is not None and claimed(training, delta) > epsilon:
         raise Refused("with this noise multiplier epsilon is larger than the one asked for")
-    return replace(plan, guesses=guesses)
+    plan = replace(plan, guesses=by_default if guesses is None else guesses)
+    _check_enough(plan, guesses_given=guesses is not None, expect_below=expect_below)
+    return plan
+
+
+def _check_enough(plan: AuditPlan, *, guesses_given: bool, expect_below: float | None) -> None:
+    """Raise ConfigError for guesses, or canaries below the default, that could decide nothing were all of them right.
+
+    Where the default could not refute the claim either, it is enough that they can show some ε: the test of the noise
+    remains.
+    """
+
+    def decides(canaries: int, guesses: int | None = None) -> bool:
+        delta = verdict_delta(canaries, plan.delta)
+        claim = claimed(plan.training, delta)
+        count = default_guesses(canaries, epsilon=claim) if guesses is None else guesses
+        if can_refute(canaries=canaries, guesses=count, epsilon=claim, delta=delta, p=VERDICT_P):
+            return True
+        return expect_below is not None and shows(canaries, count, expect_below)
+
+    def shows(canaries: int, guesses: int | None = None, epsilon: float = 0.0) -> bool:
+        count = default_guesses(canaries, epsilon=epsilon) if guesses is None else guesses
+        p = 1.0 - plan.confidence
+        return can_refute(canaries=canaries, guesses=count, epsilon=epsilon, delta=plan.delta, p=p)
+
+    if decides(plan.canaries, plan.guesses):
+        return
+    default = DEFAULT_CANARIES[plan.kind]
+    enough, what = decides, f"refute the claim at p = {VERDICT_P:g}"
+    if not decides(default):
+        enough, what = shows, "show anything"
+    why = f"fewer could not {what}, were every guess right"
+    if enough(plan.canaries, plan.guesses):
+        return
+    if guesses_given and enough(plan.canaries, plan.canaries):
+        fewest = _least(plan.guesses, plan.canaries, lambda count: enough(plan.canaries, count))
+        raise ConfigError("the audit cannot be run", problems=(f"guesses: at least {fewest}: {why}",))
+    if plan.canaries < default and enough(default):
+        fewest = _least(plan.canaries, default, enough)
+        raise ConfigError("the audit cannot be run", problems=(f"canaries: at least {fewest}: {why}",))
+
+
+def _least(failing: int, holding: int, holds: Callable[[int], bool]) -> int:
+    """The first number at which `holds`, after one at which it does not and up to one at which it does."""
+    while holding - failing > 1:
+        middle = (failing + holding) // 2
+        failing, holding = (failing, middle) if holds(middle) else (middle, holding)
+    return holding
 
 
 def claimed(training: LocalTraining, delta: float) -> float:
@@ -237,6 +299,9 @@ def find_audited(name: str) -> tuple[Task, Dataset]:
         NotFoundError: no task has this name.
         ConfigError: it has no public rows.
     """
+    known = (SyntheticTask.name, *known_tasks())
+    if name not in known:
+        raise NotFoundError(f"no task is called {name!r}; known: {', '.join(known)}")
     task: Task = SyntheticTask() if name == SyntheticTask.name else find_task(name)
     rows = holdout_of(task, {})
     if rows is None:

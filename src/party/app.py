@@ -16,6 +16,7 @@ from ..communication.grpc_client import connect
 from ..communication.identity import Identity
 from ..communication.tls import TlsFiles
 from ..config import PartyConfig
+from ..config_budgets import limit_of
 from ..jobs.executors.pool import WorkerPool
 from ..jobs.executors.settings import PoolSettings
 from ..protocol.ledger import EntrySigner
@@ -103,13 +104,7 @@ class App:
         config, budgets = self.config, self.config.privacy.budgets
         LOG.info("Sotto %s, party %r of federation %r", __version__, config.name, config.federation)
         LOG.info("aggregator %s, custody %s, state in %s", config.server.address, config.keys.custody, config.state_dir)
-        LOG.info(
-            "budget for a row: epsilon %s, rounds %s; for this party: epsilon %s, rounds %s",
-            budgets.example.epsilon,
-            budgets.example.max_rounds,
-            budgets.party.epsilon,
-            budgets.party.max_rounds,
-        )
+        LOG.info("budget for a row: %s; for this party: %s", limit_of(budgets.example), limit_of(budgets.party))
         if config.keys.custody == "aggregator":
             LOG.warning("custody aggregator: the aggregator holds the key and can read this party's updates")
         if config.server.insecure:

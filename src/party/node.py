@@ -16,6 +16,7 @@ from ..communication.messages import heads_from_proto, heads_to_proto, signed_fr
 from ..errors import (
     AccessError,
     AuthenticationError,
+    BudgetError,
     ConfigError,
     ConflictError,
     DeadlineError,
@@ -162,7 +163,10 @@ class Node:
             LOG.warning("%s of round %d is interrupted: %s", kind, name.round, error.message)
         except Exception as error:
             text = error.message if isinstance(error, SottoError) else type(error).__name__
-            LOG.warning("%s of round %d is refused: %s", kind, name.round, text, extra={"job": name.job_id})
+            extra = {"job": name.job_id}
+            if isinstance(error, BudgetError) and error.private:
+                extra["private"] = error.private  # whose quota it is, which the aggregator is not told
+            LOG.warning("%s of round %d is refused: %s", kind, name.round, text, extra=extra)
             if not isinstance(error, SottoError):
                 LOG.exception("unexpected")
             if kind == "ended":

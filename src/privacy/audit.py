@@ -109,6 +109,16 @@ def p_value(*, canaries: int, guesses: int, correct: int, epsilon: float, delta:
     return _tail(canaries, guesses, correct, delta)(epsilon)
 
 
+def can_refute(*, canaries: int, guesses: int, epsilon: float, delta: float, p: float) -> bool:
+    """Whether so many guesses, if all of them were right, would refute a claim at `p`; arguments as `p_value`.
+
+    No number of guesses refutes an infinite ε.
+    """
+    if math.isinf(epsilon):
+        return False
+    return p_value(canaries=canaries, guesses=guesses, correct=guesses, epsilon=epsilon, delta=delta) <= p
+
+
 def epsilon_lower_bound(*, canaries: int, guesses: int, correct: int, delta: float, p: float) -> float:
     """ε below which `p_value` stays under `p`: training is not (ε', δ)-DP for any ε' below it, at confidence 1 - p.
 

@@ -261,17 +261,26 @@ def _smaller(one: Limit | None, other: Limit | None) -> tuple[Limit, ...]:
 # --- what is refused --------------------------------------------------------------------------------------------------
 
 
-def _whose(budget: Budget) -> str:
-    """For a message, which may go to others than who keeps the ledger: a user is not named."""
+def _whose(budget: Budget, *, name_user: bool) -> str:
+    """At which unit, and of whom: "at example level of dataset randhie"."""
     kind, _, name = budget.subject.partition(":")
-    whose = {"user": " of the user whose data it is", "job": " of one job", "party": f" of party {name}"}
-    return f"at {budget.unit} level{whose.get(kind, '')}"
+    whose = f"{kind} {name}"
+    if kind == "user" and not name_user:
+        whose = "the user whose data it is"
+    if kind == "job" and name == ANY:
+        whose = "one job"
+    return f"at {budget.unit} level of {whose}"
 
 
-def _refuse(what: str, *, unit: Unit, asked: object, spent: object, limit: object, left: object) -> BudgetError:
+def _refuse(
+    what: str, budget: Budget, *, name_user: bool, asked: object, spent: object, limit: object, left: object
+) -> BudgetError:
+    named = name_user or not budget.subject.startswith("user:")
     return BudgetError(
         f"the {what} does not allow it: asked {asked}, spent {spent}, limit {limit}, left {left}",
-        unit=unit,
+        private="" if named else f"the budget of {budget.subject}",
+        unit=budget.unit,
+        **({"subject": budget.subject} if named else {}),
         asked=asked,
         spent=spent,
         limit=limit,
@@ -285,6 +294,7 @@ def check_affordable(
     planned: Sequence[tuple[int, Event]],
     *,
     stated_delta: float | None = None,
+    name_user: bool = False,
 ) -> None:
     """Return if `budget` allows all of `planned` on top of what is spent.
 
@@ -292,10 +302,11 @@ def check_affordable(
         planned: (rounds, what one such round does).
         stated_delta: the δ that whoever asks counts with. Where it is not the budget's, a refusal says what is asked
             at either; what counts is the budget's.
+        name_user: a refusal may name the user whose quota it is. Not where it goes to others than who keeps the ledger.
 
     Raises:
-        BudgetError: it does not; says asked, spent, limit and left, in the message and as metadata. For ε, asked is
-            what the plan costs by itself; what counts is the composition of both.
+        BudgetError: it does not; says unit, subject, asked, spent, limit and left, in the message and as metadata. For
+            ε, asked is what the plan costs by itself; what counts is the composition of both.
         InvalidInput: a planned event of another unit, or fewer than one round of it.
         LedgerError: `entries` break a rule.
     """
@@ -305,8 +316,9 @@ def check_affordable(
     spent_rounds, events = _spent(list(entries), (budget.unit, budget.subject))
     if budget.max_rounds is not None and spent_rounds + asked_rounds > budget.max_rounds:
         raise _refuse(
-            f"round budget {_whose(budget)}",
-            unit=budget.unit,
+            f"round budget {_whose(budget, name_user=name_user)}",
+            budget,
+            name_user=name_user,
             asked=asked_rounds,
             spent=spent_rounds,
             limit=budget.max_rounds,
@@ -325,8 +337,9 @@ def check_affordable(
             elsewhere = f"; asked at the job's own delta {stated_delta!r}: "
             elsewhere += f"{composed_epsilon(additional, delta=stated_delta):.6g}"
         raise _refuse(
-            f"epsilon budget {_whose(budget)} (delta {budget.delta!r}{elsewhere})",
-            unit=budget.unit,
+            f"epsilon budget {_whose(budget, name_user=name_user)} (delta {budget.delta!r}{elsewhere})",
+            budget,
+            name_user=name_user,
             asked=f"{asked:.6g}",
             spent=f"{spent:.6g}",
             limit=f"{budget.epsilon:.6g}",

@@ -38,6 +38,8 @@ NO_NOISE: Final = "nothing: there is no noise"
 OWN_NOISE: Final = "nothing of the others: the party adds the noise itself, before anything leaves it"
 UNKNOWN: Final = "unknown: the ledger does not say who drew the noise (an entry of an earlier version)"
 NOTHING_YET: Final = "nothing: nothing was spent"
+JOINT: Final = " / "
+"""Between what events of several kinds rest on, where one figure is of all of them; in none of these texts."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -142,7 +144,7 @@ def figures(events: Iterable[Event], *, unit: Unit, delta: float) -> tuple[Figur
 
 
 def _joined(texts: Iterable[str]) -> str:
-    return " / ".join(dict.fromkeys(texts))
+    return JOINT.join(dict.fromkeys(texts))
 
 
 def _against(events: Sequence[Event], unit: Unit) -> str:

@@ -50,11 +50,13 @@ class Books:
     Args:
         store: of the role's database.
         limits: of the role's configuration.
+        name_users: refusals may name a user: whoever reads them keeps the ledger.
     """
 
-    def __init__(self, store: LedgerStore, limits: Limits) -> None:
+    def __init__(self, store: LedgerStore, limits: Limits, *, name_users: bool = False) -> None:
         self.store = store
         self.limits = limits
+        self.name_users = name_users
 
     # --- budgets ------------------------------------------------------------------------------------------------------
 
@@ -97,8 +99,10 @@ class Books:
         if cost.user:
             owner: Account = (unit, subject_of("user", cost.user))
             if not self.limits.knows(entries, owner):
+                named = f"user {cost.user}" if self.name_users else "the user whose data it is"
                 raise BudgetError(
-                    "the user whose data it is has no budget here (privacy.budgets.users or default_user_epsilon)",
+                    f"{named} has no budget here (privacy.budgets.users or default_user_epsilon)",
+                    private=f"the budget of {owner[1]}",
                     unit=unit,
                 )
             found += self.limits.budgets(entries, owner)
@@ -112,7 +116,7 @@ class Books:
         """Raises BudgetError unless every budget allows all rounds that are priced."""
         for budget in self.budgets(entries, cost, job_id=job_id):
             planned = [(cost.rounds, cost.event)]
-            check_affordable(entries, budget, planned, stated_delta=cost.stated_delta)
+            check_affordable(entries, budget, planned, stated_delta=cost.stated_delta, name_user=self.name_users)
 
     # --- charges ------------------------------------------------------------------------------------------------------
 

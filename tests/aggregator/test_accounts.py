@@ -58,7 +58,7 @@ def test_the_quota_of_a_job_is_for_it_alone(connection: Connection) -> None:
         own.check(connection, [Planned(1, SUM), Planned(3, SUM)])
     for number in (1, 2):
         reserve(own, connection, number=number)
-    with pytest.raises(BudgetError, match="of one job"):
+    with pytest.raises(BudgetError, match="of job j does not allow it"):
         reserve(own, connection, number=3)
     reserve(own, connection, job="another")
 

@@ -16,6 +16,7 @@ import pytest
 from sqlalchemy import Connection, MetaData
 
 from src import cli
+from src.cli import budget_source
 from src.cli.budget_change import check_enforced
 from src.cli.budget_ledger import replay
 from src.config import PartyConfig, load_aggregator_config, load_party_config
@@ -172,13 +173,17 @@ def test_show_names_whom_each_figure_holds_against_and_what_it_assumes(role: Rol
     assert new["epsilon_if_all_others_collude"] == pytest.approx(others.epsilon)
     code, out, _ = role.run("show", "--config", str(role.file))
     assert code == 0
+    assert [line for line in out.splitlines() if len(line) > 100] == []
+    told = " ".join(out.split())
     said = [
         f"federation:demo (party level): ε {release.epsilon:.4g} at δ 1e-05 counts against whoever sees the release",
-        f"  assumes {release.assumes}",
-        f"  against the aggregator ε {aggregator.epsilon:.4g} (assumes {aggregator.assumes}); "
-        f"if all others collude ε {others.epsilon:.4g}",
+        f"assumes {release.assumes}",
+        f"against the aggregator ε {aggregator.epsilon:.4g}; if all others collude ε {others.epsilon:.4g}",
+        f"against the aggregator assumes {aggregator.assumes}",
+        "what it has been exposed to; if all others collude ε ∞ "
+        f"assumes, by kind of events: - {UNKNOWN} - {release.assumes}",
     ]
-    assert [line for line in said if line not in out.splitlines()] == []
+    assert [each for each in said if each not in told] == []
     assert "dataset:randhie (example level), user:ada (example level): ε " in out  # said once for both
 
 
@@ -187,6 +192,7 @@ def test_show_says_that_a_figure_means_nothing(role: Role) -> None:
     role.spend(2, whole=overflow)
     assert role.read("show", "--unit", "party")["budgets"][0]["epsilon_spent"] is None
     _, out, _ = role.run("show", "--config", str(role.file), "--unit", "party")
+    out = " ".join(out.split())
     assert "ε ∞ at δ 1e-05 counts against whoever sees the release: no meaningful party-level guarantee" in out
 
 
@@ -216,9 +222,66 @@ def test_history_is_narrowed_and_says_what_it_leaves_out(role: Role) -> None:
         assert len(role.read("history", *arguments)["entries"]) == count
     code, out, _ = role.run("history", "--config", str(role.file), "--limit", "2")
     assert code == 0
-    assert len(out.splitlines()) == 3
+    assert [line for line in out.splitlines() if len(line) > 100] == []
     assert "the 2 newest of 11" in out
-    assert 'final           example dataset:randhie  user ada  job j round 2  "the upload begins"' in out
+    entry = "   10  2026-01-01T00:00:00  final           example dataset:randhie  user ada  job j round 2"
+    assert f'{entry}  "the\n       upload begins"\n' in out
+    _, out, _ = role.run("history", "--config", str(role.file), "--kind", "refusal")
+    assert out.startswith("no entry is of that kind, unit, subject and job together\n11 entries")
+
+
+NOT_THERE = [
+    (("--unit", "exmaple"), "--unit must be example or party"),
+    (("--subject", "randhie"), "--subject must be one of dataset:NAME, user:NAME"),
+    (("--subject", "data:randhie"), "--subject must be one of dataset:NAME, user:NAME"),
+    (("--subject", "dataset:randhi"), "no subject dataset:randhi here: it has neither a limit nor an entry. Known: "
+     "dataset:randhie"),
+    (("--subject", "federation:dmo"), "Known: federation:demo"),
+    (("--subject", "party:a"), "Known: federation:demo, job:j, dataset:randhie, user:ada"),
+    (("--unit", "party", "--subject", "user:ada"), "no subject user:ada here at party level"),
+    (("--subject", "job:i"), "no subject job:i here: it has neither a limit nor an entry. Known: job:j"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("command", ["show", "history"])
+@pytest.mark.parametrize(("options", "said"), NOT_THERE, ids=[" ".join(options) for options, _ in NOT_THERE])
+def test_what_is_asked_for_and_not_there_is_refused_with_what_there_is(
+    role: Role, command: str, options: tuple[str, ...], said: str
+) -> None:
+    code, out, err = role.run(command, "--config", str(role.file), *options)
+    assert (code, out) == (CATALOGUE[InvalidInput].exit_code, "")
+    assert said in err
+    assert len(err.splitlines()) == 1
+
+
+def test_history_refuses_a_kind_or_job_that_there_is_not(role: Role) -> None:
+    for option, said in (
+        (
+            ("--kind", "refused"),
+            "--kind must be one of opening_balance, reservation, final, returned, refusal, release",
+        ),
+        (("--job", "i"), "no subject job:i here"),
+    ):
+        code, _, err = role.run("history", "--config", str(role.file), *option)
+        assert (code, said in err) == (CATALOGUE[InvalidInput].exit_code, True)
+
+
+def test_not_all_subjects_are_named_the_newest_jobs_first(role: Role, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(budget_source, "SHOWN_KNOWN", 2)
+    for job_id in ("k", "l"):
+        role.spend(1, job_id)
+    _, _, err = role.run("show", "--config", str(role.file), "--subject", "job:i")
+    assert "Known: job:l, job:k and 1 more" in err
+
+
+def test_a_limit_of_which_nothing_is_spent_is_shown_and_a_stranger_is_said_to_be_one(role: Role) -> None:
+    shown = role.read("show", "--subject", "user:eve")["budgets"]
+    assert [(row["unit"], row["epsilon_left"], row["rounds_spent"]) for row in shown] == [("example", 10.0, 0)]
+    _, out, _ = role.run("show", "--config", str(role.file), "--subject", "user:eve")
+    assert "user:eve (example level): no entry of this ledger names it so far; its limit is that of user:*\n" in out
+    assert role.read("history", "--subject", "user:eve")["entries"] == []
+    assert [row["unit"] for row in role.read("show", "--subject", "job:j")["budgets"]] == ["example", "party"]
+    assert role.read("show", "--subject", "dataset:*")["budgets"][0]["epsilon_limit"] == 4.0
 
 
 # --- export, verify -------------------------------------------------------------------------------------------------
@@ -250,6 +313,14 @@ def test_an_export_verifies_without_a_server_a_configuration_or_the_key(role: Ro
     assert code == 0
     assert out.splitlines()[0] == f"7 entries, chain verified, head {report['head']}"
     assert "1 heads recorded elsewhere are in it" in out
+    assert "cut off" not in out
+
+
+def test_verify_without_a_head_says_that_a_cut_end_was_not_looked_for(role: Role, export: Path) -> None:
+    export.write_bytes(b"".join(export.read_bytes().splitlines(keepends=True)[:-1]))
+    code, out, _ = role.run("verify", str(export))
+    assert code == 0
+    assert "whether its end was cut off was not checked: such a ledger is whole in itself" in " ".join(out.split())
 
 
 def test_the_key_comes_from_a_roster_too_and_another_is_refused(role: Role, export: Path, tmp_path: Path) -> None:
@@ -365,7 +436,9 @@ def test_a_budget_that_is_raised_in_the_ledger_alone_says_what_still_counts(role
     code, out, err = role.run("set", "--config", str(role.file), *RANDHIE, "--max-rounds", "none", "--reason", "again")
     assert code == 0
     assert "in force: no limit in rounds, ε 4 at δ 1e-05; spent 1 rounds" in out
-    assert "the smaller of both counts" in err
+    assert "the smaller of both counts" in " ".join(err.split())
+    assert [line for line in err.splitlines() if len(line) > 100] == []
+    assert "\n  sotto budget set --config … --unit example --subject 'dataset:randhie' --reason …\n" in err
 
 
 def test_a_budget_at_another_delta_is_enforced_beside_the_first_and_not_mixed(role: Role) -> None:
@@ -473,6 +546,22 @@ def test_a_budget_that_would_bind_nobody_is_refused_with_what_can_be_set_here(
         assert code == CATALOGUE[InvalidInput].exit_code
         assert said in err
     assert len(role.read("history")["entries"]) == 7
+
+
+def test_a_user_whom_nobody_knows_gets_no_budget_and_what_has_none_is_not_reset(role: Role) -> None:
+    """Whom a default gives a quota is known, as is whom the ledger or a dataset names."""
+    eve = ("--unit", "example", "--subject", "user:eve")
+    assert role.change("set", *eve, "--epsilon", "2")["in_force"][0]["epsilon"] == 2.0
+    role.file.write_text(CONFIG.replace(", default_user_epsilon: 10.0", "").replace("100}", "100, user: bob}"))
+    for name in ("ada", "bob", "eve"):
+        role.change("set", "--unit", "example", "--subject", f"user:{name}", "--epsilon", "1")
+        role.change("reset", "--unit", "example", "--subject", f"user:{name}")
+    for command, subject in (("set", "user:mallory"), ("reset", "user:mallory"), ("reset", "job:i")):
+        arguments = (*(("--epsilon", "1") if command == "set" else ()), "--unit", "example", "--subject", subject)
+        code, _, err = role.run(command, "--config", str(role.file), *arguments, "--reason", "x")
+        assert code == CATALOGUE[InvalidInput].exit_code
+        assert f"no subject {subject} here at example level" in err
+        assert ("default_user_epsilon makes a user known" in err) == subject.startswith("user:")
 
 
 def test_the_aggregator_counts_on_its_federation_parties_and_jobs_and_on_nothing_else() -> None:

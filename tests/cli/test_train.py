@@ -134,7 +134,8 @@ def test_a_piped_job_prints_an_artifact_that_verifies_until_the_budget_is_gone(
     job = '{"job_id": "more", "dp": {"noise_multiplier": 0.73}}'
     refused = sotto("train", "--user", "user_456", home=home, job=job)
     assert (refused.returncode, refused.stdout) == (6, "")
-    assert "does not allow it: asked 9.15" in refused.stderr
+    assert "epsilon budget at example level of user user_456 (delta 1e-05) does not allow it" in refused.stderr
+    assert "asked 9.15" in refused.stderr
     assert kinds(own(home)) == ["reservation", "final", "release", "refusal"]
 
 

@@ -12,9 +12,10 @@ import pytest
 from google.protobuf import json_format
 from rich.console import Console
 
-from src.cli.jobs_submit import _make_job
+from src.cli.jobs_submit import Fetched, _make_job, fetch, print_result
 from src.cli.jobs_view import event_line, job_lines, jobs_table, live_view, result_lines, rounds_table
 from src.cli.plain import away, columns, duration, job_to_json, safe, size
+from src.cli.prose import prose
 from src.cli.status import status_lines
 from src.communication.generated import jobs_pb2
 from src.jobs.specs import load_job_file, spec_from_proto, spec_into_proto, spec_of
@@ -112,8 +113,8 @@ def test_beside_every_epsilon_stands_its_delta_what_it_assumes_and_what_is_left_
     assert [line for line in result_lines(result) if line.startswith(("ε", " "))] == [
         "ε        2.5 for one example of a party's data, δ = 1e-06; 9 if all others collude",
         "         assumes honest shares",
-        "ε        ∞ for a whole party, δ = 1e-05; ∞ against the aggregator; ∞ if all others collude: "
-        "no meaningful party-level guarantee",
+        "ε        ∞ for a whole party, δ = 1e-05; ∞ against the aggregator; ∞ if all others collude: no",
+        "         meaningful party-level guarantee",
         "         assumes both",
         "         against the aggregator assumes one of them",
     ]
@@ -127,7 +128,57 @@ def test_what_is_left_at_several_deltas_is_not_compared() -> None:
     assert "0.5" in a_round((0.5, 1e-5), (0.7, 1e-5))
     assert "0.5 at δ 1e-05, 0.1 at δ 0.001" in a_round((0.5, 1e-5), (0.1, 1e-3), (0.7, 1e-5))
     table = a_round((0.5, 1e-5), party_assumption="honest shares", party_delta=1e-5)
-    assert table.splitlines()[-1] == "ε of a party at δ = 1e-05: assumes honest shares"
+    assert "\nε of a party at δ = 1e-05: assumes honest shares\n" in table
+
+
+def test_what_rows_have_left_is_explained_where_a_party_says_it_and_has_no_column_where_none_does() -> None:
+    def lines(*parties: jobs_pb2.PartySummary) -> list[str]:
+        return rounds_table([jobs_pb2.RoundSummary(round=1, seconds=1.0, parties=parties)]).splitlines()
+
+    header, row, *note = lines(jobs_pb2.PartySummary(example_epsilon_left=0.5))
+    assert "ε rows left" in header
+    assert row.split()[-4:] == ["0.5", "0", "B", "1.0"]
+    assert " ".join(note).startswith("ε rows left: of the example-level budget of a party's rows, what was left")
+    header, row, *note = lines(jobs_pb2.PartySummary())
+    assert (("ε rows left" in header), note, row.split()[-4:]) == (False, [], ["-", "0", "B", "1.0"])
+    console = Console(file=io.StringIO(), width=120)
+    console.print(live_view(a_job(), []))
+    assert "rows left" not in console.file.getvalue()  # type: ignore[attr-defined]
+
+
+LONG = "of every 3 contributions at least 3 carry an honest noise share, whoever else contributes; none may collude"
+
+
+def test_no_line_of_a_statement_is_longer_than_100_columns_and_each_assumption_has_its_own() -> None:
+    result = jobs_pb2.JobResult(
+        epsilon_example=2.5,
+        example_assumption=f"{LONG} / {LONG.upper()}",
+        epsilon_party=4.0,
+        party_assumption=LONG,
+        files=[jobs_pb2.ArtifactFile(name="model.safetensors", bytes=70_000, sha256=bytes(32))],
+    )
+    error = jobs_pb2.JobError(reason="WORKER_FAILED", message=LONG)
+    rounds = [jobs_pb2.RoundSummary(round=1, party_assumption=f"{LONG} / {LONG.upper()}", party_delta=1e-5)]
+    lines = job_lines(a_job(result=result, error=error))
+    table = rounds_table(rounds).splitlines()
+    assert [line for line in (*lines, *table) if len(line) > 100] == []
+    text, notes = (" ".join(" ".join(each).split()) for each in (lines, table))
+    assert f"assumes, by kind of events: - {LONG} - {LONG.upper()} ε 4 for" in text
+    assert f"assumes {LONG} file" in text
+    assert f"ε of a party at δ = 1e-05: assumes, by kind of events: - {LONG} - {LONG.upper()}" in notes
+    assert all(line.startswith(" " * 9) for line in lines if LONG[-20:] in line)
+
+
+def test_a_terminal_that_is_narrower_gets_narrower_lines_and_long_words_stay_whole(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    assert max(map(len, prose(LONG))) <= 100
+    monkeypatch.setenv("COLUMNS", "30")
+    monkeypatch.setenv("LINES", "5")
+    assert len(prose(LONG)) == 2  # not on a terminal
+    monkeypatch.setattr("sys.stdout.isatty", lambda: True, raising=False)
+    assert max(map(len, prose(LONG))) <= 30
+    assert prose(f"head {'0' * 64}", hang="     ") == ["head", f"     {'0' * 64}"]
 
 
 def test_a_round_that_does_not_say_how_long_it_took_is_shown_without() -> None:
@@ -156,6 +207,32 @@ def test_a_jobs_json_is_a_job_file(kind: str, fields: dict[str, Any], tmp_path: 
     path.write_text(json.dumps({key: body[key] for key in ("display_name", "priority", "timeout_s", kind)}))
     assert spec_from_proto(load_job_file(path)) == spec_from_proto(job)
     assert load_job_file(path).timeout == job.timeout
+
+
+def test_fetched_files_say_whether_their_signature_was_checked(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    files = {"manifest.json": tmp_path / "manifest.json"}
+    for roster, said in ((None, "NO SIGNATURE WAS CHECKED"), (tmp_path / "roster.json", "signed by the aggregator")):
+        print_result("j", jobs_pb2.JobResult(), fetched=Fetched(files, roster), as_json=False)
+        assert said in capsys.readouterr().out
+        print_result("j", jobs_pb2.JobResult(), fetched=Fetched(files, roster), as_json=True)
+        assert json.loads(capsys.readouterr().out)["signature_checked"] == (roster is not None)
+    print_result("j", jobs_pb2.JobResult(), fetched=None, as_json=False)
+    assert "sign" not in capsys.readouterr().out.lower()
+
+
+def test_a_signature_is_checked_where_the_configuration_pins_a_roster(tmp_path: Path) -> None:
+    class Client:
+        def fetch_artifact(self, job_id: str, out: Path) -> dict[str, Path]:
+            return {job_id: out}
+
+    config, roster = tmp_path / "client.yaml", tmp_path / "roster.json"
+    roster.touch()
+    for keys, pinned in (("{}", None), ("{roster: null}", None), ("{roster: roster.json}", roster)):
+        config.write_text(f"version: 1\nfederation: demo\nserver: {{insecure: true}}\nkeys: {keys}\n")
+        fetched = fetch(Client(), "j", tmp_path, config=config)  # type: ignore[arg-type]  # all that is asked of one
+        assert fetched == Fetched({"j": tmp_path}, pinned)
 
 
 def test_the_json_of_a_job_holds_no_model() -> None:

@@ -79,6 +79,7 @@ async def test_a_scientist_needs_only_the_command_line(job_house: Any, sotto: Co
     code, out, _ = await sotto("result", job_id, "--out", str(tmp_path / "out"))
     assert code == 0
     assert (tmp_path / "out" / "model.safetensors").read_bytes() == job_house.model
+    assert "signed by the aggregator, checked with" in out
 
 
 async def test_a_trusted_aggregator_is_one_option(job_house: Any, sotto: CommandLine) -> None:

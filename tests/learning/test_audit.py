@@ -28,7 +28,7 @@ from src.learning.dpsgd import train_dpsgd
 from src.learning.per_example import uses_ghost_clipping
 from src.learning.settings import LocalTraining
 from src.learning.task import Dataset, Loss, default_loss
-from src.privacy.audit import VERDICT_P, correct_guesses, epsilon_lower_bound, p_value
+from src.privacy.audit import VERDICT_P, correct_guesses, epsilon_lower_bound, p_value, verdict_delta
 from src.privacy.entropy import DeterministicEntropy, Entropy
 
 MakeEntropy = Callable[[str], Entropy]
@@ -324,6 +324,37 @@ def test_a_plan_holds_what_the_accountant_calibrates() -> None:
     assert plan_audit(sampling_rate=0.05, steps=100, noise_multiplier=2.5, epsilon=1.0).training.noise_multiplier == 2.5
 
 
+@pytest.mark.parametrize(("multiplier", "fewest"), [(5.0, 29), (1.5, 514), (0.6, 5)])
+def test_fewer_canaries_than_could_refute_the_claim_are_refused_and_the_least_is_named(
+    multiplier: float, fewest: int
+) -> None:
+    """If every guess were right. The last claim is beyond the default, too: there they have to show some ε at all."""
+    settings: dict[str, Any] = {"sampling_rate": 1.0, "steps": 1, "noise_multiplier": multiplier}
+    for canaries in {1, fewest - 1}:
+        with pytest.raises(ConfigError) as caught:
+            plan_audit(**settings, canaries=canaries)
+        (problem,) = caught.value.problems
+        assert problem.startswith(f"canaries: at least {fewest}: fewer could not")
+    plan = plan_audit(**settings, canaries=fewest)
+    delta = verdict_delta(fewest, plan.delta)
+    right = {"canaries": fewest, "guesses": plan.guesses, "correct": plan.guesses}
+    refuted = p_value(**right, epsilon=claimed(plan.training, delta), delta=delta) <= VERDICT_P
+    assert refuted == (multiplier > 1.0)
+    assert epsilon_lower_bound(**right, delta=plan.delta, p=0.05) > 0.0
+
+
+def test_too_few_guesses_are_refused_unless_they_can_tell_what_is_expected() -> None:
+    settings: dict[str, Any] = {"sampling_rate": 1.0, "steps": 1, "noise_multiplier": 4.0, "canaries": 1000}
+    with pytest.raises(ConfigError) as caught:
+        plan_audit(**settings, guesses=3)
+    (problem,) = caught.value.problems
+    fewest = int(problem.removeprefix("guesses: at least ").partition(":")[0])
+    assert plan_audit(**settings, guesses=fewest).guesses == fewest
+    assert plan_audit(**settings, guesses=fewest - 1, expect_below=0.1).guesses == fewest - 1
+    with pytest.raises(ConfigError):
+        plan_audit(**settings, guesses=fewest - 1)
+
+
 def test_refuses_noise_that_does_not_keep_the_epsilon_asked_for() -> None:
     with pytest.raises(Refused, match="epsilon is larger"):
         plan_audit(sampling_rate=0.05, steps=100, noise_multiplier=2.0, epsilon=1.0)
@@ -414,6 +445,7 @@ def test_the_exit_code_tells_that_epsilon_is_above_what_was_expected(capsys: pyt
         (["--epsilon", "1", "--kind", "parrots"], ConfigError),
         (["--epsilon", "1", "--expect-below", "-1"], ConfigError),
         (["--epsilon", "1", "--epochs", "3"], ConfigError),
+        (["--epsilon", "1", "--canaries", "1"], ConfigError),
         (["--epsilon", "0"], InvalidInput),
         (["--epsilon", "1", "--task", "no-such-task"], NotFoundError),
         (["--epsilon", "1", "--noise-multiplier", "0.1"], Refused),
@@ -423,6 +455,18 @@ def test_the_exit_code_tells_that_epsilon_is_above_what_was_expected(capsys: pyt
 def test_the_command_refuses(arguments: list[str], error: type, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.run([*QUICK, *arguments]) == CATALOGUE[error].exit_code
     assert capsys.readouterr().out == ""
+
+
+def test_the_tasks_that_are_named_are_those_that_are_taken(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.run([*QUICK, "--epsilon", "1", "--task", "nope"]) == CATALOGUE[NotFoundError].exit_code
+    assert "no task is called 'nope'; known: synthetic, randhie" in capsys.readouterr().err
+
+
+def test_guesses_that_cannot_refute_the_claim_are_said_to_be_such(capsys: pytest.CaptureFixture[str]) -> None:
+    for multiplier, said in (("0.3", True), ("5", False)):
+        assert cli.run([*QUICK, "--noise-multiplier", multiplier]) == 0
+        out = " ".join(capsys.readouterr().out.split())
+        assert ("the guesses could not have refuted this claim" in out) == said
 
 
 def test_epochs_are_steps_of_the_expected_number(capsys: pytest.CaptureFixture[str]) -> None:

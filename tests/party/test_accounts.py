@@ -164,11 +164,11 @@ def test_what_was_given_back_can_be_spent_by_another_round(make_books: MakeBooks
 BUDGETS = {
     "more rounds than its party budget has": (
         {"example": {"max_rounds": 5}, "party": {"max_rounds": 4}},
-        "round budget at party level does not allow it: asked 5, spent 0, limit 4, left 4",
+        "round budget at party level of federation demo does not allow it: asked 5, spent 0, limit 4, left 4",
     ),
     "more rounds than its data's budget has": (
         {"example": {"max_rounds": 4}, "party": {"max_rounds": 5}},
-        "round budget at example level does not allow it: asked 5",
+        "round budget at example level of dataset randhie does not allow it: asked 5",
     ),
     "more ε than its data's budget has": (
         {"example": {"epsilon": 0.5}, "party": {"max_rounds": 5}},
@@ -287,7 +287,7 @@ def make_own(engine: Engine, make_config: MakeConfig, scheme: Scheme) -> MakeBoo
 def test_a_dataset_may_have_a_budget_of_its_own(make_own: MakeBooks, make_plan: MakePlan) -> None:
     books = make_own(of_user(None, budget={"max_rounds": 1}))
     books.reserve(make_plan(priced_rounds=1))
-    with pytest.raises(BudgetError, match=r"round budget at example level does not allow it.*limit 1"):
+    with pytest.raises(BudgetError, match=r"at example level of dataset randhie does not allow it.*limit 1"):
         books.reserve(make_plan(job_id="second", priced_rounds=1))
 
 
@@ -338,11 +338,11 @@ def test_a_user_who_was_known_by_a_default_alone_is_refused_once_the_configurati
 @pytest.mark.parametrize("unit", ["example", "party"])
 def test_a_job_has_a_quota_inside_the_budgets(make_own: MakeBooks, make_plan: MakePlan, unit: str) -> None:
     books = make_own(of_user(None), per_job={unit: {"max_rounds": 2}})
-    with pytest.raises(BudgetError, match=f"round budget at {unit} level of one job does not allow it: asked 3"):
+    with pytest.raises(BudgetError, match=f"round budget at {unit} level of job job does not allow it: asked 3"):
         books.reserve(make_plan(priced_rounds=3))
     for number in (1, 2):
         books.reserve(make_plan(round=number, priced_rounds=2))
-    with pytest.raises(BudgetError, match="of one job"):
+    with pytest.raises(BudgetError, match="of job job does not"):
         books.reserve(make_plan(round=3, priced_rounds=2))
     books.reserve(make_plan(job_id="another", priced_rounds=2))
 

@@ -82,7 +82,8 @@ def test_a_refusal_says_asked_spent_limit_and_left() -> None:
     spend(entries, limit, SUM)
     with pytest.raises(BudgetError) as caught:
         check_affordable(entries, limit, [(2, SUM), (1, SUM)])
-    assert caught.value.metadata == {"unit": "party", "asked": "3", "spent": "1", "limit": "3", "left": "2"}
+    figures = {"asked": "3", "spent": "1", "limit": "3", "left": "2"}
+    assert caught.value.metadata == {"unit": "party", "subject": limit.subject, **figures}
     assert "asked 3, spent 1, limit 3, left 2" in caught.value.message
     with pytest.raises(BudgetError) as caught:
         check_affordable(entries, budget(epsilon=1.5), [(1, NonPrivate(unit="party", reason="no noise"))])
@@ -241,10 +242,30 @@ def test_a_round_counts_on_every_party_that_it_invited_and_on_all_where_nobody_i
 def test_a_quota_is_refused_without_naming_the_user() -> None:
     entries: list[Entry] = []
     charge(entries, 1, user="ada")
-    for subject, words in (("user:ada", "of the user whose data it is"), ("job:j", "of one job")):
+    for subject, words in (("user:ada", "of the user whose data it is"), ("job:j", "of job j")):
         with pytest.raises(BudgetError, match=f"round budget at example level {words} does not allow it") as caught:
             check_affordable(entries, budget(unit="example", subject=subject, max_rounds=1), [(1, STEPS)])
         assert "ada" not in caught.value.message + str(caught.value.metadata)
+    assert caught.value.metadata["subject"] == "job:j"
+
+
+def test_a_refusal_names_unit_and_subject_and_a_user_to_who_keeps_the_ledger() -> None:
+    for subject, words in (
+        ("dataset:d", "dataset d"),
+        ("federation:demo", "federation demo"),
+        ("party:a", "party a"),
+        ("user:ada", "user ada"),
+        ("job:*", "one job"),
+    ):
+        limits = {"max_rounds": 1}, {"epsilon": 0.01}
+        for limit, what in zip(limits, ("round", "epsilon"), strict=True):
+            own = budget(unit="example", subject=subject, **limit)  # type: ignore[arg-type]  # of either kind
+            with pytest.raises(BudgetError, match=f"{what} budget at example level of {words}.*asked.*left") as caught:
+                check_affordable([], own, [(2, STEPS)], name_user=True)
+            assert caught.value.metadata.items() >= {"unit": "example", "subject": subject}.items()
+    with pytest.raises(BudgetError) as caught:
+        check_affordable([], budget(unit="example", subject="user:ada", max_rounds=1), [(2, STEPS)])
+    assert (caught.value.private, "subject" in caught.value.metadata) == ("the budget of user:ada", False)
 
 
 def test_what_a_job_asks_at_its_own_delta_is_said_and_what_counts_is_the_budgets() -> None:
