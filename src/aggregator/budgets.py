@@ -5,7 +5,6 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
-import math
 from dataclasses import dataclass
 from typing import Final
 
@@ -225,11 +224,6 @@ class Budgets:
     def _delta(self) -> float:
         """Of the federation's own budget, for accounts without one."""
         return self._limits.rows["party", self._federation].delta
-
-
-def finite(value: float | None) -> float | None:
-    """What a message carries of an ε."""
-    return value if value is not None and math.isfinite(value) else None
 
 
 def _any(entries: list[Entry], account: Account) -> bool:

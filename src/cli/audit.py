@@ -105,6 +105,7 @@ def describe(task: str, result: AuditResult, *, expect_below: float | None = Non
     from ..privacy.accounting import ACCOUNTANT
     from ..privacy.audit import VERDICT_P
     from ..privacy.events import RELATIONS
+    from ..protocol.canonical import finite
 
     plan, training = result.plan, result.plan.training
     return {
@@ -124,14 +125,14 @@ def describe(task: str, result: AuditResult, *, expect_below: float | None = Non
         "audit": {
             "delta": plan.delta,
             "confidence": plan.confidence,
-            "epsilon": _finite(result.epsilon),
+            "epsilon": finite(result.epsilon),
             "lower_bound": result.lower_bound,
             "exceeded": result.exceeded,
         },
         "verdict": {
             "delta": result.verdict_delta,
             "confidence": 1.0 - VERDICT_P,
-            "epsilon": _finite(result.verdict_epsilon),
+            "epsilon": finite(result.verdict_epsilon),
             "lower_bound": result.verdict_lower_bound,
             "p_value": result.verdict_p_value,
             "flagged": result.guesses_flagged,
@@ -147,10 +148,6 @@ def describe(task: str, result: AuditResult, *, expect_below: float | None = Non
         "expect_below": expect_below,
         "passed": None if expect_below is None else not result.exceeds(expect_below),
     }
-
-
-def _finite(value: float) -> float | None:
-    return value if math.isfinite(value) else None
 
 
 def _lines(task: str, result: AuditResult) -> list[str]:

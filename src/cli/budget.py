@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Annotated
@@ -190,17 +189,14 @@ def _in_force(limits: Limits, entries: list[Entry], account: Account) -> tuple[B
 
 def _row(entries: list[Entry], budget: Budget, *, delta: float | None, estimates: bool) -> Row:
     from ..privacy.accounting import epsilon
-    from ..privacy.budget import balance, concerns
+    from ..privacy.budget import balance, concerns, resets
     from ..privacy.figures import figures
+    from ..protocol.canonical import finite
 
     account = (budget.unit, budget.subject)
     found = balance(entries, budget)
-    resets = sum(
-        entry.correction is not None and entry.correction.action == "reset"
-        for entry in entries
-        if (entry.unit, entry.subject) == account
-    )
-    ever = balance(entries, budget, ever=True) if resets else found
+    periods = 1 + sum(resets(entry, account) for entry in entries)
+    ever = balance(entries, budget, ever=True) if periods > 1 else found
     charged, aggregator, others = figures(found.events, unit=budget.unit, delta=budget.delta)
     charged_ever, _, others_ever = figures(ever.events, unit=budget.unit, delta=budget.delta)
     others_at = None if delta is None else figures(found.events, unit=budget.unit, delta=delta)[2]
@@ -210,36 +206,33 @@ def _row(entries: list[Entry], budget: Budget, *, delta: float | None, estimates
         rounds_spent=found.rounds_spent,
         rounds_left=found.rounds_left,
         rounds_limit=budget.max_rounds,
-        epsilon_spent=_finite(found.epsilon_spent),
+        epsilon_spent=finite(found.epsilon_spent),
         epsilon_left=found.epsilon_left,
         epsilon_limit=budget.epsilon,
         delta=budget.delta,
         entries=sum(concerns(entry, account) for entry in entries),
-        periods=1 + resets,
+        periods=periods,
         rounds_ever=ever.rounds_spent,
-        epsilon_ever=_finite(ever.epsilon_spent),
+        epsilon_ever=finite(ever.epsilon_spent),
         assumption_ever=charged_ever.assumes,
-        epsilon_ever_if_all_others_collude=_finite(others_ever.epsilon),
-        epsilon_at=None if delta is None else _finite(epsilon(found.events, delta=delta)),
-        epsilon_at_if_all_others_collude=None if others_at is None else _finite(others_at.epsilon),
+        epsilon_ever_if_all_others_collude=finite(others_ever.epsilon),
+        epsilon_at=None if delta is None else finite(epsilon(found.events, delta=delta)),
+        epsilon_at_if_all_others_collude=None if others_at is None else finite(others_at.epsilon),
         against=charged.against,
         assumption=charged.assumes,
-        epsilon_against_aggregator=_finite(aggregator.epsilon),
+        epsilon_against_aggregator=finite(aggregator.epsilon),
         assumption_against_aggregator=aggregator.assumes,
-        epsilon_if_all_others_collude=_finite(others.epsilon),
+        epsilon_if_all_others_collude=finite(others.epsilon),
         estimates=_estimates(found.events, budget.delta) if estimates else None,
     )
 
 
 def _estimates(events: Sequence[Event], delta: float) -> list[Estimate]:
     from ..privacy.accounting import epsilon_estimates
+    from ..protocol.canonical import finite
 
     found = epsilon_estimates(events, delta=delta)
-    return [replace(each, epsilon=None if each.epsilon is None else _finite(each.epsilon)) for each in found]
-
-
-def _finite(value: float) -> float | None:
-    return value if math.isfinite(value) else None
+    return [replace(each, epsilon=finite(each.epsilon)) for each in found]
 
 
 def _print_table(role: str, rows: list[Row], *, delta: float | None) -> None:

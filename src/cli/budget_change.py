@@ -220,13 +220,13 @@ async def _write(
 
 
 def _report(source: Source, account: Account, *, entry: Entry, entries: list[Entry], as_json: bool) -> None:
-    from ..privacy.budget import balance
+    from ..privacy.budget import balance, resets
     from ..storage.books import difference
 
     budgets = source.limits.budgets(entries, account)
     differs = source.limits.differences(entries)
     warnings = [difference(each, *both) for each, both in differs.items() if each == account]
-    warnings += _what_a_reset_means(entries, account, budgets) if entry.kind == "correction" and _resets(entry) else []
+    warnings += _what_a_reset_means(entries, account, budgets) if resets(entry, account) else []
     if as_json:
         in_force = [{**asdict(budget.limit), "rounds_left": _left(entries, budget)} for budget in budgets]
         body = {"role": source.role, "entry": as_object(entry), "in_force": in_force, "warnings": warnings}
@@ -238,10 +238,6 @@ def _report(source: Source, account: Account, *, entry: Entry, entries: list[Ent
         say(f"in force: {budget.limit}; spent {found.rounds_spent} rounds, ε {found.epsilon_spent:.4g}")
     for warning in warnings:
         warn(warning)
-
-
-def _resets(entry: Entry) -> bool:
-    return entry.correction is not None and entry.correction.action == "reset"
 
 
 def _left(entries: list[Entry], budget: Budget) -> int | None:

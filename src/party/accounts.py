@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
@@ -143,8 +142,3 @@ class PartyAccounts:
         """That the job is still priced for."""
         charged = self._books.of_job(connection, checked.plan.job_id, account)
         return max(1, checked.plan.priced_rounds - len(charged))
-
-
-def finite(value: float | None) -> float | None:
-    """What the wire carries of an ε: nothing where it is infinite or unlimited."""
-    return value if value is not None and math.isfinite(value) else None

@@ -27,13 +27,14 @@ from ..errors import (
 )
 from ..jobs.executors.pool import WorkerPool
 from ..protocol.batches import StoredBatch, expected_header
+from ..protocol.canonical import finite
 from ..protocol.plan import ROOT_KIND, SHARES_KIND, TRANSCRIPT_KIND, OpeningStatement, RootStatement, RoundPlan
 from ..protocol.roster import AGGREGATOR
 from ..protocol.signing import Signed, open_signed
 from ..storage.blobs import Blobs
 from ..storage.database import Database
 from ..storage.heads import Head
-from .accounts import PartyAccounts, finite
+from .accounts import PartyAccounts
 from .home import Home
 from .rules import (
     CheckedPlan,

@@ -63,6 +63,11 @@ def number_or_inf(value: float) -> float | str:
     return "inf" if math.isinf(value) else value
 
 
+def finite(value: float | None) -> float | None:
+    """What a message or plain JSON carries of a figure: None where it is infinite, or there is none."""
+    return value if value is not None and math.isfinite(value) else None
+
+
 def _check(value: object, path: str) -> None:
     if isinstance(value, Mapping):
         for key, item in value.items():

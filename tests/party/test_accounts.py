@@ -16,10 +16,11 @@ from sqlalchemy.pool import StaticPool
 from src.config import PartyConfig
 from src.encryption.scheme import Scheme
 from src.errors import BudgetError, ConflictError, LedgerError
-from src.party.accounts import PartyAccounts, finite
+from src.party.accounts import PartyAccounts
 from src.party.rules import CheckedPlan
 from src.privacy.accounting import epsilon
 from src.privacy.ledger import charges
+from src.protocol.canonical import finite
 from src.protocol.derive import derive_again, example_event
 from src.protocol.plan import RoundPlan
 from src.storage.ledger import LedgerStore

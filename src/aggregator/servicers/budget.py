@@ -12,7 +12,8 @@ from ...communication.generated import budget_pb2, budget_pb2_grpc
 from ...communication.identity import caller
 from ...privacy.events import RELATIONS, event_to_json
 from ...privacy.ledger import Entry, to_line
-from ..budgets import AccountView, Budgets, Question, finite
+from ...protocol.canonical import finite
+from ..budgets import AccountView, Budgets, Question
 from .jobs import in_thread_if_many
 
 SERVICE: Final = "sotto.v1.BudgetService"
