@@ -6,11 +6,14 @@ import json
 import math
 import sys
 from pathlib import Path
-from typing import Annotated, Final
+from typing import TYPE_CHECKING, Annotated, Final
 
 import typer
 
 from .prose import say
+
+if TYPE_CHECKING:
+    from ..learning.standalone_artifact import Verified
 
 app = typer.Typer(
     add_completion=False,
@@ -73,17 +76,26 @@ def verify(
             signer=found.signer,
         )
     if as_json:
-        body = {
-            "job_id": found.job_id,
-            "hash": found.hash,
-            "epsilon": found.epsilon if math.isfinite(found.epsilon) else "inf",
-            "delta": found.delta,
-            "signer": found.signer or None,
-            "verify_key": found.verify_key or None,
-            "vouched_by": vouched_by,
-        }
-        typer.echo(json.dumps(body, ensure_ascii=False))
-        return
+        typer.echo(json.dumps(_as_object(found, vouched_by), ensure_ascii=False))
+    else:
+        _tell(found, vouched_by)
+
+
+def _as_object(found: Verified, vouched_by: str | None) -> dict[str, object]:
+    from ..protocol.canonical import number_or_inf
+
+    return {
+        "job_id": found.job_id,
+        "hash": found.hash,
+        "epsilon": number_or_inf(found.epsilon),
+        "delta": found.delta,
+        "signer": found.signer or None,
+        "verify_key": found.verify_key or None,
+        "vouched_by": vouched_by,
+    }
+
+
+def _tell(found: Verified, vouched_by: str | None) -> None:
     private = math.isfinite(found.epsilon)
     costs = f"ε = {found.epsilon:.6g} at δ = {found.delta:g} for each row" if private else "NO PRIVACY: ε is infinite"
     say(f"job {found.job_id}: {costs}")

@@ -216,6 +216,8 @@ def plan_audit(
         raise ConfigError("the audit cannot be run", problems=("epsilon: this, or a noise multiplier, is needed",))
     if kind not in DEFAULT_CANARIES:
         raise ConfigError("the audit cannot be run", problems=(f"kind: {' or '.join(DEFAULT_CANARIES)}",))
+    if expect_below is not None and not expect_below >= 0.0:
+        raise ConfigError("the audit cannot be run", problems=("expect_below: at least 0",))
     amount = DEFAULT_CANARIES[kind] if canaries is None else canaries
     training = LocalTraining(
         steps=steps,

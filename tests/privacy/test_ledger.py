@@ -55,6 +55,20 @@ def name(number: int) -> str:
     return f"job-1/{number}/party/{SUBJECT}"
 
 
+def refuse(entries: list[Entry], number: int, *, job_id: str = "job-1", event: NoisySum | None = None) -> Entry:
+    return ledger.refuse(
+        entries,
+        at=AT,
+        job_id=job_id,
+        round=number,
+        unit="party",
+        subject=SUBJECT,
+        reservation_id=f"{job_id}/{number}/party/{SUBJECT}",
+        event=event,
+        reason="no budget",
+    )
+
+
 @pytest.fixture
 def entries() -> list[Entry]:
     """Six entries, one of each kind that version 1 had."""
@@ -77,19 +91,7 @@ def entries() -> list[Entry]:
         reserve(book, 2, unit="example", subject="dataset:randhie", event=STEPS, reservation_id="job-1/2/example")
     )
     book.append(ledger.give_back(book, "job-1/2/example", at=AT, reason="cancelled before training"))
-    book.append(
-        ledger.refuse(
-            book,
-            at=AT,
-            job_id="job-2",
-            round=1,
-            unit="party",
-            subject=SUBJECT,
-            reservation_id="job-2/1",
-            event=SUM,
-            reason="no budget",
-        )
-    )
+    book.append(refuse(book, 1, job_id="job-2", event=SUM))
     return book
 
 
@@ -310,7 +312,7 @@ def test_settling_is_idempotent_and_final_is_final(entries: list[Entry]) -> None
     with pytest.raises(LedgerError):
         ledger.give_back(entries, "before", at=AT, reason="please")
     with pytest.raises(NotFoundError):
-        ledger.finalise(entries, "job-2/1", at=AT)  # was refused, never reserved
+        ledger.finalise(entries, f"job-2/1/party/{SUBJECT}", at=AT)  # was refused, never reserved
 
 
 @dataclass
@@ -346,17 +348,7 @@ def step(book: list[Entry], model: Model, operation: tuple[str, int, int]) -> En
         entry = ledger.give_back(book, name(number), at=AT, reason="nothing left")
         model.returned.add(number)
     else:
-        entry = ledger.refuse(
-            book,
-            at=AT,
-            job_id="job-1",
-            round=number,
-            unit="party",
-            subject=SUBJECT,
-            reservation_id=name(number),
-            event=None,
-            reason="no",
-        )
+        entry = refuse(book, number)
     return entry
 
 
