@@ -26,8 +26,8 @@ demo-check: $(READY)  ## five seeds: the federation learns as much as central DP
 test: $(READY)  ## the test suite, under ten minutes on two cores
 	@$(BIN)/python -m pytest -q -n $(PYTEST_WORKERS) -m "not slow" $(ARGS)
 
-test-all: $(READY)  ## the test suite with the long runs
-	@$(BIN)/python -m pytest -q -n $(PYTEST_WORKERS) $(ARGS)
+test-all: $(READY)  ## the test suite with the long runs, and examples that no run had before
+	@$(BIN)/python -m pytest -q -n $(PYTEST_WORKERS) --hypothesis-profile=searching $(ARGS)
 
 check: $(READY)  ## ruff, mypy strict, and whether the generated stubs are up to date
 	@$(BIN)/ruff check .

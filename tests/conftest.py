@@ -6,6 +6,7 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -15,6 +16,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 import psutil
 import pytest
+from hypothesis import HealthCheck, settings
 
 if TYPE_CHECKING:  # the tests of pure rooms do not pay for grpc and SQLAlchemy
     from src.aggregator.round_row import RoundRow
@@ -53,6 +55,19 @@ LONG_FILES: Final = (
 """With processes of their own, about a minute each: workers begin with these, so that none is left alone with one."""
 ONE_FEDERATION: Final = frozenset(LONG_FILES[:6])
 """Their tests share one federation, which takes half a minute to start: they belong into one worker."""
+
+os.environ["no_grpc_proxy"] = "localhost,127.0.0.1"  # noqa: SIM112  gRPC looks for it in lower case
+"""This machine is reached without its proxy, if it has one."""
+
+_IN_PEACE: Final[dict[str, Any]] = {
+    "deadline": None,
+    "suppress_health_check": [HealthCheck.too_slow],  # of this machine, that is, whatever else it does
+    "print_blob": True,
+}
+settings.register_profile("repeatable", **_IN_PEACE, derandomize=True, database=None)
+settings.register_profile("searching", **_IN_PEACE, derandomize=False)
+settings.load_profile("repeatable")
+"""Whoever runs the tests sees what everybody sees; `make test-all` looks for what nobody has seen yet."""
 
 if os.environ.pop("PYTHONDONTWRITEBYTECODE", None):
     # Dozens of processes that import torch: each would compile it again, for seconds. Written here, not into the tree.
@@ -115,6 +130,19 @@ def gone(process: psutil.Process) -> bool:
         return True
 
 
+@contextlib.contextmanager
+def reserve() -> Iterator[str]:
+    """An address at which a server can end and begin again: meanwhile the system gives its port to nobody who asks for
+    any port. Linux lets a socket that does not listen hold it, while another one listens there by name."""
+    with socket.socket() as holder:
+        holder.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        holder.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{holder.getsockname()[1]}"
+        if sys.platform != "linux":
+            holder.close()
+        yield address
+
+
 class Processes:
     """Role processes by name, each with a log of its own."""
 
@@ -154,8 +182,11 @@ class Processes:
 
     def workers(self, name: str) -> list[psutil.Process]:
         """Those that compute: the children of the zygote."""
-        root = psutil.Process(self.running[name].pid)
-        return [worker for zygote in root.children() for worker in zygote.children()]
+        found: list[psutil.Process] = []
+        for zygote in psutil.Process(self.running[name].pid).children():
+            with contextlib.suppress(psutil.NoSuchProcess):  # it was being replaced
+                found += zygote.children()
+        return found
 
     def signal(self, name: str, number: signal.Signals) -> int:
         """Send a signal that ends the role; its exit code, once nothing that it started is left."""
@@ -163,8 +194,20 @@ class Processes:
         process = self.running.pop(name)
         process.send_signal(number)
         code = process.wait(PATIENCE_S)
-        until(lambda: all(gone(each) for each in family), f"the end of everything that {name} started")
+        self.ended(family, f"the end of everything that {name} started")
         return code
+
+    def ended(self, family: Sequence[psutil.Process], what: str) -> None:
+        """Wait until none of them is left."""
+        until(lambda: all(gone(each) for each in family), what)
+
+    def stopped_worker(self, name: str) -> psutil.Process | None:
+        """One that stands still, if one does."""
+        for worker in self.workers(name):
+            with contextlib.suppress(psutil.NoSuchProcess):  # it was being replaced
+                if worker.status() == psutil.STATUS_STOPPED:
+                    return worker
+        return None
 
     def kill(self, name: str) -> None:
         """`kill -9`."""
@@ -217,7 +260,8 @@ class Federation:
         self.parties = tuple(parties)
         self.kits = directory / "kits"
         self.processes = Processes(directory)
-        self.address = ""
+        self._kept = contextlib.ExitStack()
+        self.address = self._kept.enter_context(reserve())
         self.notebook: Path | None = None
         self._settings = dict(settings or {})
         self._client: SottoClient | None = None
@@ -228,29 +272,27 @@ class Federation:
             modulus_bits=MODULUS_BITS,
             insecure_small=True,
             processes=1,
-            aggregator_overrides={"server": {"listen": "127.0.0.1:0", "address_file": "address"}, **URGENT},
+            aggregator_overrides={"server": {"listen": self.address, "address_file": "address"}, **URGENT},
             party_overrides={**URGENT, **(party or {})},
         )
 
     # --- roles --------------------------------------------------------------------------------------------------------
 
     def start_aggregator(self, **settings: str) -> None:
-        """Where it was before, if it was; returns once it serves."""
+        """Always at the same address; returns once it serves."""
         if "aggregator" in self.processes.running:
             return
         kit = self.kits / "aggregator"
         (kit / "address").unlink(missing_ok=True)
-        listen = {"SOTTO__SERVER__LISTEN": self.address} if self.address else {}
         own = self._settings.get("aggregator", {})
         arguments = ("aggregator", "--config", str(kit / "aggregator.yaml"))
-        self.processes.start("aggregator", *arguments, settings={**own, **listen, **settings})
+        self.processes.start("aggregator", *arguments, settings={**own, **settings})
 
         def serving() -> bool:
             self.processes.check()
             return (kit / "address").exists()
 
         until(serving, "the aggregator serves")
-        self.address = (kit / "address").read_text().strip()
 
     def start(self, *names: str) -> None:
         """The aggregator and these parties, as far as they are not running; returns once they have joined."""
@@ -285,6 +327,7 @@ class Federation:
         if self._client is not None:
             self._client.close()
         self.processes.close()
+        self._kept.close()
 
     # --- jobs ---------------------------------------------------------------------------------------------------------
 
@@ -404,6 +447,20 @@ def make_processes() -> Iterator[Callable[[Path], Processes]]:
     yield make
     for processes in made:
         processes.close()
+
+
+@pytest.fixture(scope="session")
+def reserved_address() -> Callable[[], contextlib.AbstractContextManager[str]]:
+    """`with reserved_address() as address`, see `reserve`."""
+    return reserve
+
+
+@pytest.fixture
+def interruptible() -> Iterator[None]:
+    """Ctrl-C is heard here, and by whatever a test starts: shells have the jobs in their background ignore it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
 
 
 @pytest.fixture(scope="session")

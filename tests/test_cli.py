@@ -188,6 +188,7 @@ def test_private_text_is_not_printed(monkeypatch: pytest.MonkeyPatch, capsys: py
         assert "alice" not in capsys.readouterr().err
 
 
+@pytest.mark.usefixtures("interruptible")
 def test_ctrl_c_exits_with_130_and_leaves_nothing_behind(tmp_path: Path) -> None:
     arguments = ["provision", "--out", str(tmp_path / "kits"), "--party", "a", "--party", "b"]
     with subprocess.Popen(
@@ -196,7 +197,7 @@ def test_ctrl_c_exits_with_130_and_leaves_nothing_behind(tmp_path: Path) -> None
         assert process.stderr is not None
         assert process.stderr.readline() == "sotto: searching two safe primes of 1536 bits\n"
         process.send_signal(signal.SIGINT)
-        process.communicate(timeout=60)
+        process.communicate(timeout=120)
     assert process.returncode == 130
     assert list(tmp_path.iterdir()) == []
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import stat
 from datetime import UTC, datetime, timedelta
 from ipaddress import IPv4Address
@@ -31,10 +32,14 @@ PARTIES = ("a", "b", "hospital-c")
 
 @pytest.fixture(scope="module")
 def kits(tmp_path_factory: pytest.TempPathFactory) -> Summary:
+    """Made where files are for everybody, if nothing else is said of them."""
     out = tmp_path_factory.mktemp("provision") / "kits"
-    return provision(
-        out, federation="demo", parties=PARTIES, address="fl.example.org:443", scientists=("scientist", "eve"), **SMALL
-    )
+    wish = {"parties": PARTIES, "address": "fl.example.org:443", "scientists": ("scientist", "eve"), **SMALL}
+    before = os.umask(0)
+    try:
+        return provision(out, federation="demo", **wish)
+    finally:
+        os.umask(before)
 
 
 def certificate(kit: Path) -> x509.Certificate:
@@ -138,7 +143,7 @@ def test_secrets_are_readable_by_their_owner_alone(kits: Summary) -> None:
     secret = {"key.pem", "ca-key.pem", "signing.key", "share.json"}
     for path in (kits.out, *kits.out.rglob("*")):
         mode = stat.S_IMODE(path.stat().st_mode)
-        assert mode == (0o700 if path.is_dir() else 0o600 if path.name in secret else mode & 0o644), path
+        assert mode == (0o700 if path.is_dir() else 0o600 if path.name in secret else mode & 0o666), path
 
 
 # ----------------------------------------------------------------------------------------------------- certificates

@@ -104,12 +104,12 @@ class House:
         return budget_pb2_grpc.BudgetServiceStub(self.channels[-1])
 
     async def budget(self, identity: Identity, **fields: Any) -> budget_pb2.GetBudgetResponse:
-        answer = await self.stub(identity).GetBudget(budget_pb2.GetBudgetRequest(**fields), timeout=20)
+        answer = await self.stub(identity).GetBudget(budget_pb2.GetBudgetRequest(**fields), timeout=60)
         assert isinstance(answer, budget_pb2.GetBudgetResponse)
         return answer
 
     async def entries(self, identity: Identity, **fields: Any) -> budget_pb2.ListEntriesResponse:
-        answer = await self.stub(identity).ListEntries(budget_pb2.ListEntriesRequest(**fields), timeout=20)
+        answer = await self.stub(identity).ListEntries(budget_pb2.ListEntriesRequest(**fields), timeout=60)
         assert isinstance(answer, budget_pb2.ListEntriesResponse)
         return answer
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import AsyncIterator, Callable
+from contextlib import AbstractContextManager
 from typing import Any
 
 import grpc
@@ -117,17 +118,17 @@ class PlayedService(jobs_pb2_grpc.JobServiceServicer):
 class House:
     """A played service, served, and callers of it."""
 
-    def __init__(self) -> None:
+    def __init__(self, address: str) -> None:
         self.service = PlayedService()
-        self.address = "127.0.0.1:0"
+        self.address = address
         self.roster: Roster | None = None
         self.clients: list[AsyncSottoClient] = []
 
     async def start(self) -> None:
-        """Where it was before, if it was."""
+        """Always at the same address."""
         self.server = GrpcServer(listen=self.address, tls=None, insecure=True, federation="demo", roles=ROLES)
         self.server.add(jobs_pb2_grpc.add_JobServiceServicer_to_server, self.service, SERVICE)
-        self.address = f"127.0.0.1:{await self.server.start()}"
+        await self.server.start()
 
     def client(self, *, pinned: bool = True, retry_for_s: float = RETRY_FOR_S) -> AsyncSottoClient:
         roster = self.roster if pinned else None
@@ -137,10 +138,11 @@ class House:
 
 
 @pytest.fixture
-async def house() -> AsyncIterator[House]:
-    house = House()
-    await house.start()
-    yield house
-    for client in house.clients:
-        await client.close()
-    await house.server.stop(0)
+async def house(reserved_address: Callable[[], AbstractContextManager[str]]) -> AsyncIterator[House]:
+    with reserved_address() as address:
+        house = House(address)
+        await house.start()
+        yield house
+        for client in house.clients:
+            await client.close()
+        await house.server.stop(0)

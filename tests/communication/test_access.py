@@ -34,13 +34,13 @@ OpenChannel = Callable[..., grpc.aio.Channel]
 
 async def _get_job(channel: grpc.aio.Channel, **kwargs: Any) -> jobs_pb2.Job:
     stub = jobs_pb2_grpc.JobServiceStub(channel)
-    job = await stub.GetJob(jobs_pb2.GetJobRequest(job_id="7"), timeout=10, **kwargs)
+    job = await stub.GetJob(jobs_pb2.GetJobRequest(job_id="7"), timeout=60, **kwargs)
     assert isinstance(job, jobs_pb2.Job)
     return job
 
 
 async def _cancel_job(channel: grpc.aio.Channel) -> None:
-    await jobs_pb2_grpc.JobServiceStub(channel).CancelJob(jobs_pb2.CancelJobRequest(), timeout=10)
+    await jobs_pb2_grpc.JobServiceStub(channel).CancelJob(jobs_pb2.CancelJobRequest(), timeout=60)
 
 
 async def test_the_caller_is_who_the_certificate_says(
@@ -155,9 +155,9 @@ async def test_health_is_for_anyone_who_got_through_the_handshake(
 ) -> None:
     stub = health_pb2_grpc.HealthStub(open_channel(server.address, tls=authority.issue()))
     for service in ("", "sotto.v1.JobService", "grpc.health.v1.Health"):
-        answer = await stub.Check(health_pb2.HealthCheckRequest(service=service), timeout=10)
+        answer = await stub.Check(health_pb2.HealthCheckRequest(service=service), timeout=60)
         assert answer.status == health_pb2.HealthCheckResponse.SERVING
-    watch = stub.Watch(health_pb2.HealthCheckRequest(service="sotto.v1.JobService"), timeout=10)
+    watch = stub.Watch(health_pb2.HealthCheckRequest(service="sotto.v1.JobService"), timeout=60)
     async for answer in watch:
         assert answer.status == health_pb2.HealthCheckResponse.SERVING
         break
@@ -169,7 +169,7 @@ async def test_reflection_is_there_when_it_is_switched_on(
 ) -> None:
     running = await start_server(tls=None, insecure=True, reflection=enabled)
     stub = reflection_pb2_grpc.ServerReflectionStub(open_channel(running.address, insecure=True))
-    call = stub.ServerReflectionInfo(iter([reflection_pb2.ServerReflectionRequest(list_services="")]), timeout=10)
+    call = stub.ServerReflectionInfo(iter([reflection_pb2.ServerReflectionRequest(list_services="")]), timeout=60)
     if not enabled:
         with pytest.raises(SottoError):
             await call.read()

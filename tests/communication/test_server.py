@@ -39,10 +39,10 @@ async def test_a_server_starts_once_and_takes_its_services_before() -> None:
 async def test_a_stopped_server_cannot_be_reached(open_channel: Any) -> None:
     server = _server("127.0.0.1:0")
     stub = health_pb2_grpc.HealthStub(open_channel(f"127.0.0.1:{await server.start()}", insecure=True))
-    await stub.Check(health_pb2.HealthCheckRequest(), timeout=10)
+    await stub.Check(health_pb2.HealthCheckRequest(), timeout=60)
     await server.stop(grace_s=0)
     with pytest.raises(SottoError):
-        await stub.Check(health_pb2.HealthCheckRequest(), timeout=10)
+        await stub.Check(health_pb2.HealthCheckRequest(), timeout=60)
 
 
 async def test_calls_that_wait_do_not_hold_up_others_and_each_knows_its_own_caller(
@@ -59,10 +59,10 @@ async def test_calls_that_wait_do_not_hold_up_others_and_each_knows_its_own_call
         return jobs_pb2_grpc.JobServiceStub(channel)
 
     plain.behaviour.act = wait
-    first = asyncio.ensure_future(stub("ada").GetJob(jobs_pb2.GetJobRequest(), timeout=10))
+    first = asyncio.ensure_future(stub("ada").GetJob(jobs_pb2.GetJobRequest(), timeout=60))
     await arrived.wait()
     plain.behaviour.act = None
-    assert (await stub("bob").GetJob(jobs_pb2.GetJobRequest(), timeout=10)).owner == "scientist/bob"
+    assert (await stub("bob").GetJob(jobs_pb2.GetJobRequest(), timeout=60)).owner == "scientist/bob"
     go_on.set()
     assert (await first).owner == "scientist/ada"
 

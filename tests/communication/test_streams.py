@@ -47,7 +47,9 @@ async def _listed(stream: AsyncIterator[DataChunk]) -> list[DataChunk]:
     return [chunk async for chunk in stream]
 
 
-@settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(
+    max_examples=30, deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture]
+)
 @given(data=st.binary(max_size=300), chunk_bytes=st.integers(1, 120), offset=st.integers(0, 300))
 def test_what_is_sent_is_received_in_memory_and_as_a_blob(
     blobs: Blobs, data: bytes, chunk_bytes: int, offset: int
@@ -163,7 +165,7 @@ async def test_a_download_resumes_over_grpc(plain: Any, scientist: grpc.aio.Chan
     stub = jobs_pb2_grpc.JobServiceStub(scientist)
     data = plain.behaviour.data
     sink = bytearray(data[:37])
-    stream = stub.DownloadArtifact(jobs_pb2.DownloadArtifactRequest(offset=37), timeout=10)
+    stream = stub.DownloadArtifact(jobs_pb2.DownloadArtifactRequest(offset=37), timeout=60)
     await receive(stream, sink, max_bytes=1000)
     assert sink == data
 
@@ -175,9 +177,9 @@ async def test_an_upload_over_grpc_ends_at_the_first_byte_too_many(plain: Any, p
         for begin in range(0, len(data), 30):
             yield federation_pb2.UploadUpdateRequest(body=data[begin : begin + 30])
 
-    assert (await stub.UploadUpdate(upload(plain.behaviour.data), timeout=10)).accepted
+    assert (await stub.UploadUpdate(upload(plain.behaviour.data), timeout=60)).accepted
     with pytest.raises(DigestError, match="more than the 100 bytes"):
-        await stub.UploadUpdate(upload(plain.behaviour.data + b"x"), timeout=10)
+        await stub.UploadUpdate(upload(plain.behaviour.data + b"x"), timeout=60)
 
 
 def test_a_signed_statement_survives_its_message_and_an_incomplete_one_is_refused() -> None:

@@ -22,7 +22,8 @@ from src.storage.schema import Schema
 OpenDatabase = Callable[[Schema], Awaitable[Database]]
 
 USER = "sotto"
-TIMEOUT_S = 60
+TIMEOUT_S = 200
+"""Only a hang reaches it."""
 
 INITDB = ("--auth=trust", "--encoding=UTF8", "--no-sync", "--no-instructions", f"--username={USER}")
 # A language's order of text ("a-b" after "ab"), not that of its bytes: what relies on order must ask for it.
@@ -86,7 +87,7 @@ class Server:
                 stderr=subprocess.STDOUT,
                 timeout=TIMEOUT_S,
                 check=False,
-                env={**os.environ, "LC_ALL": "C"},
+                env={**os.environ, "LC_ALL": "C", "PGCTLTIMEOUT": str(TIMEOUT_S)},
             )
             if done.returncode != 0:
                 output.seek(0)

@@ -49,9 +49,10 @@ def seeded() -> Callable[[bytes], Entropy]:
     return SeededEntropy
 
 
-@pytest.fixture(scope="session")
-def entropy() -> Entropy:
-    return SeededEntropy(b"session")
+@pytest.fixture(scope="module")
+def entropy(request: pytest.FixtureRequest) -> Entropy:
+    """Of a file's own: what its tests draw does not depend on which others ran before."""
+    return SeededEntropy(request.node.nodeid.encode())
 
 
 @pytest.fixture(scope="session")

@@ -34,12 +34,8 @@ class Stalled:
 
     def worker(self) -> psutil.Process:
         """The one that stands still, as soon as one does."""
-
-        def stopped() -> psutil.Process | None:
-            workers = self.pair.federation.processes.workers(AGGREGATOR)
-            return next((each for each in workers if each.status() == psutil.STATUS_STOPPED), None)
-
-        found: psutil.Process = self.until(stopped, "a worker stands still")
+        processes = self.pair.federation.processes
+        found: psutil.Process = self.until(lambda: processes.stopped_worker(AGGREGATOR), "a worker stands still")
         return found
 
     def cancel(self, job_id: str) -> None:

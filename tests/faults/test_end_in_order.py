@@ -16,7 +16,7 @@ from src.protocol.roster import AGGREGATOR
 SHUTDOWN_S: Final = 0.5
 PATIENCE_S: Final = 200.0
 """Only a hang reaches it."""
-SLACK_S: Final = 30.0
+SLACK_S: Final = 60.0
 """For ending calls, workers and database: a second or two, on a machine that has nothing else to do."""
 
 
@@ -24,11 +24,8 @@ SLACK_S: Final = 30.0
 def stopped_worker(_pair: Any, wait_until: Callable[..., Any]) -> Iterator[Callable[[], psutil.Process]]:
     """The worker that stands still, once one does."""
 
-    def find() -> psutil.Process | None:
-        workers = _pair.federation.processes.workers(AGGREGATOR)
-        return next((each for each in workers if each.status() == psutil.STATUS_STOPPED), None)
-
-    yield lambda: wait_until(find, "a worker stands still")
+    processes = _pair.federation.processes
+    yield lambda: wait_until(lambda: processes.stopped_worker(AGGREGATOR), "a worker stands still")
     _pair.stall_file.unlink(missing_ok=True)
 
 

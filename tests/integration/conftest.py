@@ -7,6 +7,7 @@ import json
 import math
 import os
 from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -243,12 +244,12 @@ class House:
     exported = EXPORTED
     roster = ROSTER
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(self, directory: Path, address: str) -> None:
         self.metadata = MetaData()
         self.store = JobStore(self.metadata)
         self.database = Database(directory / "jobs.db", FromMetadata(self.metadata))
         self.blobs = Blobs(directory / "blobs")
-        self.address = ""
+        self.address = address
         self._closing: list[Any] = []
 
     async def start(self) -> None:
@@ -265,7 +266,7 @@ class House:
             notifier=notifier,
         )
         self.server = GrpcServer(
-            listen="127.0.0.1:0",
+            listen=self.address,
             tls=None,
             insecure=True,
             federation="demo",
@@ -276,7 +277,7 @@ class House:
         operations = operations_servicer.OperationsServicer(self.service)
         add = operations_pb2_grpc.add_OperationsServicer_to_server
         self.server.add(add, operations, operations_servicer.SERVICE)
-        self.address = f"127.0.0.1:{await self.server.start()}"
+        await self.server.start()
 
     def client(self, identity: Identity = ANN) -> AsyncSottoClient:
         client = AsyncSottoClient(
@@ -344,12 +345,15 @@ class House:
 
 
 @pytest.fixture
-async def job_house(tmp_path: Path) -> AsyncIterator[House]:
+async def job_house(
+    tmp_path: Path, reserved_address: Callable[[], AbstractContextManager[str]]
+) -> AsyncIterator[House]:
     """A served job service: `.client(identity)`, `.stub(identity)`, `.operations(identity)`, `.permit(rounds)`."""
-    house = House(tmp_path / "aggregator")
-    await house.start()
-    yield house
-    await house.stop()
+    with reserved_address() as address:
+        house = House(tmp_path / "aggregator", address)
+        await house.start()
+        yield house
+        await house.stop()
 
 
 SMALL_EPSILON = 40.0

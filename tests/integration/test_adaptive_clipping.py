@@ -52,7 +52,9 @@ def test_a_norm_that_is_far_too_small_grows_and_a_party_pays_what_it_pays_withou
     rows = twenty.rounds(job.job_id)
     norms = [float(plan_of(row.plan).clipping_norm) for row in rows]
     assert norms[0] == START
-    assert norms[0] < norms[1] < norms[2] < START * 1.3
+    assert (
+        norms[0] < norms[1] < norms[2] < START * 1.4
+    )  # e^0.2 is 1.22; the noise on two counts has a tenth of the rest
     cost = NoisySum(noise_multiplier=MULTIPLIER, rounds=ROUNDS, dimension=plan_of(rows[0].plan).dimension)
     assert job.result.epsilon_party == pytest.approx(epsilon([cost], delta=1e-5), rel=1e-6)
     files = twenty.client.fetch_artifact(job.job_id, tmp_path)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -29,12 +30,12 @@ SPEC = FederatedTrainingSpec(
 class Classic:
     """config/ copied, its state beside it; the modules of the two roles are run as scripts."""
 
-    def __init__(self, directory: Path, processes: Any, wait_until: Callable[..., Any]) -> None:
+    def __init__(self, directory: Path, processes: Any, wait_until: Callable[..., Any], *, address: str) -> None:
         self.config = shutil.copytree(ROOT / "config", directory / "config")
         self.state = directory / "var"
         self.processes = processes
         self._until = wait_until
-        self.address = ""
+        self.address = address
         self.start_aggregator()
         self.client = SottoClient(self.address, insecure=True, identity=Identity("scientist", "ann"))
 
@@ -42,7 +43,7 @@ class Classic:
         file = self.state / "address"
         file.unlink(missing_ok=True)
         settings = {
-            "SOTTO__SERVER__LISTEN": self.address or "127.0.0.1:0",
+            "SOTTO__SERVER__LISTEN": self.address,
             "SOTTO__SERVER__ADDRESS_FILE": str(file),
             "SOTTO__KEYS__MODULUS_BITS": "512",
             **SETTINGS,
@@ -56,7 +57,6 @@ class Classic:
             return file.exists()
 
         self._until(serving, "the aggregator serves")
-        self.address = file.read_text().strip()
 
     def start_parties(self) -> None:
         """Those of a, b and c that do not run; returns once the aggregator has them all."""
@@ -76,13 +76,17 @@ class Classic:
 
 @pytest.fixture(scope="module")
 def classic(
-    tmp_path_factory: pytest.TempPathFactory, make_processes: Callable[[Path], Any], wait_until: Callable[..., Any]
+    tmp_path_factory: pytest.TempPathFactory,
+    make_processes: Callable[[Path], Any],
+    wait_until: Callable[..., Any],
+    reserved_address: Callable[[], AbstractContextManager[str]],
 ) -> Iterator[Classic]:
     directory = tmp_path_factory.mktemp("classic")
-    made = Classic(directory, make_processes(directory), wait_until)
-    yield made
-    made.client.close()
-    made.processes.close()
+    with reserved_address() as address:
+        made = Classic(directory, make_processes(directory), wait_until, address=address)
+        yield made
+        made.client.close()
+        made.processes.close()
 
 
 def test_the_aggregator_starts_without_anything_and_makes_its_keys(classic: Classic) -> None:

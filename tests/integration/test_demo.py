@@ -50,10 +50,10 @@ def start(out: Path, *more: str) -> subprocess.Popen[str]:
 def roles_under(out: Path) -> dict[str, psutil.Process]:
     """The role processes of a demo that works below `out`, by kit."""
     found = {}
-    for process in psutil.process_iter(["cmdline"]):
+    for process in psutil.process_iter(["cmdline", "status"]):
         for argument in process.info["cmdline"] or ():
             match = re.fullmatch(re.escape(str(out)) + r"/\.work-\w+/kits/([\w-]+)/\w+\.yaml", argument)
-            if match and process.status() != psutil.STATUS_ZOMBIE:
+            if match and process.info["status"] != psutil.STATUS_ZOMBIE:
                 found[match[1]] = process
     return found
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -133,11 +134,12 @@ def test_the_manifests_digests_are_those_of_the_rounds_plans_and_transcripts(fir
     assert said["model_sha256"] == first.manifest["model"]["sha256"]
 
 
-def test_nobody_keeps_an_update_once_its_round_is_over(first: First, running: Any) -> None:
-    sizes = [row.batches[name].size for row in first.rows for name in row.batches]
-    for name in (AGGREGATOR, *PARTIES):
-        files = [path for path in (running.state(name) / "blobs").rglob("*") if path.is_file()]
-        assert not [path for path in files if path.stat().st_size in sizes]
+def test_nobody_keeps_an_update_once_its_round_is_over(
+    first: First, running: Any, wait_until: Callable[..., Any]
+) -> None:
+    sizes = {row.batches[name].size for row in first.rows for name in row.batches}
+    for name in (AGGREGATOR, *PARTIES):  # a party hears of the end when it is reached
+        wait_until(lambda name=name: not sizes & set(_sizes(running.state(name) / "blobs")), f"{name} keeps no update")
 
 
 # --- one federation, many jobs ----------------------------------------------------------------------------------------
@@ -155,7 +157,9 @@ def test_the_status_says_who_is_there_and_what_holds(running: Any) -> None:
 
 def test_two_trainings_run_at_a_time_and_a_third_waits_for_one_of_them(running: Any) -> None:
     before = {name: process.pid for name, process in running.processes.running.items()}
-    jobs = [running.submit(seed=seed) for seed in (1, 2, 3)]
+    with running.processes.hold("a"):  # until the second is there
+        jobs = [running.submit(seed=seed) for seed in (1, 2, 3)]
+        running.reached(jobs[1], lambda row: row.state == "TRAINING", "the second runs")
     assert [running.succeed(job_id).progress.rounds_released for job_id in jobs] == [1, 1, 1]
     first, second, third = (running.rounds(job_id)[0] for job_id in jobs)
     assert second.started_at < first.ended_at
@@ -197,6 +201,8 @@ def test_what_the_aggregator_stores_of_an_update_is_ciphertexts_that_one_share_d
     running: Any, wait_until: Callable[..., Any]
 ) -> None:
     keyring = Keyring.load(running.kits / "aggregator" / "public_key.json", insecure_small=True)
+    root = running.state(AGGREGATOR) / "blobs"
+    known = {path.name for path in root.glob("??/*")}
     with running.processes.hold("b"):
         job_id = running.submit(parties=("a", "b"))
         row = running.reached(job_id, lambda row: "a" in row.roots, "a commits")
@@ -205,10 +211,9 @@ def test_what_the_aggregator_stores_of_an_update_is_ciphertexts_that_one_share_d
         aggregator = running.processes.hold("aggregator")
         aggregator.__enter__()
     try:  # b goes on and commits; uploads come in, and stay unchecked as long as the aggregator's workers are held
-        root = running.state(AGGREGATOR) / "blobs"
-        noise = row.batches[AGGREGATOR].sha256
+        others = {*known, row.batches[AGGREGATOR].sha256}
         bodies = wait_until(
-            lambda: found if len(found := dict(_bodies(root, layout.body_bytes, but=noise))) == 2 else None,
+            lambda: found if len(found := dict(_bodies(root, layout.body_bytes, but=others))) == 2 else None,
             "two uploads are stored",
         )
         row = running.rounds(job_id)[0]
@@ -311,12 +316,20 @@ def _statement(signed: dict[str, str]) -> dict[str, Any]:
     return statement
 
 
-def _bodies(root: Path, size: int, *, but: str) -> Iterator[tuple[str, bytes]]:
+def _bodies(root: Path, size: int, *, but: set[str]) -> Iterator[tuple[str, bytes]]:
     """Stored blobs of this size, by digest."""
     blobs = Blobs(root)
     for path in root.glob("??/*"):
-        if path.name != but and path.stat().st_size == size:
+        if path.name not in but and path.stat().st_size == size:
             yield path.name, blobs.read(path.name)
+
+
+def _sizes(root: Path) -> Iterator[int]:
+    """Of all that is stored."""
+    for path in root.rglob("*"):
+        with contextlib.suppress(FileNotFoundError):  # it is being removed
+            if path.is_file():
+                yield path.stat().st_size
 
 
 def _starts(layout: Layout) -> range:

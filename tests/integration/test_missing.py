@@ -10,7 +10,7 @@ import pytest
 
 from src.communication.generated import jobs_pb2
 
-SHORT_S = 12.0
+SHORT_S = 16.0
 """A round's time where somebody is missing: commitments close after 0.6 of it, uploads after 0.8."""
 LONGER_S = 28.0
 """Long enough for the notice after ten seconds of waiting, and for an opening in the last tenth."""

@@ -9,6 +9,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
 from typing import Any
@@ -70,6 +71,14 @@ async def _until(condition: Callable[[], bool]) -> None:
         await asyncio.sleep(0.005)
 
 
+def _gone(process: psutil.Process) -> bool:
+    """Ended; who reaps it is its new parent's business."""
+    try:
+        return not process.is_running() or process.status() == psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return True
+
+
 async def _begin_busy(
     pool: WorkerPool, blobs: Blobs, unit: str = "busy", **settings: Any
 ) -> asyncio.Task[dict[str, Any]]:
@@ -100,7 +109,7 @@ async def test_a_worker_is_what_the_design_says(make_pool: MakePool) -> None:
     pool = await make_pool(nice=7, preload=("encryption.packing",))
     found = await pool.run("describe", {})
     assert found["modules"] == ["numpy"]
-    assert found["nice"] == os.nice(0) + 7
+    assert found["nice"] == min(19, os.nice(0) + 7)
     assert found["omp_threads"] == "1"
     assert found["pid"] == found["group"] != os.getpgid(0)
     assert found["interrupt_ignored"]
@@ -226,7 +235,7 @@ async def test_a_zygote_that_dies_is_replaced_before_anybody_asks_and_takes_its_
     with pytest.raises(WorkerError, match="the worker of unit busy died"):
         await task
     await _until(lambda: pool.stats().idle == 2)
-    assert not any(process.is_running() and process.status() != psutil.STATUS_ZOMBIE for process in before)
+    await _until(lambda: all(_gone(process) for process in before))
     assert not psutil.pid_exists(zygote.pid)
     assert await pool.run("echo", {"n": 1}) == {"n": 1}
 
@@ -260,7 +269,7 @@ async def test_what_a_unit_started_is_killed_with_it(make_pool: MakePool, blobs:
     task.cancel()
     await asyncio.wait([task])
     await _until(lambda: not before.is_running())
-    await _until(lambda: not child.is_running() or child.status() == psutil.STATUS_ZOMBIE)  # whose is not the pool's
+    await _until(lambda: _gone(child))
 
 
 async def test_a_stopped_worker_is_killed_when_its_time_is_over(make_pool: MakePool) -> None:
@@ -416,8 +425,8 @@ def test_when_the_role_is_killed_everything_ends_even_a_busy_worker_and_main_is_
         processes = psutil.Process(role.pid).children(recursive=True)
         assert len(processes) == 3
         role.kill()
-        _, alive = psutil.wait_procs(processes, timeout=30)
-        assert alive == []
+        while not all(_gone(process) for process in processes):
+            time.sleep(0.005)
         assert role.stderr.read() == "main runs\n"
 
 

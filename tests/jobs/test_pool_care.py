@@ -187,10 +187,10 @@ async def test_a_worker_is_replaced_after_its_share_of_units_and_nobody_fails(ma
 async def test_an_idle_worker_that_does_not_answer_is_killed_and_replaced(
     make_pool: MakePool, caplog: pytest.LogCaptureFixture
 ) -> None:
-    pool = await make_pool(size=2, health_interval_s=0.05, health_timeout_s=0.5)
+    pool = await make_pool(size=2, health_interval_s=0.05, health_timeout_s=2.0)
     stopped = await _pid(pool)
     os.kill(stopped, signal.SIGSTOP)
-    await _until(lambda: pool.stats().replaced == 1)
+    await _until(lambda: pool.stats().replaced >= 1)  # the other, too, if this machine is that busy
     await _until(lambda: not psutil.pid_exists(stopped))
     assert f"worker {stopped} does not answer" in caplog.text
     assert await pool.run("echo", {"n": 1}) == {"n": 1}

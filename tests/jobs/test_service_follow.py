@@ -57,7 +57,9 @@ async def test_two_hundred_watchers_see_everything_once_and_a_change_costs_about
     assert house.store.asked["events"] - WATCHERS <= 4 * len(changes)
 
 
-@settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(
+    max_examples=15, deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture]
+)
 @given(
     plan=st.lists(st.tuples(st.integers(0, 3), st.integers(0, 4), st.integers(0, 3)), min_size=1, max_size=8),
     data=st.data(),

@@ -290,7 +290,7 @@ if __name__ == "__main__":
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["src.learning.dpsgd"])
     with context.Pool(1) as pool:
-        print(pool.map_async(work, [0, 1]).get(timeout=60))
+        print(pool.map_async(work, [0, 1]).get(timeout=200))
 """
 
 
@@ -304,7 +304,7 @@ def test_it_trains_in_a_child_of_a_preloaded_forkserver(tmp_path: Path) -> None:
         env=os.environ | {"PYTHONPATH": str(root)},
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=250,
         check=False,
     )
     assert done.stdout.strip() == "[(True, True), (True, True)]", done.stderr

@@ -137,7 +137,7 @@ def test_hadolint_finds_nothing() -> None:
 def test_a_script_can_be_executed_and_parsed(script: str) -> None:
     path = DOCKER / script
     assert path.stat().st_mode & stat.S_IXUSR
-    done = subprocess.run(["/bin/sh", "-n", path], capture_output=True, text=True, timeout=10, check=False)
+    done = subprocess.run(["/bin/sh", "-n", path], capture_output=True, text=True, timeout=60, check=False)
     assert done.stderr == ""
 
 

@@ -325,7 +325,7 @@ SHARES: Final[list[Row]] = [
     ("a share announced empty", LimitError, share(bytes=0)),
     ("a share longer than announced", DigestError, share_as(lambda b: b + b"\0")),
     ("a share shorter than announced", DigestError, share_as(lambda b: b[:-1])),
-    ("a share with other bytes than announced", DigestError, share_as(lambda b: b[:-1] + b"\0")),
+    ("a share with other bytes than announced", DigestError, share_as(lambda b: b[:-1] + bytes([b[-1] ^ 1]))),
     ("a second share of the same party", StateError, lambda s: s.a.send_share(s.opened)),
     ("an upload after the fact", StateError, lambda s: s.c.upload(s.part, root=s.c.another_root(s.part))),
     ("batches that do not exist", NotFoundError, lambda s: s.c.download(s.part.name, "d")),

@@ -27,7 +27,9 @@ def _files(blobs: Blobs) -> list[Path]:
     return [path for path in blobs.root.rglob("*") if path.is_file()]
 
 
-@settings(deadline=None, max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(
+    deadline=None, max_examples=25, suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture]
+)
 @given(pieces=st.lists(st.binary(max_size=200), max_size=6))
 def test_what_is_written_in_pieces_is_read_back_whole_under_its_sha256(blobs: Blobs, pieces: list[bytes]) -> None:
     data = b"".join(pieces)

@@ -47,6 +47,8 @@ MARKERS: Final = np.array(
 )
 
 _noted: set[str] = set()
+_noted_parts: list[None] = []
+"""One entry for each of them; both begin anew with each training."""
 
 
 def note(kind: str, values: Any) -> None:
@@ -79,10 +81,10 @@ def watch(put: Callable[[Any, str, Any], None]) -> None:
         note("vector", chosen[-3:])
 
     def of_a_part(_: Any, total: Any) -> None:
-        if next(parts, None) is not None:
+        if len(_noted_parts) < PARTS:
+            _noted_parts.append(None)
             _vector(total)
 
-    parts = iter(range(PARTS))
     around(per_example.ClippedSums, "_add", of_a_part)
     around(dpsgd, "secure_normals", lambda _, noise: _vector(noise))
     around(dpsgd, "poisson_sample", sampled)
@@ -165,6 +167,8 @@ class PlantedTask:
         `fails_at` (anybody, if absent)."""
         mine = options.get("fails_at") in (None, options.get("who"))
         self._fail = str(options.get("fail") or "") if mine else ""
+        _noted.clear()
+        _noted_parts.clear()
         note("rows", MARKERS)
         note("rows", [SECRET])
         note("count", [ROWS, LABEL])
