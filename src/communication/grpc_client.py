@@ -16,7 +16,7 @@ import grpc
 from .errors import from_rpc_error
 from .identity import METADATA_KEY, Identity
 from .options import DEFAULT_MAX_MESSAGE_BYTES, client_options
-from .tls import TlsFiles, check_transport, client_credentials
+from .tls import TlsFiles, check_transport, client_credentials, is_loopback
 
 
 def connect(
@@ -44,6 +44,8 @@ def connect(
     """
     check_transport("server.address", address, tls=tls, insecure=insecure)
     options = client_options(max_message_bytes)
+    if is_loopback(address):
+        options.append(("grpc.enable_http_proxy", 0))  # a proxy in the environment would look for it on its own machine
     metadata: tuple[tuple[str, str], ...] = ()
     if tls is None:
         channel = grpc.aio.insecure_channel(address, options=options)

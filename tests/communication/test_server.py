@@ -45,6 +45,18 @@ async def test_a_stopped_server_cannot_be_reached(open_channel: Any) -> None:
         await stub.Check(health_pb2.HealthCheckRequest(), timeout=60)
 
 
+@pytest.mark.parametrize("name", ["grpc_proxy", "https_proxy", "http_proxy"])
+async def test_this_machine_is_reached_without_the_proxy_of_the_environment(
+    plain: Any, open_channel: Any, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    monkeypatch.delenv("no_grpc_proxy", raising=False)
+    monkeypatch.delenv("no_proxy", raising=False)
+    monkeypatch.setenv(name, "http://127.0.0.1:1")  # nobody listens there
+    channel = open_channel(plain.address, insecure=True, identity=Identity("scientist", "ada"))
+    found = await jobs_pb2_grpc.JobServiceStub(channel).GetJob(jobs_pb2.GetJobRequest(), timeout=60)
+    assert found.owner == "scientist/ada"
+
+
 async def test_calls_that_wait_do_not_hold_up_others_and_each_knows_its_own_caller(
     plain: Any, open_channel: Any
 ) -> None:
