@@ -31,7 +31,7 @@ from opacus.validators import ModuleValidator
 
 from ..errors import InvalidInput, SottoError
 from ..privacy.clipping import MIN_NORM
-from .task import Dataset, Loss
+from .task import Dataset, Loss, finite_rows
 
 CLIPPING_MARGIN: Final = 1.0 - 2.0**-20
 """Gradients are scaled to this much of the bound: what is left is more than float64 can be off by in a sum of 2^20."""
@@ -83,10 +83,10 @@ class ClippedSums:
         else:
             self._source = _PerExampleHooks(model, loss, list(parameters))
         self._most_rows = max(1, _CHUNK_BYTES // (8 * max(1, self._source.values_per_row)))
-        blank = Dataset(np.zeros((0, *shape), np.float32), rows.labels[:0], "blank")
+        blank = Dataset(np.zeros((_BLANK_ROWS, *shape), np.float32), np.zeros(_BLANK_ROWS, rows.labels.dtype), "blank")
         generator = torch.get_rng_state()
         try:
-            self._add(*_tensors(blank, np.zeros(0, np.int64), _BLANK_ROWS), _BLANK_ROWS)
+            self._add(*_tensors(blank, np.arange(_BLANK_ROWS), _BLANK_ROWS))
         except SottoError:
             raise
         except Exception as error:
@@ -110,28 +110,29 @@ class ClippedSums:
                 nothing: then neither the time taken nor the shapes at work tell how many were chosen.
         """
         total = torch.zeros(self.size, dtype=torch.float64)
-        chosen = chosen[dataset.finite(chosen)]
+        if not len(dataset):
+            return total
         rows = min(self._most_rows, _PADDED_ROWS if padded_to else _CHUNK_ROWS)
         for start in range(0, max(len(chosen), padded_to), rows):
             part = chosen[start : start + rows]
-            features, labels = _tensors(dataset, part, rows if padded_to else len(part))
+            tensors = _tensors(dataset, part, rows if padded_to else len(part))
             try:
-                total += self._add(features, labels, len(part))
+                total += self._add(*tensors)
             except Exception:  # one of these rows made it fail: which one must not be told by failing
                 for row in range(len(part)):
-                    total += self._alone(features[row : row + 1], labels[row : row + 1])
+                    total += self._alone(*(each[row : row + 1] for each in tensors))
         return total
 
-    def _alone(self, features: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    def _alone(self, features: torch.Tensor, labels: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
         try:
-            return self._add(features, labels, 1)
+            return self._add(features, labels, counts)
         except Exception:
             return torch.zeros(self.size, dtype=torch.float64)
 
-    def _add(self, features: torch.Tensor, labels: torch.Tensor, count: int) -> torch.Tensor:
-        """The sum over the first `count` of these examples."""
+    def _add(self, features: torch.Tensor, labels: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
+        """The sum over those of these examples that count."""
         try:
-            return self._source.clipped_sum(features, labels, count, bound=self._bound * CLIPPING_MARGIN)
+            return self._source.clipped_sum(features, labels, counts, bound=self._bound * CLIPPING_MARGIN)
         finally:
             self._source.forget()
 
@@ -179,8 +180,10 @@ class _Source(Protocol):
         """That one example needs in memory, about."""
         ...
 
-    def clipped_sum(self, features: torch.Tensor, labels: torch.Tensor, count: int, *, bound: float) -> torch.Tensor:
-        """Over the first `count` examples of a chunk."""
+    def clipped_sum(
+        self, features: torch.Tensor, labels: torch.Tensor, counts: torch.Tensor, *, bound: float
+    ) -> torch.Tensor:
+        """Over the examples of a chunk that count: bool, shape (n,)."""
         ...
 
     def forget(self) -> None:
@@ -211,16 +214,18 @@ class _LinearLayers:
     def values_per_row(self) -> int:
         return sum(layer.in_features + layer.out_features for layer in self._layers)
 
-    def clipped_sum(self, features: torch.Tensor, labels: torch.Tensor, count: int, *, bound: float) -> torch.Tensor:
+    def clipped_sum(
+        self, features: torch.Tensor, labels: torch.Tensor, counts: torch.Tensor, *, bound: float
+    ) -> torch.Tensor:
         for parameter in self._parameters:
             parameter.requires_grad_(False)  # or their gradients would be computed too, of no use
         losses = checked_losses(self._loss(self._model(features), labels), len(features))
         calls = [self._calls[layer] for layer in self._layers]
         found = torch.autograd.grad(losses.sum(), [call.probe for call in calls], allow_unused=True)
-        inputs = [call.inputs[:count] for call in calls]
-        outputs = [_or_zeros(each, call.probe)[:count] for each, call in zip(found, calls, strict=True)]
+        inputs = [call.inputs for call in calls]
+        outputs = [_or_zeros(each, call.probe) for each, call in zip(found, calls, strict=True)]
         norms = [self._norms(*each) for each in zip(self._layers, inputs, outputs, strict=True)]
-        factors, sound = _factors(torch.stack(norms).norm(dim=0), losses[:count], bound=bound)
+        factors, sound = _factors(torch.stack(norms).norm(dim=0), losses, counts, bound=bound)
         sums: dict[int, torch.Tensor] = {}
         for layer, a, g in zip(self._layers, inputs, outputs, strict=True):
             scaled = torch.where(sound, g, 0.0) * factors
@@ -256,12 +261,14 @@ class _PerExampleHooks:
         self._model, self._loss, self._parameters = GradSampleModule(model, loss_reduction="sum"), loss, parameters
         self.values_per_row = sum(parameter.numel() for parameter in parameters)
 
-    def clipped_sum(self, features: torch.Tensor, labels: torch.Tensor, count: int, *, bound: float) -> torch.Tensor:
+    def clipped_sum(
+        self, features: torch.Tensor, labels: torch.Tensor, counts: torch.Tensor, *, bound: float
+    ) -> torch.Tensor:
         with _known_warnings():
             losses = checked_losses(self._loss(self._model(features), labels), len(features))
             torch.autograd.backward(losses.sum())
-        each = torch.cat([self._flat(parameter, len(features))[:count] for parameter in self._parameters], dim=1)
-        factors, sound = _factors(each.norm(dim=1), losses[:count], bound=bound)
+        each = torch.cat([self._flat(parameter, len(features)) for parameter in self._parameters], dim=1)
+        factors, sound = _factors(each.norm(dim=1), losses, counts, bound=bound)
         total: torch.Tensor = factors[:, 0] @ torch.where(sound, each, 0.0)
         return total
 
@@ -327,23 +334,32 @@ def _row_norms(rows: torch.Tensor) -> torch.Tensor:
     return norms
 
 
-def _factors(norms: torch.Tensor, losses: torch.Tensor, *, bound: float) -> tuple[torch.Tensor, torch.Tensor]:
-    """By how much each example is scaled, and which examples count at all: both of shape (n, 1).
+def _factors(
+    norms: torch.Tensor, losses: torch.Tensor, counts: torch.Tensor, *, bound: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """By how much each example is scaled, and which examples count after all: both of shape (n, 1).
 
     A norm that overflows belongs to a gradient that is as good as infinite.
     """
-    sound = torch.isfinite(norms) & torch.isfinite(losses.detach())
+    sound = counts & torch.isfinite(norms) & torch.isfinite(losses.detach())
     factors = torch.where(sound, (bound / norms).clamp(max=1.0), 0.0)
     return factors[:, None], sound[:, None]
 
 
-def _tensors(dataset: Dataset, part: NDArray[np.int64], rows: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """These rows, and blank ones after them up to `rows`, in the precision of the model."""
-    features = np.zeros((rows, *dataset.features.shape[1:]), np.float64)
-    features[: len(part)] = dataset.features[part]
-    labels = np.zeros(rows, np.float64 if dataset.labels.dtype.kind == "f" else dataset.labels.dtype)
-    labels[: len(part)] = dataset.labels[part]
-    return torch.from_numpy(features), torch.from_numpy(labels)
+def _tensors(dataset: Dataset, part: NDArray[np.int64], rows: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Features and labels of these rows, in the precision of the model, and which of `rows` count: blank ones do not.
+
+    Blank are those that fill a chunk up, and those that are not finite. Each takes what any other row takes: as many
+    are read, looked at and written whatever `part` holds.
+    """
+    positions = np.resize(part, rows) if len(part) else np.zeros(rows, np.int64)
+    features, labels = dataset.features[positions], dataset.labels[positions]
+    counts = finite_rows(features, labels) & (np.arange(rows) < len(part))
+    features = np.where(counts.reshape(-1, *[1] * (features.ndim - 1)), features, 0).astype(np.float64)
+    labels = np.where(counts, labels, np.zeros_like(labels))
+    if labels.dtype.kind == "f":
+        labels = labels.astype(np.float64)
+    return torch.from_numpy(features), torch.from_numpy(labels), torch.from_numpy(counts)
 
 
 @contextmanager

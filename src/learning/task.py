@@ -29,7 +29,6 @@ BUILT_IN: Final[Mapping[str, tuple[str, str]]] = {"randhie": (".tasks.randhie", 
 Options = Mapping[str, object]
 Loss = Callable[["torch.Tensor", "torch.Tensor"], "torch.Tensor"]
 Metrics = Callable[[NDArray[Any], NDArray[Any]], dict[str, float]]
-_ALL: Final = slice(None)
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,19 +59,16 @@ class Dataset:
     def __len__(self) -> int:
         return len(self.labels)
 
-    def finite(self, rows: NDArray[np.int64] | slice = _ALL) -> NDArray[np.bool_]:
-        """Of each of these rows whether every feature and its label are finite: positions, shape (k,); all by default.
-
-        DP-SGD passes over the others.
-        """
-        features, labels = self.features[rows], self.labels[rows]
-        found = np.asarray(np.isfinite(features).all(axis=tuple(range(1, features.ndim))))
-        return found & np.isfinite(labels) if labels.dtype.kind == "f" else found
-
     def require_finite(self) -> None:
         """Raises InvalidInput where a row is not finite: for rows that are public, or trained on without privacy."""
-        if not self.finite().all():
+        if not finite_rows(self.features, self.labels).all():
             raise InvalidInput("every feature and label is finite")
+
+
+def finite_rows(features: NDArray[Any], labels: NDArray[Any]) -> NDArray[np.bool_]:
+    """Whether every feature of a row and its label are finite, shape (n,): DP-SGD passes over the others."""
+    found = np.asarray(np.isfinite(features).all(axis=tuple(range(1, features.ndim))))
+    return found & np.isfinite(labels) if labels.dtype.kind == "f" else found
 
 
 class Task(Protocol):

@@ -13,7 +13,7 @@ import numpy as np
 
 from ..config import PartyConfig
 from ..errors import SottoError
-from ..learning.task import find_task
+from ..learning.task import find_task, finite_rows
 
 MAX_NAMED: Final = 10
 """Rows that are named; whoever mends these finds the others by asking again."""
@@ -37,7 +37,7 @@ def _findings(task: str, options: dict[str, Any], *, declared: int) -> tuple[str
     except Exception as error:  # of the task's own code, which may raise anything
         text = error.message if isinstance(error, SottoError) else str(error)
         return f"cannot be loaded: {type(error).__name__}: {text}", False
-    broken = np.flatnonzero(~rows.finite())
+    broken = np.flatnonzero(~finite_rows(rows.features, rows.labels))
     if not len(broken):
         return f"{len(rows)} rows ({declared} declared), all of them finite", True
     names = ", ".join([*map(str, broken[:MAX_NAMED]), *(["…"] if len(broken) > MAX_NAMED else [])])

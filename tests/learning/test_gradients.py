@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
@@ -92,6 +92,28 @@ def test_as_much_is_computed_for_an_empty_batch_as_for_a_full_one(data: MakeData
         )
     one = [(2, 1), *[(128, 1)] * -(-max(1, padded_to) // 128)]  # the model is tried on two blank rows first
     assert shapes == 3 * one
+
+
+class Watched(np.ndarray[Any, Any]):
+    """Features that note how many rows are read at a time."""
+
+    read: ClassVar[list[int]] = []
+
+    def __getitem__(self, key: Any) -> Any:
+        self.read.append(len(key))
+        return np.asarray(super().__getitem__(key))
+
+
+def test_as_many_rows_are_read_for_an_empty_batch_as_for_a_full_one(data: MakeData) -> None:
+    """Of wide rows reading takes longer than computing."""
+    rows = data(200)
+    watched = Dataset(rows.features.view(Watched), rows.labels, "watched")
+    for count in (0, 1, 129, 200):
+        Watched.read.clear()
+        clipped_gradient_sum(
+            make_model(), watched, np.arange(count), loss=default_loss, max_grad_norm=1.0, padded_to=200
+        )
+        assert Watched.read == [128, 128]
 
 
 def test_a_row_whose_gradient_is_not_finite_counts_as_zero_and_harms_no_other(data: MakeData) -> None:

@@ -19,6 +19,7 @@ from src.learning.task import (
     check_options,
     default_loss,
     find_task,
+    finite_rows,
     holdout_of,
     known_tasks,
     loss_of,
@@ -156,14 +157,13 @@ def test_loading_a_row_is_no_error_and_tells_its_owner_of(what: str) -> None:
     """Whether a party contributes must not hang on one row; whoever cannot use such a row asks for finite ones."""
     rows = Dataset(*NOT_FINITE[what], "x")
     assert len(rows) == 2
-    assert rows.finite().tolist() == [True, False]
-    assert rows.finite(np.array([1, 0, 1])).tolist() == [False, True, False]
+    assert finite_rows(rows.features, rows.labels).tolist() == [True, False]
     with pytest.raises(InvalidInput, match="every feature and label is finite"):
         rows.require_finite()
 
 
 def test_no_row_and_images_are_finite() -> None:
-    assert Dataset(np.zeros((0, 3), np.float32), np.zeros(0), "x").finite().shape == (0,)
+    assert finite_rows(np.zeros((0, 3), np.float32), np.zeros(0)).shape == (0,)
     Dataset(np.zeros((2, 3, 4, 5), np.float32), np.zeros(2, bool), "x").require_finite()
 
 
