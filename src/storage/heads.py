@@ -21,6 +21,9 @@ from .columns import text
 
 HEADS_KEPT: Final = 64
 """Of a ledger: the last that each of so many jobs told, many more than run at a time."""
+NAMED_DIGITS: Final = 16
+MOST_NAMED: Final = 24
+"""In one reason, which holds 500 characters."""
 LONGEST_JOB_ID: Final = 64
 _DIGEST: Final = re.compile("[0-9a-f]{64}")
 
@@ -65,7 +68,11 @@ class HeadStore:
         if connection.execute(select(table.c.digest).where(mine, job)).scalar() == head.digest:
             return
         told = (connection.execute(select(func.max(table.c.told)).where(mine)).scalar() or 0) + 1
-        connection.execute(table.delete().where(mine, job | (table.c.told <= told - HEADS_KEPT)))
+        connection.execute(table.delete().where(mine, job))
+        others = select(table.c.told).where(mine).order_by(table.c.told.desc())
+        oldest = connection.execute(others.offset(HEADS_KEPT - 2).limit(1)).scalar()
+        if oldest is not None:
+            connection.execute(table.delete().where(mine, table.c.told < oldest))
         connection.execute(
             table.insert().values(name=name, job_id=head.job_id, round=head.round, digest=head.digest, told=told)
         )
@@ -82,8 +89,8 @@ def check_heads(
 ) -> None:
     """Fail closed unless a ledger once ended with each of `heads`, or its operator has answered for the loss.
 
-    An operator answers by a correction (`sotto budget set | reset`) whose reason names the digest in full; it answers
-    for what was told before, too.
+    An operator answers by corrections (`sotto budget set | reset`) whose reasons name each that is missing, by its
+    first `NAMED_DIGITS` digits.
 
     Args:
         entries: of this role's ledger, verified.
@@ -92,23 +99,29 @@ def check_heads(
         account: (unit, subject) that the operator may correct, as it stands in the message.
 
     Raises:
-        LedgerError: neither; names the last that is missing.
+        LedgerError: neither; names what is missing, as far as one reason can name it.
     """
     entries = list(entries)
     had = {GENESIS, *(entry.digest for entry in entries)}
     reasons = [entry.reason for entry in entries if entry.kind == "correction"]
-    answered = [at for at, head in enumerate(heads) if any(head.digest in reason for reason in reasons)]
-    missing = [head for head in heads[max(answered, default=-1) + 1 :] if head.digest not in had]
+    missing = [head for head in heads if head.digest not in had and not any(_name(head) in each for each in reasons)]
     if not missing:
         return
-    head = missing[-1]
-    unit, subject = account
+    last, (unit, subject) = missing[-1], account
+    others = f" (and {len(missing) - 1} others)" if len(missing) > 1 else ""
+    names = " ".join(map(_name, missing[-MOST_NAMED:]))
+    again = f" ({MOST_NAMED} of {len(missing)}, and then again)" if len(missing) > MOST_NAMED else ""
     raise LedgerError(
-        f"{whose} ledger lacks the entry {head.digest}, which {told_by} knows as its head since round {head.round} of "
-        f"job {head.job_id}: its database was rolled back to an old copy, or is another one. Put the newest copy back. "
+        f"{whose} ledger lacks the entry {last.digest}{others}, which {told_by} knows as its head since round "
+        f"{last.round} of job {last.job_id}: its database was rolled back to an old copy, or is another one. Put the "
+        "newest copy back. "
         "Only if that is lost for good: stop the role and enter, with a limit that leaves room for what was spent "
         f"since, sotto budget set --config … --unit {unit} --subject {subject!r} --max-rounds … --epsilon … "
-        f"--reason 'lost: {head.digest}'",
-        job=head.job_id,
-        round=head.round,
+        f"--reason 'lost: {names}'{again}",
+        job=last.job_id,
+        round=last.round,
     )
+
+
+def _name(head: Head) -> str:
+    return head.digest[:NAMED_DIGITS]

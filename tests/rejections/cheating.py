@@ -173,7 +173,8 @@ class CheatingAggregator(federation_pb2_grpc.FederationServiceServicer):
 
     def _told(self, name: federation_pb2.RoundName, digest: str) -> None:
         """In this it is honest: it remembers the heads of a's ledger."""
-        self.party_ledger.append(federation_pb2.LedgerHead(digest=digest, round=name))
+        told = federation_pb2.LedgerHead(digest=digest, round=name)
+        self.party_ledger = [*(each for each in self.party_ledger if each.round.job_id != name.job_id), told]
 
     def _came(self, kind: str, what: Any) -> None:
         self.received.append(Answer(kind, what))

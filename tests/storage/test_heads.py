@@ -11,7 +11,7 @@ from sqlalchemy import Connection, MetaData, create_engine
 
 from src.errors import InvalidInput, LedgerError
 from src.privacy.ledger import Entry, Limit, correct
-from src.storage.heads import HEADS_KEPT, Head, HeadStore, check_heads
+from src.storage.heads import HEADS_KEPT, MOST_NAMED, Head, HeadStore, check_heads
 
 ACCOUNT = ("party", "federation:demo")
 
@@ -67,28 +67,54 @@ def test_of_too_many_jobs_the_first_goes(connection: Connection, store: HeadStor
     assert [each.round for each in store.told(connection, "a")] == list(range(3, HEADS_KEPT + 3))
 
 
-@given(st.permutations(range(5)), st.integers(0, 5))
+def test_a_job_that_tells_often_drives_no_other_out(connection: Connection, store: HeadStore) -> None:
+    store.remember(connection, "a", head(0, "quiet"))
+    for number in range(1, 2 * HEADS_KEPT):
+        store.remember(connection, "a", head(number, f"job-{number % (HEADS_KEPT - 1)}"))
+    assert len(store.told(connection, "a")) == HEADS_KEPT
+    assert store.told(connection, "a")[0] == head(0, "quiet")
+
+
+def refused(entries: list[Entry], heads: list[Head]) -> str:
+    with pytest.raises(LedgerError) as error:
+        check(entries, heads)
+    return error.value.message
+
+
+def named_in(message: str) -> str:
+    """What the message would have the operator enter."""
+    return message.partition("--reason '")[2].partition("'")[0]
+
+
+@given(st.permutations(range(5)), st.integers(0, 4), st.integers(0, 4))
 def test_a_ledger_put_back_to_any_copy_is_found_in_whatever_order_its_heads_were_told(
-    order: list[int], kept: int
+    order: list[int], kept: int, goes_on: int
 ) -> None:
     entries: list[Entry] = []
     for _ in range(5):
         entries = grown(entries)
-    heads = [Head(entries[at].digest, f"job-{at}", 1) for at in order]
-    check(entries, heads)
-    if kept == 5:
-        return
-    with pytest.raises(LedgerError) as refused:
-        check(entries[:kept], heads)
-    lost = [each for each in heads if each.digest in {entry.digest for entry in entries[kept:]}]
-    assert lost[-1].digest in refused.value.message  # and who answers for that one has answered for all
-    answered = grown(entries[:kept], reason=f"lost: {lost[-1].digest}")
-    check(answered, heads)
+    told = {f"job-{at}": Head(entries[at].digest, f"job-{at}", 1) for at in order}
+    check(entries, list(told.values()))
+    message = refused(entries[:kept], list(told.values()))
+    assert {entry.digest[:16] for entry in entries[kept:]} == set(named_in(message).split()[1:])
+    answered = grown(entries[:kept], reason=named_in(message))
+    check(answered, list(told.values()))
+    # A job, perhaps one of those whose head was lost, goes on; what was answered for stays so.
     later = grown(answered)
-    told = [*heads, Head(later[-1].digest, "job-6", 1)]
-    check(later, told)
-    with pytest.raises(LedgerError, match=later[-1].digest):
-        check(answered, told)
+    told.pop(f"job-{goes_on}")
+    told[f"job-{goes_on}"] = Head(later[-1].digest, f"job-{goes_on}", 2)
+    check(later, list(told.values()))
+    assert later[-1].digest in refused(answered, list(told.values()))
+
+
+def test_more_heads_than_one_reason_can_name_are_answered_for_one_reason_after_the_other() -> None:
+    heads = [Head(f"{number:x}".ljust(64, "f"), f"job-{number}", 1) for number in range(1, MOST_NAMED + 3)]
+    entries = grown([])
+    message = refused(entries, heads)
+    assert f"{MOST_NAMED} of {len(heads)}" in message
+    entries = grown(entries, reason=named_in(message))
+    entries = grown(entries, reason=named_in(refused(entries, heads)))
+    check(entries, heads)
 
 
 @pytest.mark.parametrize(
