@@ -21,6 +21,7 @@ from .budget_source import (
     account_of,
     as_entered,
     asked_for,
+    is_known,
     load,
     read_entries,
 )
@@ -162,22 +163,19 @@ def _correct(
 
     Raises:
         ConflictError: the role is running.
-        InvalidInput: no reason, a user whom nobody knows, a reset of what has neither limit nor entry, or what
-            `choose` raises.
+        InvalidInput: no reason, a reset of what has neither limit nor entry, or what `choose` raises.
         NotFoundError: the role has never run, or has no key.
         LedgerError: the ledger is broken.
     """
     from ..errors import InvalidInput, NotFoundError
-    from ..privacy.budget import any_of
 
     if not reason.strip():
         raise InvalidInput("a change of a budget needs a reason", violations={"reason": "must not be empty"})
     if not source.signing_key.is_file():
         raise NotFoundError("this role has no signing key yet: it has never run", private="keys.signing_key")
     entries = read_entries(source)  # a database that is not there is not made here
-    unit, subject = account
-    if action == "reset" or (subject.startswith("user:") and subject != any_of(subject)):
-        asked_for(source, entries, unit=unit, subject=subject)
+    if action == "reset":
+        asked_for(source, entries, unit=account[0], subject=account[1])
     return asyncio.run(_write(source, account, action=action, choose=choose, reason=reason))
 
 
@@ -227,6 +225,7 @@ def _report(source: Source, account: Account, *, entry: Entry, entries: list[Ent
     differs = source.limits.differences(entries)
     warnings = [difference(each, *both) for each, both in differs.items() if each == account]
     warnings += _what_a_reset_means(entries, account, budgets) if resets(entry, account) else []
+    warnings += _whom_it_admits(source, account, entry=entry, entries=entries)
     if as_json:
         in_force = [{**asdict(budget.limit), "rounds_left": _left(entries, budget)} for budget in budgets]
         body = {"role": source.role, "entry": as_object(entry), "in_force": in_force, "warnings": warnings}
@@ -238,6 +237,17 @@ def _report(source: Source, account: Account, *, entry: Entry, entries: list[Ent
         say(f"in force: {budget.limit}; spent {found.rounds_spent} rounds, ε {found.epsilon_spent:.4g}")
     for warning in warnings:
         warn(warning)
+
+
+def _whom_it_admits(source: Source, account: Account, *, entry: Entry, entries: list[Entry]) -> list[str]:
+    """Nobody, unless a user is known by this entry alone: that may be a name that was misspelt."""
+    from ..privacy.budget import any_of
+
+    subject = account[1]
+    before = [each for each in entries if each.digest != entry.digest]
+    if not subject.startswith("user:") or subject == any_of(subject) or is_known(source, before, account):
+        return []
+    return [f"nothing has named {subject} here before: by this entry they are known, and may spend what it allows"]
 
 
 def _left(entries: list[Entry], budget: Budget) -> int | None:

@@ -149,7 +149,7 @@ def test_a_budget_that_would_bind_nobody_is_refused_with_what_can_be_set_here(
     assert len(role.read("history")["entries"]) == 7
 
 
-def test_a_user_whom_nobody_knows_gets_no_budget_and_what_has_none_is_not_reset(role: Role) -> None:
+def test_a_user_whom_nobody_knew_is_admitted_with_a_warning_and_what_has_no_budget_is_not_reset(role: Role) -> None:
     """Whom a default gives a quota is known, as is whom the ledger or a dataset names."""
     eve = ("--unit", "example", "--subject", "user:eve")
     assert role.change("set", *eve, "--epsilon", "2")["in_force"][0]["epsilon"] == 2.0
@@ -157,12 +157,17 @@ def test_a_user_whom_nobody_knows_gets_no_budget_and_what_has_none_is_not_reset(
     for name in ("ada", "bob", "eve"):
         role.change("set", "--unit", "example", "--subject", f"user:{name}", "--epsilon", "1")
         role.change("reset", "--unit", "example", "--subject", f"user:{name}")
-    for command, subject in (("set", "user:mallory"), ("reset", "user:mallory"), ("reset", "job:i")):
-        arguments = (*(("--epsilon", "1") if command == "set" else ()), "--unit", "example", "--subject", subject)
-        code, _, err = role.run(command, "--config", str(role.file), *arguments, "--reason", "x")
+    for subject in ("user:mallory", "job:i"):
+        arguments = ("--unit", "example", "--subject", subject, "--reason", "x")
+        code, _, err = role.run("reset", "--config", str(role.file), *arguments)
         assert code == CATALOGUE[InvalidInput].exit_code
         assert f"no subject {subject} here at example level" in err
         assert ("default_user_epsilon makes a user known" in err) == subject.startswith("user:")
+    mallory = ("--unit", "example", "--subject", "user:mallory", "--epsilon", "1")
+    for said in (True, False):
+        warnings = role.change("set", *mallory)["warnings"]
+        assert any(text.startswith("nothing has named user:mallory here before") for text in warnings) == said
+    assert role.row("user:mallory")["epsilon_limit"] == 1.0
 
 
 def test_the_aggregator_counts_on_its_federation_parties_and_jobs_and_on_nothing_else() -> None:
