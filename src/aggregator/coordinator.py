@@ -327,7 +327,6 @@ class Coordinator:
             return await self._database.run(read)
         except LedgerError as error:
             LOG.error("%s", error.message)
-            self._sessions.refuse(party, f"the aggregator's ledger lacks an entry that {party} knows of")
             raise
 
     async def told(self, party: str, head: Head) -> None:

@@ -78,7 +78,7 @@ def history(
     for entry in shown:
         say(describe(entry), hang=HANG)
     if entries and not found:
-        say("no entry is of that kind, unit, subject and job together")
+        say("no entry is all that was asked for")
     earlier = f"; the {len(shown)} newest of {len(found)}: --limit shows more" if len(shown) < len(found) else ""
     say(f"{len(entries)} entries, chain verified, head {head_of(entries)}{earlier}")
 

@@ -32,7 +32,7 @@ PartyName = Annotated[str | None, typer.Option("--name", help="The party, where 
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
 UnitOption = Annotated[str | None, typer.Option("--unit", help="example or party.")]
 SubjectOption = Annotated[
-    str | None, typer.Option("--subject", help="Whose: dataset:NAME, user:NAME, federation:NAME, job:ID.")
+    str | None, typer.Option("--subject", help="Whose: dataset:, user:, federation:, party: or job:NAME.")
 ]
 
 KINDS = ("dataset", "user", "federation", "party", "job")

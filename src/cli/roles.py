@@ -39,13 +39,21 @@ def party(
 
 
 def _check_data(config: Path, name: str | None) -> None:
-    """For the owner alone: nothing is sent or logged. Exit code 1 if not every row can be trained on."""
+    """For the owner alone: nothing is sent or logged.
+
+    Raises:
+        InvalidInput: not every row can be trained on.
+    """
     from ..config import load_party_config
+    from ..errors import InvalidInput
     from ..party.check import check_data
 
-    all_fine = True
-    for line, fine in check_data(load_party_config(config, name=name)):
+    loaded = load_party_config(config, name=name)
+    if not loaded.datasets:
+        typer.echo(f"{config} lists no datasets: this party trains nothing")
+    found = []
+    for line, fine in check_data(loaded):
         typer.echo(line)
-        all_fine = all_fine and fine
-    if not all_fine:
-        raise typer.Exit(1)
+        found.append(fine)
+    if not all(found):
+        raise InvalidInput("not every row can be trained on")

@@ -14,6 +14,7 @@ replays: `replay` makes the row again from its events.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
@@ -21,7 +22,6 @@ from enum import StrEnum
 from typing import Any, Final
 
 from ..errors import CATALOGUE, UNEXPECTED, DeadlineError, StateError
-from ..protocol.canonical import number_or_inf
 
 
 class JobState(StrEnum):
@@ -252,7 +252,7 @@ def _plain(value: Any) -> Any:
         return {key: _plain(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
         return [_plain(item) for item in value]
-    return number_or_inf(value) if isinstance(value, float) else value
+    return "inf" if value == math.inf else value
 
 
 def advance(row: JobRow, event: Event, now: float) -> JobRow:

@@ -34,10 +34,10 @@ def check_data(config: PartyConfig) -> Iterator[tuple[str, bool]]:
 def _findings(task: str, options: dict[str, Any], *, declared: int) -> tuple[str, bool]:
     try:
         rows = find_task(task).load_data(options)
+        broken = np.flatnonzero(~finite_rows(rows.features, rows.labels))
     except Exception as error:  # of the task's own code, which may raise anything
         text = error.message if isinstance(error, SottoError) else str(error)
         return f"cannot be loaded: {type(error).__name__}: {text}", False
-    broken = np.flatnonzero(~finite_rows(rows.features, rows.labels))
     if not len(broken):
         return f"{len(rows)} rows ({declared} declared), all of them finite", True
     names = ", ".join([*map(str, broken[:MAX_NAMED]), *(["…"] if len(broken) > MAX_NAMED else [])])

@@ -60,7 +60,7 @@ def real(value: float) -> str:
 
 def number_or_inf(value: float) -> float | str:
     """A float as plain JSON carries it, which has no infinity: that is the text "inf"."""
-    return "inf" if math.isinf(value) else value
+    return value if math.isfinite(value) else "inf"
 
 
 def finite(value: float | None) -> float | None:

@@ -127,7 +127,7 @@ def test_history_is_narrowed_and_says_what_it_leaves_out(role: Role) -> None:
     entry = "   10  2026-01-01T00:00:00  final           example dataset:randhie  user ada  job j round 2"
     assert f'{entry}  "the\n       upload begins"\n' in out
     _, out, _ = role.run("history", "--config", str(role.file), "--kind", "refusal")
-    assert out.startswith("no entry is of that kind, unit, subject and job together\n11 entries")
+    assert out.startswith("no entry is all that was asked for\n11 entries")
 
 
 NOT_THERE = [

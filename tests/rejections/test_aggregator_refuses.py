@@ -180,6 +180,11 @@ class TestCommit:
     async def test_refused(self, committing: Scene, error: type[SottoError], act: Act) -> None:
         await refused(committing, error, act)
 
+    async def test_who_was_turned_away_is_told_to_those_who_wait_for_it(self, committing: Scene) -> None:
+        with pytest.raises(KeyMaterialError):
+            await committing.c.join(roster_digest="0" * 64)
+        assert "party c has another roster" in committing.house.app._sessions.refused["c"]
+
 
 # --- uploading --------------------------------------------------------------------------------------------------------
 

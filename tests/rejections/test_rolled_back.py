@@ -150,6 +150,7 @@ async def test_an_aggregator_refuses_a_party_that_has_seen_a_head_which_its_ledg
         await parties["a"].join(aggregator_ledger=[head(known)])
         with pytest.raises(LedgerError, match=r"aggregator's ledger.*rolled back"):
             await parties["a"].join(aggregator_ledger=[head("e" * 64), head(known)])
+        assert house.app._sessions.refused["a"] == "the aggregator's ledger lacks an entry that a knows of"
         for wrong in ([head("not a digest")], [head(known, job_id="\n")], [head(known)] * (HEADS_KEPT + 1)):
             with pytest.raises(InvalidInput):
                 await parties["a"].join(aggregator_ledger=wrong)

@@ -22,6 +22,7 @@ from ...errors import (
     DigestError,
     InvalidInput,
     KeyMaterialError,
+    LedgerError,
     LimitError,
     NotFoundError,
     SignatureError,
@@ -111,19 +112,13 @@ class FederationServicer(federation_pb2_grpc.FederationServiceServicer):
         self, request: federation_pb2.JoinRequest, context: Any
     ) -> federation_pb2.JoinResponse:
         name = caller().name
-        if request.protocol_version.partition(".")[0] != PROTOCOL_VERSION.partition(".")[0]:
-            raise VersionError(
-                f"this aggregator speaks protocol {PROTOCOL_VERSION}, party {name} {request.protocol_version or 'none'}"
-            )
-        if len(request.verify_key) != 32:  # Ed25519
-            raise InvalidInput("a verification key has 32 bytes", violations={"verify_key": "must have 32 bytes"})
-        declared = _declared_rows(request)
-        if self._federation.pinned:
-            self._check_member(name, request)
-        else:
-            await self._coordinator.enrol(name, request.verify_key)
-        remembered = await self._coordinator.meet(name, heads_from_proto(request.aggregator_ledger))
-        self._federation.declare(name, declared)
+        try:
+            remembered = await self._admit(name, request)
+        except SottoError as error:
+            if name in self._federation.roster.names:
+                lost = f"the aggregator's ledger lacks an entry that {name} knows of"
+                self._sessions.refuse(name, lost if isinstance(error, LedgerError) else error.message)
+            raise
         LOG.info("party %s joined (Sotto %s)", name, request.software_version)
         return federation_pb2.JoinResponse(
             protocol_version=PROTOCOL_VERSION,
@@ -137,6 +132,23 @@ class FederationServicer(federation_pb2_grpc.FederationServiceServicer):
             heartbeat_interval_s=self._config.server.heartbeat_interval_s,
             party_ledger=heads_to_proto(remembered),
         )
+
+    async def _admit(self, name: str, request: federation_pb2.JoinRequest) -> tuple[Head, ...]:
+        """What is remembered of the party's ledger, once all that it says of itself is in order."""
+        if request.protocol_version.partition(".")[0] != PROTOCOL_VERSION.partition(".")[0]:
+            raise VersionError(
+                f"this aggregator speaks protocol {PROTOCOL_VERSION}, party {name} {request.protocol_version or 'none'}"
+            )
+        if len(request.verify_key) != 32:  # Ed25519
+            raise InvalidInput("a verification key has 32 bytes", violations={"verify_key": "must have 32 bytes"})
+        declared = _declared_rows(request)
+        if self._federation.pinned:
+            self._check_member(name, request)
+        else:
+            await self._coordinator.enrol(name, request.verify_key)
+        remembered = await self._coordinator.meet(name, heads_from_proto(request.aggregator_ledger))
+        self._federation.declare(name, declared)
+        return remembered
 
     def _check_member(self, name: str, request: federation_pb2.JoinRequest) -> None:
         roster = self._federation.roster
