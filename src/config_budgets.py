@@ -13,10 +13,13 @@ def aggregator_limits(privacy: AggregatorPrivacy, *, federation: str) -> Limits:
     """The federation's party-level budget, those of its parties, and the quota of any one job."""
     return _limits(
         {
-            ("party", subject_of("federation", federation)): privacy.budget,
-            ("party", subject_of("party", ANY)): privacy.per_party,
-            **{("party", subject_of("party", name)): budget for name, budget in privacy.parties.items()},
-            ("party", subject_of("job", ANY)): privacy.per_job,
+            ("party", subject_of("federation", federation)): ("privacy.budget", privacy.budget),
+            ("party", subject_of("party", ANY)): ("privacy.per_party", privacy.per_party),
+            **{
+                ("party", subject_of("party", name)): (f"privacy.parties.{name}", budget)
+                for name, budget in privacy.parties.items()
+            },
+            ("party", subject_of("job", ANY)): ("privacy.per_job", privacy.per_job),
         }
     )
 
@@ -30,15 +33,22 @@ def party_limits(config: PartyConfig) -> Limits:
     stranger = budgets.default_user_epsilon
     return _limits(
         {
-            ("example", subject_of("dataset", ANY)): budgets.example,
-            **{("example", subject_of("dataset", task)): each.budget for task, each in config.datasets.items()},
-            ("party", subject_of("federation", config.federation)): budgets.party,
-            ("example", subject_of("user", ANY)): None
-            if stranger is None
-            else Budget(epsilon=stranger, delta=budgets.default_user_delta),
-            **{("example", subject_of("user", name)): budget for name, budget in budgets.users.items()},
-            ("example", subject_of("job", ANY)): budgets.per_job.example,
-            ("party", subject_of("job", ANY)): budgets.per_job.party,
+            ("example", subject_of("dataset", ANY)): ("privacy.budgets.example", budgets.example),
+            **{
+                ("example", subject_of("dataset", task)): (f"datasets.{task}.budget", each.budget)
+                for task, each in config.datasets.items()
+            },
+            ("party", subject_of("federation", config.federation)): ("privacy.budgets.party", budgets.party),
+            ("example", subject_of("user", ANY)): (
+                "privacy.budgets.default_user_epsilon",
+                None if stranger is None else Budget(epsilon=stranger, delta=budgets.default_user_delta),
+            ),
+            **{
+                ("example", subject_of("user", name)): (f"privacy.budgets.users.{name}", budget)
+                for name, budget in budgets.users.items()
+            },
+            ("example", subject_of("job", ANY)): ("privacy.budgets.per_job.example", budgets.per_job.example),
+            ("party", subject_of("job", ANY)): ("privacy.budgets.per_job.party", budgets.per_job.party),
         }
     )
 
@@ -67,8 +77,10 @@ def enforced(config: AggregatorConfig | PartyConfig | None) -> dict[Unit, dict[s
     }
 
 
-def _limits(sections: dict[Account, Budget | None]) -> Limits:
-    return Limits({account: limit_of(section) for account, section in sections.items() if section is not None})
+def _limits(sections: dict[Account, tuple[str, Budget | None]]) -> Limits:
+    """Args: sections: each with its path in the configuration."""
+    rows = {account: limit_of(section) for account, (_, section) in sections.items() if section is not None}
+    return Limits(rows, keys={account: sections[account][0] for account in rows})
 
 
 def limit_of(section: Budget) -> Limit:

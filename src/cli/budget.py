@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Final
 
 import typer
 
 from . import budget_change, budget_ledger
 from .budget_source import (
+    MAKES_KNOWN,
     AsJson,
     ConfigFile,
     PartyName,
@@ -23,12 +24,12 @@ from .budget_source import (
     load,
     read_entries,
 )
-from .prose import assuming, prose, say, warn
+from .prose import assuming, counted, prose, say, warn
 
 if TYPE_CHECKING:
     from ..privacy.accounting import Estimate
     from ..privacy.budget import Account, Budget, Limits
-    from ..privacy.events import Event
+    from ..privacy.events import Event, Unit
     from ..privacy.ledger import Entry
     from .budget_source import Source
 
@@ -38,6 +39,10 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     no_args_is_help=True,
     help="What was spent of a privacy budget, and what is left.",
+)
+
+ABOVE_LEFT: Final = (
+    "ε does not add up: a request is composed with what was spent, and may fit although it is above ε left"
 )
 
 
@@ -52,7 +57,7 @@ class Row:
     unless they were asked for.
     """
 
-    unit: str
+    unit: Unit
     subject: str
     rounds_spent: int
     rounds_left: int | None
@@ -114,10 +119,13 @@ def show(
         typer.echo(json.dumps(body, ensure_ascii=False))
         return
     _print_table(role, rows, delta=delta)
+    accounts: list[Account] = [(row.unit, row.subject) for row in rows]
+    if strangers := [account[1] for account in accounts if _is_stranger(source.limits, entries, account)]:
+        say(f"{', '.join(strangers)}: refused, as not known here ({MAKES_KNOWN})")
     if subject is not None:
         for line in dict.fromkeys(_never_entered(source.limits, row) for row in rows if not row.entries):
             say(line)
-    say(f"{len(entries)} entries, chain verified, head {head_of(entries)}")
+    say(f"{counted(len(entries), 'entry', 'entries')}, chain verified, head {head_of(entries)}")
     for warning in warnings:
         warn(warning)
 
@@ -151,7 +159,8 @@ def read(
         for account in asked
         for budget in _in_force(source.limits, entries, account)
     ]
-    warnings = [difference(account, *both) for account, both in source.limits.differences(entries).items()]
+    differ = source.limits.differences(entries)
+    warnings = [difference(each, *both, key=source.limits.key(each)) for each, both in differ.items()]
     return source.role, entries, rows, warnings
 
 
@@ -175,16 +184,17 @@ def _accounts(limits: Limits, entries: list[Entry]) -> Iterator[Account]:
 
 
 def _in_force(limits: Limits, entries: list[Entry], account: Account) -> tuple[Budget, ...]:
-    """The account's budgets; one without limits where there is none any more, and of a user, whom then everything is
-    refused, one that allows nothing."""
+    """The account's budgets; one without limits where there is none any more, and of a user who is not known, whom
+    everything is refused, one that allows nothing."""
     from ..privacy.budget import Budget
 
+    stranger = _is_stranger(limits, entries, account)
     found = limits.budgets(entries, account)
-    if found:
+    if found and not stranger:
         return found
     delta = next((limit.delta for (unit, _), limit in limits.rows.items() if unit == account[0]), 1e-5)
-    most = 0 if account[1].startswith("user:") else None
-    return (Budget(unit=account[0], subject=account[1], max_rounds=most, epsilon=None, delta=delta),)
+    rounds, epsilon = (0, 0.0) if stranger else (None, None)
+    return (Budget(unit=account[0], subject=account[1], max_rounds=rounds, epsilon=epsilon, delta=delta),)
 
 
 def _row(entries: list[Entry], budget: Budget, *, delta: float | None, estimates: bool) -> Row:
@@ -255,8 +265,15 @@ def _print_table(role: str, rows: list[Row], *, delta: float | None) -> None:
             str(row.entries),
         )
     Console().print(table)
+    if any(row.epsilon_left and row.epsilon_spent for row in rows):
+        say(ABOVE_LEFT)
     for line in (*_what_they_say(rows), *(line for row in rows for line in _further(row, delta=delta))):
         typer.echo(line)
+
+
+def _is_stranger(limits: Limits, entries: list[Entry], account: Account) -> bool:
+    """A user who is not known here, to whom everything is refused."""
+    return account[1].startswith("user:") and not limits.knows(entries, account)
 
 
 def _never_entered(limits: Limits, row: Row) -> str:
@@ -280,7 +297,7 @@ def _further(row: Row, *, delta: float | None) -> Iterator[str]:
     if row.periods > 1:
         others = f"if all others collude ε {_epsilon(row.epsilon_ever_if_all_others_collude)}"
         yield from prose(
-            f"{row.subject}: accounting period {row.periods}; over all periods {row.rounds_ever} rounds and "
+            f"{row.subject}: accounting period {row.periods}; over all periods {counted(row.rounds_ever, 'round')} and "
             f"ε {_epsilon(row.epsilon_ever)} at δ {row.delta:g}, which is what it has been exposed to; {others}",
             hang="    ",
         )

@@ -12,12 +12,11 @@ import typer
 
 from .budget_ledger import HANG, as_object, describe
 from .budget_source import (
+    SHOWN_KNOWN,
     AsJson,
     ConfigFile,
     PartyName,
     StateDir,
-    SubjectOption,
-    UnitOption,
     account_of,
     as_entered,
     asked_for,
@@ -25,7 +24,8 @@ from .budget_source import (
     load,
     read_entries,
 )
-from .prose import say, warn
+from .plain import real
+from .prose import counted, say, warn
 
 if TYPE_CHECKING:
     from ..config import AggregatorConfig, PartyConfig
@@ -34,6 +34,13 @@ if TYPE_CHECKING:
     from .budget_source import Source
 
 Reason = Annotated[str, typer.Option("--reason", help="Why: it stays in the ledger, for everybody who reads it.")]
+
+UnitOption = Annotated[str | None, typer.Option("--unit", help="example or party.  [required]")]
+SubjectOption = Annotated[
+    str | None,
+    typer.Option("--subject", help="Whose: dataset:, user:, federation:, party: or job:NAME.  [required]"),
+]
+"""Checked here, not by the parser: what is missing is answered with the accounts that there are."""
 
 NO_LIMIT: Final = "none"
 DEFAULT_DELTA: Final = 1e-5
@@ -58,7 +65,7 @@ def set_(
     Where configuration and ledger differ afterwards, the smaller of both counts; without a configuration the ledger.
     """
     source = load(config, name=name, state_dir=state_dir)
-    account = account_of(unit, as_entered(source, subject))
+    account = _account(source, unit, subject)
     check_enforced(source.config, account)
     given = {"epsilon": epsilon, "max_rounds": max_rounds, "delta": delta}
 
@@ -85,10 +92,36 @@ def reset(
     on beside the new one.
     """
     source = load(config, name=name, state_dir=state_dir)
-    account = account_of(unit, as_entered(source, subject), one=True)
+    account = _account(source, unit, subject, one=True)
     check_enforced(source.config, account)
     entry, entries = _correct(source, account, action="reset", choose=lambda _: None, reason=reason)
     _report(source, account, entry=entry, entries=entries, as_json=as_json)
+
+
+def _account(source: Source, unit: str | None, subject: str | None, *, one: bool = False) -> Account:
+    """Raises InvalidInput as `account_of`, and where unit or subject is missing, with the accounts that there are."""
+    from ..config_budgets import enforced
+    from ..errors import InvalidInput
+
+    if unit is not None and subject is not None:
+        return account_of(unit, as_entered(source, subject), one=one)
+    options = []
+    for each, kinds in enforced(source.config).items():
+        names = [f"{kind}:{name}" for kind, known in kinds.items() for name in _names(known, one=one)]
+        more = f" and {len(names) - SHOWN_KNOWN} more" if len(names) > SHOWN_KNOWN else ""
+        options.append(f"--unit {each} --subject {', '.join(names[:SHOWN_KNOWN])}{more}")
+    missing = {"unit": unit, "subject": subject}
+    raise InvalidInput(
+        f"both --unit and --subject are needed. What there is: {'; '.join(options)}",
+        violations={name: "needed" for name, value in missing.items() if value is None},
+    )
+
+
+def _names(known: frozenset[str] | None, *, one: bool) -> list[str]:
+    """Of a kind's subjects; NAME for any."""
+    from ..privacy.budget import ANY
+
+    return ["NAME"] if known is None else sorted(known - {ANY} if one else known)
 
 
 def check_enforced(config: AggregatorConfig | PartyConfig | None, account: Account) -> None:
@@ -223,7 +256,8 @@ def _report(source: Source, account: Account, *, entry: Entry, entries: list[Ent
 
     budgets = source.limits.budgets(entries, account)
     differs = source.limits.differences(entries)
-    warnings = [difference(each, *both) for each, both in differs.items() if each == account]
+    key = source.limits.key(account)
+    warnings = [difference(each, *both, key=key) for each, both in differs.items() if each == account]
     warnings += _what_a_reset_means(entries, account, budgets) if resets(entry, account) else []
     warnings += _whom_it_admits(source, account, entry=entry, entries=entries)
     if as_json:
@@ -234,7 +268,7 @@ def _report(source: Source, account: Account, *, entry: Entry, entries: list[Ent
     say(describe(entry), hang=HANG)
     for budget in budgets:
         found = balance(entries, budget)
-        say(f"in force: {budget.limit}; spent {found.rounds_spent} rounds, ε {found.epsilon_spent:.4g}")
+        say(f"in force: {budget.limit}; spent {counted(found.rounds_spent, 'round')}, ε {real(found.epsilon_spent)}")
     for warning in warnings:
         warn(warning)
 
@@ -264,9 +298,10 @@ def _what_a_reset_means(entries: list[Entry], account: Account, budgets: tuple[B
         PureBudget(unit=account[0], subject=account[1], max_rounds=None, epsilon=None, delta=DEFAULT_DELTA),
     )
     ever = balance(entries, some[0], ever=True)
+    exposed = f"{counted(ever.rounds_spent, 'round')} and ε {real(ever.epsilon_spent)}"
     return [
         f"A NEW ACCOUNTING PERIOD HAS BEGUN for {account[1]} at {account[0]} level. What was released before is not "
-        f"undone: so far it has been exposed to {ever.rounds_spent} rounds and ε {ever.epsilon_spent:.4g} at δ "
+        f"undone: so far it has been exposed to {exposed} at δ "
         f"{some[0].delta:g}, and all that is spent from here on comes on top of that. The budget no longer bounds the "
         "whole, only this period. Rounds that are reserved or final, and not yet released, count on. The history "
         "stays in the ledger, and `sotto budget show` says both figures."

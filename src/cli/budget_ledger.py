@@ -23,11 +23,12 @@ from .budget_source import (
     read_entries,
     verify_key_of,
 )
-from .prose import say
+from .prose import counted, say
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from ..errors import LedgerError
     from ..privacy.ledger import Entry
     from .budget_source import Source
 
@@ -80,7 +81,7 @@ def history(
     if entries and not found:
         say("no entry is all that was asked for")
     earlier = f"; the {len(shown)} newest of {len(found)}: --limit shows more" if len(shown) < len(found) else ""
-    say(f"{len(entries)} entries, chain verified, head {head_of(entries)}{earlier}")
+    say(f"{counted(len(entries), 'entry', 'entries')}, chain verified, head {head_of(entries)}{earlier}")
 
 
 def _check_kind(kind: str | None) -> None:
@@ -117,7 +118,7 @@ def describe(entry: Entry) -> str:
         f"user {entry.user}" if entry.user else "",
         where.strip(),
         _mechanism(entry),
-        " ".join(f"{figure}={value}" for figure, value in entry.figures),
+        " ".join(f"{figure}={_shown(value)}" for figure, value in entry.figures),
         f"{entry.correction.action}: {entry.correction.limit or 'a new accounting period'}" if entry.correction else "",
         json.dumps(entry.reason, ensure_ascii=False) if entry.reason else "",
     ]
@@ -130,7 +131,12 @@ def _mechanism(entry: Entry) -> str:
     if entry.event is None:
         return ""
     fields = {key: value for key, value in event_to_json(entry.event).items() if key not in {"type", "version"}}
-    return f"{entry.event.type}({', '.join(f'{key}={value}' for key, value in fields.items())})"
+    return f"{entry.event.type}({', '.join(f'{key}={_shown(value)}' for key, value in fields.items())})"
+
+
+def _shown(value: object) -> object:
+    """An infinity as people are shown it everywhere."""
+    return "∞" if value in ("inf", float("inf")) else value
 
 
 def export(
@@ -163,7 +169,7 @@ def export(
     if as_json:
         typer.echo(json.dumps({"file": str(out), "entries": len(entries), "head": head_of(entries)}))
     else:
-        say(f"{len(entries)} entries in {out}, head {head_of(entries)}")
+        say(f"{counted(len(entries), 'entry', 'entries')} in {out}, head {head_of(entries)}")
 
 
 def verify(
@@ -191,32 +197,43 @@ def verify(
     Needs no server. The first bad entry is named, by its line. FILE by itself: signatures must hold, whoever made them;
     with --config or --state-dir they must be of the key that is found there.
     """
+    from ..errors import LedgerError
+
     source = _source_of(file, config, name=name, state_dir=state_dir)
     key = _key(verify_key, roster, signer=signer) or (None if source is None else verify_key_of(source))
     heads = [_hex(each, "--head") for each in head or []]
-    if file is not None:
-        report = replay(_lines(file), key=key, heads=heads)
-    elif source is not None:
-        report = _verify_source(source, key=key, heads=heads)
+    try:
+        if file is not None:
+            report = replay(_lines(file), key=key, heads=heads)
+        elif source is not None:
+            report = _verify_source(source, key=key, heads=heads)
+    except LedgerError as error:
+        if roster is not None and verify_key is None:
+            _name_signer(error, roster)
+        raise
     if as_json:
         typer.echo(json.dumps(report, ensure_ascii=False))
         return
-    say(f"{report['entries']} entries, chain verified, head {report['head']}")
+    say(f"{counted(report['entries'], 'entry', 'entries')}, chain verified, head {report['head']}")
     for line in _about_signatures(report):
         say(line)
     if heads:
-        say(f"{len(heads)} heads recorded elsewhere are in it")
+        say(f"{counted(len(heads), 'head')} recorded elsewhere {'is' if len(heads) == 1 else 'are'} in it")
     else:
         say(CUT_OFF)
 
 
 def _about_signatures(report: dict[str, Any]) -> list[str]:
     signed, old = report["signed"], report["version_1"]
-    lines = [f"{signed} signatures hold, by {', '.join(report['signed_by']) or 'nobody'}"]
+    by = ", ".join(report["signed_by"]) or "nobody"
+    lines = [f"{counted(signed, 'signature')} {'holds' if signed == 1 else 'hold'}, by {by}"]
     if not report["whose_is_checked"]:
         lines.append("whose key that is was not checked: say --config, --state-dir, --roster or --verify-key")
     if old:
-        lines.append(f"{old} entries of version 1 carry no signature; a signed entry after them vouches for them")
+        entries, carry = counted(old, "entry", "entries"), "carries" if old == 1 else "carry"
+        lines.append(
+            f"{entries} of version 1 {carry} no signature; a signed entry after that vouches for what was before"
+        )
     if report["entries"] > old + signed or (old and not signed):
         lines.append("the last entry is not signed: compare the head with one that was recorded elsewhere (--head)")
     return lines
@@ -295,6 +312,17 @@ def _key(verify_key: str | None, roster: Path | None, *, signer: str) -> bytes |
         raise NotFoundError(f"there is no file {roster}")
     _, found = load_roster(roster)
     return found.verify_key(signer)
+
+
+def _name_signer(error: LedgerError, roster: Path) -> None:
+    """Raise the same, saying whose the key of an unexpected signature is, if it is of somebody in the roster."""
+    from ..errors import LedgerError
+    from ..protocol.roster import AGGREGATOR, load_roster
+
+    _, found = load_roster(roster)
+    for name in (AGGREGATOR, *found.names):
+        if found.verify_key(name).hex() == error.metadata.get("verify_key"):
+            raise LedgerError(f"{error.message}, that of {name}: --signer {name}", **error.metadata) from error
 
 
 def _hex(text: str, option: str) -> str:

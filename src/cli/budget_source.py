@@ -39,6 +39,7 @@ KINDS = ("dataset", "user", "federation", "party", "job")
 """Of subjects."""
 SHOWN_KNOWN: Final = 10
 """Subjects that are named to whoever asked for one that is not known."""
+MAKES_KNOWN: Final = "privacy.budgets.users or default_user_epsilon makes a user known"
 
 
 @dataclass(frozen=True, slots=True)
@@ -277,4 +278,4 @@ def _known(source: Source, entries: Sequence[Entry], units: Sequence[Unit], subj
     more = f" and {len(alike) - SHOWN_KNOWN} more" if len(alike) > SHOWN_KNOWN else ""
     known = f"Known: {', '.join(alike[:SHOWN_KNOWN])}{more}" if alike else "Nobody is known yet"
     by_file = source.config is not None and subject.startswith("user:") and "example" in units
-    return f"{known}; privacy.budgets.users or default_user_epsilon makes a user known" if by_file else known
+    return f"{known}; {MAKES_KNOWN}" if by_file else known

@@ -50,6 +50,11 @@ def assuming(word: str, text: str, *, indent: str = "  ") -> list[str]:
     return [*lines, *(line for part in each for line in prose(part, indent=f"{indent}- ", hang=f"{indent}  "))]
 
 
+def counted(number: int, one: str, many: str = "") -> str:
+    """ "1 round", "2 rounds", "2 entries"."""
+    return f"{number} {one if number == 1 else many or f'{one}s'}"
+
+
 def say(text: str, *, indent: str = "", hang: str = "  ") -> None:
     """Print it."""
     typer.echo("\n".join(prose(text, indent=indent, hang=hang)))

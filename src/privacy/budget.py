@@ -11,8 +11,9 @@ only a correction by an operator changes it: where the configuration says someth
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Final
 
 from ..errors import BudgetError, InvalidInput
@@ -169,14 +170,24 @@ def balance(entries: Iterable[Entry], budget: Budget, *, ever: bool = False) -> 
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """What a role's configuration says. A subject "kind:*" stands for all of that kind without a row of their own."""
+    """What a role's configuration says. A subject "kind:*" stands for all of that kind without a row of their own.
+
+    Attributes:
+        keys: where in the configuration each row is, for people: "privacy.budgets.party".
+    """
 
     rows: Mapping[Account, Limit]
+    keys: Mapping[Account, str] = field(default_factory=dict)
 
     def configured(self, account: Account) -> Limit | None:
         """By the configuration; None where it says nothing about it."""
         unit, subject = account
         return self.rows.get(account) or self.rows.get((unit, any_of(subject)))
+
+    def key(self, account: Account) -> str:
+        """Where in the configuration its limit is; "" where that is not known."""
+        unit, subject = account
+        return self.keys.get(account if account in self.rows else (unit, any_of(subject)), "")
 
     def knows(self, entries: Iterable[Entry], account: Account) -> bool:
         """Whether somebody is known here: by the configuration, or by name, by an operator's entry.
@@ -241,6 +252,14 @@ def entered(entries: Iterable[Entry], account: Account) -> Limit | None:
     return found.get(account) or found.get((unit, any_of(subject)))
 
 
+def binds(one: Limit, other: Limit) -> bool:
+    """Whether `one` may refuse what `other` allows."""
+    if one.epsilon is not None and other.epsilon is not None and one.delta != other.delta:
+        return True
+    pairs = ((one.max_rounds, other.max_rounds), (one.epsilon, other.epsilon))
+    return any(mine is not None and (theirs is None or mine < theirs) for mine, theirs in pairs)
+
+
 def _smaller(one: Limit | None, other: Limit | None) -> tuple[Limit, ...]:
     """What both allow."""
     given = [limit for limit in (one, other) if limit is not None]
@@ -272,19 +291,16 @@ def _whose(budget: Budget, *, name_user: bool) -> str:
     return f"at {budget.unit} level of {whose}"
 
 
-def _refuse(
-    what: str, budget: Budget, *, name_user: bool, asked: object, spent: object, limit: object, left: object
-) -> BudgetError:
+def _refuse(what: str, budget: Budget, *, name_user: bool, said: str = "", **figures: object) -> BudgetError:
+    """Args: said: after the figures. figures: by name, for people and as metadata."""
     named = name_user or not budget.subject.startswith("user:")
+    shown = ", ".join(f"{name} {'∞' if value == 'inf' else value}" for name, value in figures.items())
     return BudgetError(
-        f"the {what} does not allow it: asked {asked}, spent {spent}, limit {limit}, left {left}",
+        f"the {what} does not allow it: {shown}{said}",
         private="" if named else f"the budget of {budget.subject}",
         unit=budget.unit,
         **({"subject": budget.subject} if named else {}),
-        asked=asked,
-        spent=spent,
-        limit=limit,
-        left=left,
+        **figures,
     )
 
 
@@ -306,7 +322,7 @@ def check_affordable(
 
     Raises:
         BudgetError: it does not; says unit, subject, asked, spent, limit and left, in the message and as metadata. For
-            ε, asked is what the plan costs by itself; what counts is the composition of both.
+            ε, asked is what the plan costs by itself; what counts, and is said beside it, is the composition of both.
         InvalidInput: a planned event of another unit, or fewer than one round of it.
         LedgerError: `entries` break a rule.
     """
@@ -329,13 +345,14 @@ def check_affordable(
             raise InvalidInput("a planned event of fewer than one round")
         return
     additional = [event.repeated(rounds) for rounds, event in planned]
-    if composed_epsilon([*events, *additional], delta=budget.delta) > budget.epsilon:
+    together = composed_epsilon([*events, *additional], delta=budget.delta)
+    if together > budget.epsilon:
         spent = composed_epsilon(events, delta=budget.delta)
         asked = composed_epsilon(additional, delta=budget.delta)
         elsewhere = ""
         if stated_delta is not None and stated_delta != budget.delta:
             elsewhere = f"; asked at the job's own delta {stated_delta!r}: "
-            elsewhere += f"{composed_epsilon(additional, delta=stated_delta):.6g}"
+            elsewhere += _figure(composed_epsilon(additional, delta=stated_delta))
         raise _refuse(
             f"epsilon budget {_whose(budget, name_user=name_user)} (delta {budget.delta!r}{elsewhere})",
             budget,
@@ -344,4 +361,9 @@ def check_affordable(
             spent=f"{spent:.6g}",
             limit=f"{budget.epsilon:.6g}",
             left=f"{max(0.0, budget.epsilon - spent):.6g}",
+            said=f"; with it epsilon would be {_figure(together)}",
         )
+
+
+def _figure(value: float) -> str:
+    return "∞" if value == math.inf else f"{value:.6g}"

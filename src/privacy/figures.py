@@ -27,6 +27,7 @@ AGAINST: Final[dict[Against, str]] = {
 }
 EVERYBODY: Final = "everybody, the aggregator and the other parties included"
 TRUSTED: Final = "everybody but the aggregator, which is trusted with the exact sums"
+UNLESS_TRUSTED: Final = "everybody, the aggregator included unless the job called it trusted"
 REASONS: Final[dict[Against, str]] = {
     "release": "no noise at party level",
     "aggregator": "the aggregator can know the exact sum",
@@ -149,24 +150,31 @@ def _joined(texts: Iterable[str]) -> str:
 
 def _against(events: Sequence[Event], unit: Unit) -> str:
     """Against whom what is charged holds."""
-    return _joined(map(_whom, events)) or (AGAINST["release"] if unit == "party" else EVERYBODY)
-
-
-def _whom(event: Event) -> str:
-    if isinstance(event, NoisySum):
+    if unit == "party":
         return AGAINST["release"]
-    if not isinstance(event, SampledNoisySum):
-        return EVERYBODY if event.unit == "example" else AGAINST["release"]
-    return against_of_rows(event.shares)
+    return against_of_rows(*(event.shares for event in events if isinstance(event, SampledNoisySum)))
 
 
-def against_of_rows(shares: Shares | None) -> str:
-    """Against whom the charged figure of a sum over samples holds."""
-    if shares is None:
-        return "everybody, the aggregator included unless the job called it trusted"
-    if shares.noise_by == "aggregator":
-        return TRUSTED
-    return f"everybody, the aggregator and up to {shares.colluders} colluding parties included"
+def against_of_rows(*sums: Shares | None) -> str:
+    """Against whom the charged figure of rows holds: only whom each of its parts holds against.
+
+    Args:
+        sums: of whose hands the noise on each sum over samples is; beside them, what holds against everybody.
+    """
+    if not sums:
+        return EVERYBODY
+    drawn = [shares.noise_by for shares in sums if shares is not None]
+    by_parties = [each.colluders for each in sums if each is not None and each.noise_by != "aggregator"]
+    whom = "everybody, the aggregator included"
+    if "aggregator" in drawn:
+        whom = TRUSTED
+    elif None in sums:
+        whom = UNLESS_TRUSTED
+    if not by_parties:
+        return whom
+    colluders = min(by_parties)
+    most = {0: "the other parties do not collude", 1: "at most 1 other party colludes"}
+    return f"{whom}, as long as {most.get(colluders, f'at most {colluders} other parties collude')}"
 
 
 def _assumes(events: Sequence[Event], against: Against) -> str:

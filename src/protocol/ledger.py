@@ -90,7 +90,9 @@ def _check(entry: Entry, verify_keys: Collection[bytes]) -> None:
         ) from error
     if verify_keys and key not in verify_keys:
         raise LedgerError(
-            f"ledger entry {entry.sequence}: it is signed by another key ({key.hex()[:16]}…)", entry=entry.sequence
+            f"ledger entry {entry.sequence}: it is signed by another key ({key.hex()[:16]}…)",
+            entry=entry.sequence,
+            verify_key=key.hex(),
         )
 
 

@@ -14,7 +14,7 @@ from sqlalchemy import Connection
 
 from ..errors import BudgetError, NotFoundError
 from ..privacy import ledger
-from ..privacy.budget import ANY, Account, Budget, Limits, check_affordable, subject_of
+from ..privacy.budget import ANY, Account, Budget, Limits, binds, check_affordable, subject_of
 from ..privacy.events import Event
 from ..privacy.ledger import LONGEST_TEXT, Charge, Entry, Limit, charges
 from .ledger import LedgerStore
@@ -70,7 +70,7 @@ class Books:
         for (unit, subject), limit in self.limits.unentered(self.store.entries(connection)).items():
             self.correct(connection, (unit, subject), action="configured", limit=limit, at=at, reason="")
         found = self.limits.differences(self.store.entries(connection))
-        return [difference(account, *both) for account, both in found.items()]
+        return [difference(account, *both, key=self.limits.key(account)) for account, both in found.items()]
 
     def correct(
         self,
@@ -230,8 +230,12 @@ def reservation_id(job_id: str, number: int, account: Account) -> str:
     return f"{job_id}/{number}/{unit}/{subject}"
 
 
-def difference(account: Account, by_file: Limit | None, by_ledger: Limit) -> str:
-    """A warning: the configuration says something else than the ledger, and how to change that."""
+def difference(account: Account, by_file: Limit | None, by_ledger: Limit, *, key: str = "") -> str:
+    """A warning: the configuration says something else than the ledger, and how to change that.
+
+    Args:
+        key: where in the configuration; "" where that is not known.
+    """
     unit, subject = account
     said = "nothing" if by_file is None else str(by_file)
     named, counts = subject, "the smaller of both counts"
@@ -240,8 +244,11 @@ def difference(account: Account, by_file: Limit | None, by_ledger: Limit) -> str
         named = "user:NAME" if subject == subject_of("user", ANY) else subject  # of all, only the configuration can
     elif by_file is None:
         counts = "what was entered counts"
+    how = "To change what is entered"
+    if by_file is not None and binds(by_file, by_ledger):
+        how = f"To have more, raise {key or 'it'} in the configuration too. To enter what that says"
     return (
         f"the budget of {subject} at {unit} level was entered as {by_ledger}, the configuration says {said}: "
-        f"{counts}. To change what is entered, stop this role and run: "
+        f"{counts}. {how}, stop this role and run: "
         f"sotto budget set --config … --unit {unit} --subject {named!r} --reason …"
     )

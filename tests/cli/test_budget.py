@@ -14,7 +14,7 @@ from src.cli import budget_source
 from src.cli.budget_ledger import replay
 from src.config import load_party_config
 from src.config_budgets import party_limits
-from src.errors import CATALOGUE, ConflictError, InvalidInput, LedgerError
+from src.errors import CATALOGUE, BudgetError, ConflictError, InvalidInput, LedgerError
 from src.privacy.accounting import epsilon
 from src.privacy.events import NoisySum
 from src.privacy.figures import EVERYBODY, OWN_NOISE, UNKNOWN
@@ -22,7 +22,8 @@ from src.privacy.ledger import Limit
 from src.privacy.noise_plan import plan_noise
 from src.protocol.roster import Member, Roster, save_roster, sign_roster
 from src.protocol.signing import SigningKey
-from tests.cli.spender import AT, STEPS, Role
+from src.storage.books import Cost
+from tests.cli.spender import AT, CONFIG, STEPS, Role
 
 
 def test_the_shipped_party_gives_a_user_whom_it_does_not_know_ten_at_1e_5() -> None:
@@ -184,6 +185,30 @@ def test_a_limit_of_which_nothing_is_spent_is_shown_and_a_stranger_is_said_to_be
     assert role.read("show", "--subject", "dataset:*")["budgets"][0]["epsilon_limit"] == 4.0
 
 
+def test_a_user_who_is_refused_is_not_shown_without_a_limit(role: Role) -> None:
+    """Neither one of whom only a refusal tells, nor one whom the configuration named once."""
+    ada = role.read("show", "--subject", "user:ada")["budgets"][0]
+    role.file.write_text(CONFIG.replace(", default_user_epsilon: 10.0", ""))
+    cost = Cost(account=("example", "dataset:randhie"), event=STEPS, user="mallory")
+    role.write(lambda c: role.books().refuse(c, "k", 1, [cost], error=BudgetError("no budget here"), at=AT))
+    for name in ("mallory", "ada"):
+        row = role.row(f"user:{name}")
+        assert (row["rounds_left"], row["epsilon_left"], row["epsilon_limit"]) == (0, 0.0, 0.0)
+    assert role.row("user:ada")["epsilon_spent"] == ada["epsilon_spent"]
+    _, out, _ = role.run("show", "--config", str(role.file), "--unit", "example")
+    (line,) = (line for line in out.splitlines() if "│ user:mallory" in line)
+    assert [cell.strip() for cell in line.split("│")[3:7]] == ["0", "0", "0", "0"]
+    assert "\nuser:ada, user:mallory: refused, as not known here (privacy.budgets.users or" in out
+
+
+def test_show_says_that_more_may_fit_than_is_left_where_something_is_spent(role: Role) -> None:
+    said = "may fit although it is above ε left"
+    _, out, _ = role.run("show", "--config", str(role.file))
+    assert " ".join(out.split()).count(said) == 1
+    for unit_or_stranger in (("--unit", "party"), ("--subject", "user:eve")):  # no limit in ε; nothing spent
+        assert said not in " ".join(role.run("show", "--config", str(role.file), *unit_or_stranger)[1].split())
+
+
 # --- export, verify -------------------------------------------------------------------------------------------------
 
 
@@ -212,7 +237,7 @@ def test_an_export_verifies_without_a_server_a_configuration_or_the_key(role: Ro
     code, out, _ = role.run("verify", str(export), "--verify-key", role.key.verify_key.hex(), "--head", report["head"])
     assert code == 0
     assert out.splitlines()[0] == f"7 entries, chain verified, head {report['head']}"
-    assert "1 heads recorded elsewhere are in it" in out
+    assert "1 head recorded elsewhere is in it" in out
     assert "cut off" not in out
 
 
@@ -240,7 +265,12 @@ def test_the_key_comes_from_a_roster_too_and_another_is_refused(role: Role, expo
     assert role.run("verify", str(export), "--roster", str(file), "--signer", "a")[0] == 0
     code, _, err = role.run("verify", str(export), "--roster", str(file))
     assert code == CATALOGUE[LedgerError].exit_code
-    assert "ledger entry 1: it is signed by another key" in err
+    assert (
+        f"ledger entry 1: it is signed by another key ({role.key.verify_key.hex()[:16]}…), that of a: --signer a" in err
+    )
+    stranger = SigningKey.generate().verify_key.hex()
+    code, _, err = role.run("verify", str(export), "--roster", str(file), "--verify-key", stranger)
+    assert (code, "--signer" in err) == (CATALOGUE[LedgerError].exit_code, False)
 
 
 def test_every_byte_of_an_export_that_changes_is_found_and_its_line_named(export: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import re
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ from src.cli.budget_change import check_enforced
 from src.config import load_aggregator_config
 from src.errors import CATALOGUE, ConflictError, InvalidInput, NotFoundError
 from src.privacy.accounting import epsilon
+from src.privacy.events import NonPrivate
 from src.storage.database import Database
 from src.storage.migrations import Migrations
 from tests.cli.spender import CONFIG, RANDHIE, STEPS, Role
@@ -36,10 +38,51 @@ def test_a_budget_that_is_raised_in_the_ledger_alone_says_what_still_counts(role
     assert "entered as 5 rounds, ε 8 at δ 1e-05, the configuration says no limit in rounds, ε 4" in warning
     code, out, err = role.run("set", "--config", str(role.file), *RANDHIE, "--max-rounds", "none", "--reason", "again")
     assert code == 0
-    assert "in force: no limit in rounds, ε 4 at δ 1e-05; spent 1 rounds" in out
-    assert "the smaller of both counts" in " ".join(err.split())
+    assert "in force: no limit in rounds, ε 4 at δ 1e-05; spent 1 round," in out
+    told = " ".join(err.split())
+    assert "the smaller of both counts. To have more, raise privacy.budgets.example in the configuration too." in told
     assert [line for line in err.splitlines() if len(line) > 100] == []
     assert "\n  sotto budget set --config … --unit example --subject 'dataset:randhie' --reason …\n" in err
+
+
+def test_a_budget_that_is_lowered_in_the_ledger_says_so_once_and_not_after_changes_of_others(role: Role) -> None:
+    (warning,) = role.change("set", *RANDHIE, "--epsilon", "3")["warnings"]
+    assert "the smaller of both counts. To change what is entered, stop this role and run: sotto budget set" in warning
+    assert role.change("set", "--unit", "party", "--subject", "federation:demo", "--max-rounds", "9")["warnings"] == []
+    (mixed,) = role.change("set", *RANDHIE, "--epsilon", "8", "--delta", "1e-7")["warnings"]
+    assert "raise privacy.budgets.example in the configuration too" in mixed
+
+
+@pytest.mark.parametrize("command", ["set", "reset"])
+def test_without_unit_or_subject_it_says_that_both_are_needed_and_which_there_are(role: Role, command: str) -> None:
+    of_all = "dataset:*, " if command == "set" else ""
+    for given in ((), RANDHIE[:2], RANDHIE[2:]):
+        code, _, err = role.run(command, "--config", str(role.file), *given, "--reason", "more")
+        assert code == CATALOGUE[InvalidInput].exit_code
+        assert (
+            f"both --unit and --subject are needed. What there is: --unit example --subject {of_all}dataset:randhie, "
+            "user:NAME, job:NAME; --unit party --subject federation:demo, job:NAME" in err
+        )
+    code, out, _ = role.run(command, "--help")
+    assert code == 0
+    for option in ("--unit", "--subject"):
+        _, _, told = out.partition(f"{option} <str>")
+        assert "[required]" in told.partition(" --")[0], option
+
+
+def test_an_infinity_is_the_same_sign_wherever_people_read_it(role: Role) -> None:
+    role.spend(2, whole=NonPrivate(unit="party", reason="no noise"))
+    demo = ("--config", str(role.file), "--unit", "party", "--subject", "federation:demo", "--reason", "x")
+    for arguments in (
+        ("set", *demo, "--max-rounds", "8"),
+        ("reset", *demo),
+        ("show", *demo[:2]),
+        ("history", *demo[:2]),
+    ):
+        code, out, err = role.run(*arguments)
+        assert code == 0
+        assert ("∞" in out + err) == (arguments[0] != "history")
+        assert not re.search(r"\binf\b", out + err)
 
 
 def test_a_budget_at_another_delta_is_enforced_beside_the_first_and_not_mixed(role: Role) -> None:
@@ -56,7 +99,7 @@ def test_a_reset_begins_a_new_period_loudly_and_keeps_the_history(role: Role) ->
     assert code == 0
     assert "A NEW ACCOUNTING PERIOD HAS BEGUN for dataset:randhie" in err
     spent = epsilon([STEPS], delta=1e-5)
-    assert f"exposed to 1 rounds and ε {spent:.4g}" in err
+    assert f"exposed to 1 round and ε {spent:.4g}" in err
     assert role.read("history")["entries"][: len(before)] == before
     row = role.row()
     assert (row["rounds_spent"], row["epsilon_spent"], row["epsilon_left"]) == (0, 0.0, 4.0)

@@ -248,7 +248,7 @@ def test_without_dp_only_where_the_policy_allows_it_and_then_nothing_is_left(tra
     charge = next(entry for entry in entries(home / "state/party.sqlite") if entry.kind == "reservation")
     assert charge.event == NonPrivate(unit="example", reason="dp.enabled: false")
     code, said = train("--config", config, user="ada")
-    assert (code, "spent inf" in said) == (6, True)
+    assert (code, "spent ∞" in said) == (6, True)
 
 
 REFUSED: list[tuple[list[str], dict[str, Any], int, str]] = [

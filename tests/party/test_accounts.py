@@ -236,7 +236,7 @@ def test_a_sum_without_party_noise_is_no_match_for_a_budget_in_epsilon(
     make_books: MakeBooks, make_plan: MakePlan
 ) -> None:
     books = make_books(example={"max_rounds": 9}, party={"epsilon": 1e9})
-    with pytest.raises(BudgetError, match="asked inf"):
+    with pytest.raises(BudgetError, match="asked ∞"):
         books.reserve(make_plan(noise_multiplier=0.0))
     assert books.kinds() == []
 
@@ -362,6 +362,8 @@ def test_a_budget_that_grew_in_the_configuration_alone_does_not_count_and_one_th
         assert grown.accounts.open(connection, now=0.0) == warnings
     assert [warning.partition(":")[0] for warning in warnings] == ["the budget of dataset", "the budget of federation"]
     assert all("the smaller of both counts" in each and "sotto budget set" in each for each in warnings)
+    more = "To have more, raise privacy.budgets.party in the configuration too. To enter what that says, stop"
+    assert [more in each for each in warnings] == [False, True]
     assert len(grown.kinds()) == 2
     grown.reserve(make_plan(priced_rounds=1))
     with pytest.raises(BudgetError, match=r"party level.*limit 1"):

@@ -92,6 +92,22 @@ def test_a_refusal_says_asked_spent_limit_and_left() -> None:
     assert float(caught.value.metadata["spent"]) == pytest.approx(epsilon([SUM], delta=DELTA), rel=1e-5)
 
 
+def test_a_request_above_what_is_left_may_fit_and_a_refusal_says_what_it_would_come_to() -> None:
+    entries: list[Entry] = []
+    limit = budget(epsilon=1.02 * epsilon([SUM, SUM], delta=DELTA))
+    spend(entries, limit, SUM)
+    left, asked = balance(entries, limit).epsilon_left, epsilon([SUM], delta=DELTA)
+    assert left is not None
+    assert left < asked
+    check_affordable(entries, limit, [(1, SUM)])
+    with pytest.raises(BudgetError) as caught:
+        check_affordable(entries, limit, [(2, SUM)])
+    together = epsilon([SUM] * 3, delta=DELTA)
+    assert caught.value.message.endswith(f", left {left:.6g}; with it epsilon would be {together:.6g}")
+    with pytest.raises(BudgetError, match=r"asked ∞, spent .*; with it epsilon would be ∞$"):
+        check_affordable(entries, limit, [(1, NonPrivate(unit="party", reason="no noise"))])
+
+
 def test_only_charges_of_the_same_unit_and_subject_count() -> None:
     entries: list[Entry] = []
     spend(entries, budget(), SUM)

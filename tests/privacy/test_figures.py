@@ -11,7 +11,17 @@ from hypothesis import given, settings
 
 from src.privacy.accounting import epsilon
 from src.privacy.events import DpSgdSteps, Event, NoiseBy, NoisySum, NonPrivate, SampledNoisySum
-from src.privacy.figures import AGAINST, EVERYBODY, OWN_NOISE, TRUSTED, UNKNOWN, Against, figures, left_against
+from src.privacy.figures import (
+    AGAINST,
+    EVERYBODY,
+    OWN_NOISE,
+    TRUSTED,
+    UNKNOWN,
+    UNLESS_TRUSTED,
+    Against,
+    figures,
+    left_against,
+)
 from src.privacy.noise_plan import NoisePlan, plan_noise
 from tests.privacy.plans import WHO, noise_plans
 
@@ -74,7 +84,7 @@ def test_a_row_of_fedsgd_is_charged_against_the_aggregator_unless_that_is_truste
     if noise_by == "aggregator":
         assert (first.against, aggregator.epsilon, others.epsilon) == (TRUSTED, math.inf, math.inf)
     else:
-        assert "2 colluding parties" in first.against
+        assert first.against == "everybody, the aggregator included, as long as at most 2 other parties collude"
         assert aggregator.epsilon == pytest.approx(first.epsilon, rel=1e-9)
         assert others.epsilon < math.inf
 
@@ -94,6 +104,34 @@ def test_a_partys_own_noise_protects_its_rows_from_everybody_alike() -> None:
     assert {each.epsilon for each in found} == {epsilon([STEPS, STEPS], delta=1e-5)}
     assert {each.assumes for each in found} == {OWN_NOISE}
     assert found[0].against == EVERYBODY
+
+
+def rows(noise_by: NoiseBy, *, colluders: int = 0, known: bool = True) -> Event:
+    shares = a_plan(noise_by, colluders=colluders).shares if known else None
+    return SampledNoisySum(sampling_rate=0.02, noise_multiplier=3.0, shares=shares)
+
+
+UNLESS = "as long as the other parties do not collude"
+TOGETHER: list[tuple[str, list[Event], str]] = [
+    ("fedavg, fedsgd of nobody colluding", [STEPS, rows("both")], f"everybody, the aggregator included, {UNLESS}"),
+    ("fedsgd alone", [rows("parties")], f"everybody, the aggregator included, {UNLESS}"),
+    (
+        "the fewest colluders",
+        [rows("both", colluders=2), STEPS, rows("both", colluders=1)],
+        "everybody, the aggregator included, as long as at most 1 other party colludes",
+    ),
+    ("a trusted server", [rows("aggregator", colluders=1), STEPS], TRUSTED),
+    ("a trusted server and a round without", [rows("aggregator"), rows("both")], f"{TRUSTED}, {UNLESS}"),
+    ("an earlier version", [rows("both", known=False), STEPS], UNLESS_TRUSTED),
+    ("an earlier version beside it", [rows("both", known=False), rows("both")], f"{UNLESS_TRUSTED}, {UNLESS}"),
+]
+
+
+@pytest.mark.parametrize(("events", "said"), [row[1:] for row in TOGETHER], ids=[row[0] for row in TOGETHER])
+def test_the_figure_of_several_events_holds_only_against_whom_each_part_does(events: list[Event], said: str) -> None:
+    """In one statement, whatever their order."""
+    for order in (events, events[::-1]):
+        assert figures(order, unit="example", delta=1e-5)[0].against == said
 
 
 def test_nothing_spent_and_no_noise_say_so() -> None:
