@@ -9,11 +9,13 @@ from __future__ import annotations
 
 import os
 import re
+import stat
+from abc import abstractmethod
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Final, Literal
 
-from pydantic import Field
+from pydantic import BaseModel, Field
 
 from .config_reader import ConfigPath, Loading, Model, override, validate
 from .config_sections import (
@@ -40,9 +42,9 @@ from .config_sections import (
     setting,
 )
 from .config_yaml import read_document, unusable
+from .errors import ConfigError
 
 CONFIG_VERSION: Final = 1
-PROVISION_EXAMPLE: Final = "sotto provision --out kits --federation demo --party a --party b --party c --threshold 2"
 
 
 class _Document(Section):
@@ -58,6 +60,19 @@ class _RoleDocument(_Document):
     def blobs_dir(self) -> Path:
         """The content-addressed store."""
         return self.state_dir / "blobs"
+
+    @property
+    @abstractmethod
+    def _secret_files(self) -> tuple[Path | None, ...]: ...
+
+    def exposed(self) -> list[str]:
+        """A sentence for each secret file that others than its owner can read, by its mode; nothing without POSIX."""
+        found = []
+        for path in self._secret_files if os.name == "posix" else ():
+            mode = stat.S_IMODE(path.stat().st_mode) if path is not None and path.is_file() else 0
+            if mode & (stat.S_IRGRP | stat.S_IROTH):
+                found.append(f"{path} is secret, and others than its owner can read it (mode {mode:04o}): chmod 600")
+        return found
 
 
 class AggregatorConfig(_RoleDocument):
@@ -79,6 +94,11 @@ class AggregatorConfig(_RoleDocument):
         """Jobs, rounds, ledger, transcript."""
         return self.state_dir / "aggregator.sqlite"
 
+    @property
+    def _secret_files(self) -> tuple[Path | None, ...]:
+        tls = self.server.tls.key if self.server.tls else None
+        return (self.keys.signing_key, self.keys.private_key, tls, self.database.password_file)
+
 
 class PartyConfig(_RoleDocument):
     """config/party.yaml."""
@@ -97,6 +117,11 @@ class PartyConfig(_RoleDocument):
     def database_path(self) -> Path:
         """Assignments, rounds opened, updates kept, ledger."""
         return self.state_dir / "party.sqlite"
+
+    @property
+    def _secret_files(self) -> tuple[Path | None, ...]:
+        tls = self.server.tls.key if self.server.tls else None
+        return (self.keys.signing_key, self.keys.share, tls, self.database.password_file)
 
 
 class ClientConfig(_Document):
@@ -150,6 +175,9 @@ def _load(model: type[Model], path: Path, environ: Mapping[str, str] | None, *, 
     version = data.get("version", CONFIG_VERSION)
     if version != CONFIG_VERSION or isinstance(version, bool):  # another version has other keys: no more is said
         raise unusable(path, [f"version: must be {CONFIG_VERSION}: this Sotto reads no other version of the file"])
+    found = role_of(data)
+    if found not in (None, model):
+        raise ConfigError(f"{path} is {_WHOSE[found]}: what is needed here is {_WHOSE[model]}")
     state = Loading(path.parent)
     data = override(data, model, environ=os.environ if environ is None else environ, state=state)
     if name is not None:
@@ -161,10 +189,48 @@ def _load(model: type[Model], path: Path, environ: Mapping[str, str] | None, *, 
     result = validate(model, data, state=state)
     if result is None:
         problems = [*state.problems, *(f"{where}: no such file: {file}" for where, file in state.missing)]
-        if state.missing:
-            problems.append(f"these files belong to a kit; kits are made by: {PROVISION_EXAMPLE}")
-        raise unusable(path, problems)
+        raise unusable(path, problems, advice=_KIT_ADVICE[model] if state.missing else "")
     return result
+
+
+_WHOSE: Final[dict[Any, str]] = {
+    AggregatorConfig: "an aggregator's configuration (aggregator.yaml)",
+    PartyConfig: "a party's configuration (party.yaml)",
+    ClientConfig: "a scientist's or operator's configuration (client.yaml)",
+}
+_KIT_ADVICE: Final[dict[Any, str]] = {  # not how kits are made: those of another making fit nobody's
+    model: f"what is missing is in the kit that the federation's operator made for {whom}"
+    for model, whom in ((AggregatorConfig, "the aggregator"), (PartyConfig, "this party"), (ClientConfig, "you"))
+}
+
+
+def role_of(data: Mapping[str, Any]) -> type[_Document] | None:
+    """Whose configuration a document plainly is: it has keys that no other has, and none that only another has."""
+    written = _paths(data)
+    of_each = {model: _model_paths(model) for model in (AggregatorConfig, PartyConfig, ClientConfig)}
+    found: list[type[_Document]] = []
+    for model, paths in of_each.items():
+        others = set().union(*(each for other, each in of_each.items() if other is not model))
+        if written & (paths - others):
+            found.append(model)
+    return found[0] if len(found) == 1 else None
+
+
+def _paths(data: Mapping[str, Any]) -> set[tuple[str, ...]]:
+    """Keys of the first two levels."""
+    inner = {(key, name) for key, value in data.items() if isinstance(value, dict) for name in value}
+    return {(key,) for key in data} | inner
+
+
+def _model_paths(model: type[BaseModel]) -> set[tuple[str, ...]]:
+    sections = {name: field.annotation for name, field in model.model_fields.items()}
+    inner = {
+        (name, key)
+        for name, kind in sections.items()
+        if isinstance(kind, type) and issubclass(kind, BaseModel)
+        for key in kind.model_fields
+    }
+    return {(name,) for name in sections} | inner
 
 
 def _fill_placeholders(data: dict[str, Any], state: Loading) -> None:

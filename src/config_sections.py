@@ -270,20 +270,23 @@ class AggregatorPrivacy(Section):
     colluders: int = setting(0, "corrupt parties that noise shares and thresholds must stand", ge=0)
     allow_plaintext_scheme: bool = setting(False, "true lets jobs ask for no encryption: tests, benchmarks")
     budget: Budget = section("the party-level budget of this federation", max_rounds=200)
-    per_job: Budget | None = setting(None, "quota of any one job inside that budget; null: none of its own")
+    per_job: Budget | None = setting(
+        None, "quota of any one job inside that budget, such as {max_rounds: 50}; null: none of its own"
+    )
     per_party: Budget | None = setting(
-        None, "of any one party, inside that budget: counts the rounds that invite it; null: none of its own"
+        None,
+        "of any one party inside that budget, such as {max_rounds: 100}: counts rounds that invite it; null: none",
     )
     parties: dict[PartyName, Budget] = Field(
-        default_factory=dict, description="of single parties, by name; else per_party"
+        default_factory=dict, description="of single parties, by name, such as a: {max_rounds: 50}; else per_party"
     )
 
 
 class JobQuotas(Section):
     """What any one job may spend, inside the budgets of the data and of the party."""
 
-    example: Budget | None = setting(None, "of a row's budget; null: no quota")
-    party: Budget | None = setting(None, "of the party's budget; null: no quota")
+    example: Budget | None = setting(None, "of a row's budget, such as {epsilon: 1.0}; null: no quota")
+    party: Budget | None = setting(None, "of the party's budget, such as {max_rounds: 50}; null: no quota")
 
 
 class PartyBudgets(Section):
@@ -298,7 +301,8 @@ class PartyBudgets(Section):
     party: Budget = section("for this party as a whole, spent by every sum it contributes to", max_rounds=200)
     per_job: JobQuotas = section("quotas of any one job inside these")
     users: dict[UserName, Budget] = Field(
-        default_factory=dict, description="quotas of users (whose data is trained on), by name"
+        default_factory=dict,
+        description="quotas of users (whose data is trained on), by name, such as ada: {epsilon: 2.0}",
     )
     default_user_epsilon: float | None = setting(
         None, "of a user who is not named above; null: such a user is refused", gt=0
@@ -328,7 +332,7 @@ class DatasetSection(Section):
 
     declared_rows: int = Field(ge=1, description="a number of rows this party is willing to make public")
     user: UserName | None = setting(None, "whose data it is: it counts against their quota too; null: nobody's")
-    budget: Budget | None = setting(None, "of its rows; null: privacy.budgets.example")
+    budget: Budget | None = setting(None, "of its rows, such as {epsilon: 2.0}; null: privacy.budgets.example")
     options: dict[str, Option] = Field(default_factory=dict, description="passed to the task as they are")
 
 

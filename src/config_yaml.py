@@ -103,7 +103,9 @@ def read_document(path: Path) -> dict[str, Any]:
     return dict(data)
 
 
-def unusable(path: Path, problems: list[str]) -> ConfigError:
-    """The error that carries all problems of one file."""
+def unusable(path: Path, problems: list[str], *, advice: str = "") -> ConfigError:
+    """The error that carries all problems of one file; `advice` is no problem, and is not counted as one."""
     count = "1 problem" if len(problems) == 1 else f"{len(problems)} problems"
-    return ConfigError(f"{path} cannot be used ({count}): " + "; ".join(problems), problems=tuple(problems))
+    return ConfigError(
+        f"{path} cannot be used ({count}{advice and f'; {advice}'}): " + "; ".join(problems), problems=tuple(problems)
+    )

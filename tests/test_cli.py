@@ -6,6 +6,7 @@ import asyncio
 import json
 import os
 import signal
+import socket
 import sqlite3
 import subprocess
 import sys
@@ -16,7 +17,7 @@ import pytest
 from sqlalchemy import Connection, MetaData
 
 from src import __version__, cli, provisioning
-from src.errors import CATALOGUE, BudgetError, InvalidInput, LedgerError, NotFoundError
+from src.errors import CATALOGUE, BudgetError, ConfigError, InvalidInput, LedgerError, NotFoundError
 from src.privacy.accounting import epsilon
 from src.privacy.events import NoisySum
 from src.storage.database import Database
@@ -129,6 +130,39 @@ def test_a_role_without_its_configuration_exits_with_3_and_one_line(role: str, t
     assert done.stderr == f"sotto: no such configuration file: {tmp_path / 'nowhere.yaml'}\n"
 
 
+def test_an_address_in_use_is_said_once_and_before_workers_are_started(tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        address = f"127.0.0.1:{taken.getsockname()[1]}"
+        config = tmp_path / "aggregator.yaml"
+        config.write_text(
+            f"version: 1\nfederation: demo\nserver: {{insecure: true, listen: '{address}'}}\n"
+            "keys: {custody: aggregator, modulus_bits: 512, insecure_small_modulus: true}\n"
+        )
+        done = sotto("aggregator", "--config", str(config))
+    assert done.returncode == 3
+    told = [line for line in done.stderr.splitlines() if " INFO " not in line]
+    assert told == [f"sotto: server.listen: {address} cannot be bound: is another process listening there?"]
+    assert not (tmp_path / "state/work").exists()
+
+
+@pytest.mark.parametrize("command", [["budget", "show"], ["budget", "history"]], ids=" ".join)
+def test_a_scientist_hears_where_budgets_are_shown(command: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.run([*command, "--config", str(ROOT / "config/client.yaml")]) == 3
+    assert capsys.readouterr().err == (
+        f"sotto: {ROOT / 'config/client.yaml'} is a scientist's or operator's configuration: budgets are shown at the "
+        "aggregator, by its aggregator.yaml, or at a party, by its party.yaml\n"
+    )
+
+
+def test_the_configuration_of_another_role_gets_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    path = ROOT / "config/aggregator.yaml"
+    assert cli.run(["status", "--config", str(path)]) == 3
+    assert capsys.readouterr().err == (
+        f"sotto: {path} is an aggregator's configuration (aggregator.yaml): what is needed here is a scientist's or "
+        "operator's configuration (client.yaml)\n"
+    )
+
+
 def test_a_configuration_is_refused_with_a_line_for_each_problem(tmp_path: Path) -> None:
     config = tmp_path / "aggregator.yaml"
     config.write_text(
@@ -137,9 +171,9 @@ def test_a_configuration_is_refused_with_a_line_for_each_problem(tmp_path: Path)
     done = sotto("budget", "show", "--config", str(config))
     assert done.returncode == 3
     headline, *problems = done.stderr.splitlines()
-    assert headline.startswith(f"sotto: {config} cannot be used (6 problems)")
+    assert headline.startswith(f"sotto: {config} cannot be used (5 problems; what is missing is in the kit")
     assert "sotto:   privacy.budget.delta: must be > 0 and < 1 (got 3)" in problems
-    assert len(problems) == 6
+    assert len(problems) == 5
 
 
 def test_an_error_is_one_json_object_where_json_is_asked_for(tmp_path: Path) -> None:
@@ -176,6 +210,68 @@ def test_the_exit_code_is_the_catalogues(
     monkeypatch.setattr(provisioning, "provision", fail)
     assert cli.run(["provision", "--out", "x", "--party", "a"]) == code
     assert capsys.readouterr().err.endswith(line)
+
+
+@pytest.mark.parametrize("problems", [("a: is wrong",), ("a: is wrong", "b: too")])
+def test_a_message_that_is_its_problems_gets_no_empty_headline(
+    problems: tuple[str, ...], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise ConfigError("; ".join(problems), problems=problems)
+
+    monkeypatch.setattr(provisioning, "provision", fail)
+    assert cli.run(["provision", "--out", "x", "--party", "a"]) == 3
+    assert capsys.readouterr().err.splitlines() == [f"sotto: {problem}" for problem in problems]
+
+
+PARTY = ["party", "--config", str(ROOT / "config/party.yaml")]
+
+
+def needs(what: str, extra: str, lacking: str) -> str:
+    return f"sotto: {what} needs the extra `{extra}`, and {lacking} is not installed: pip install 'sotto-fl[{extra}]'"
+
+
+def test_an_installation_without_torch_says_what_to_install_whatever_is_asked_of_it() -> None:
+    commands = [
+        ["audit", "--epsilon", "1"],
+        ["jobs", "submit", "--task", "randhie", "--build-initial-model"],
+        PARTY,
+        ["demo"],
+    ]
+    code = f"import sys; sys.modules['torch'] = None; from src import cli; print([cli.run(c) for c in {commands!r}])"
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60, check=True
+    )
+    assert done.stdout == f"{[3] * len(commands)}\n"
+    assert done.stderr.splitlines() == [
+        *[needs("this", "party", "torch")] * 2,
+        needs("a party", "party", "torch"),
+        needs("the demo", "demo", "torch"),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [(PARTY, needs("a party", "party", "opacus")), (["demo"], needs("the demo", "demo", "opacus"))],
+    ids=["party", "demo"],
+)
+def test_nothing_is_started_where_a_package_of_the_extra_is_missing(
+    arguments: list[str], told: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(sys.modules, "opacus", None)
+    assert cli.run(arguments) == 3
+    assert capsys.readouterr().err == told + "\n"
+
+
+def test_a_module_that_no_extra_has_is_an_unexpected_error(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise ModuleNotFoundError("No module named 'nonesuch'", name="nonesuch")
+
+    monkeypatch.setattr(provisioning, "provision", fail)
+    assert cli.run(["provision", "--out", "x", "--party", "a"]) == 1
+    assert "unexpected error: ModuleNotFoundError" in capsys.readouterr().err
 
 
 def test_private_text_is_not_printed(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

@@ -210,8 +210,9 @@ def test_a_wrong_value_of_a_party_is_named(tmp_path: Path, changes: dict[str, An
     assert found[0].startswith(problem)
 
 
-def test_all_missing_files_of_a_kit_are_told_with_the_command_that_makes_one(tmp_path: Path) -> None:
-    found = problems(tmp_path, {"version": 1, "federation": "demo", "name": "a"}, role=party)
+def test_all_missing_files_of_a_kit_are_told_with_whoever_has_them(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError) as caught:
+        party(tmp_path, {"version": 1, "federation": "demo", "name": "a"})
     files = {
         "server.tls.certificate": "tls/cert.pem",
         "server.tls.key": "tls/key.pem",
@@ -221,17 +222,58 @@ def test_all_missing_files_of_a_kit_are_told_with_the_command_that_makes_one(tmp
         "keys.signing_key": "signing.key",
         "keys.share": "share.json",
     }
-    assert found[:-1] == [f"{key}: no such file: {tmp_path / file}" for key, file in files.items()]
-    assert found[-1].endswith(
-        "made by: sotto provision --out kits --federation demo --party a --party b --party c --threshold 2"
+    assert list(caught.value.problems) == [f"{key}: no such file: {tmp_path / file}" for key, file in files.items()]
+    advice = "what is missing is in the kit that the federation's operator made for this party"
+    assert f"cannot be used (7 problems; {advice}): " in caught.value.message
+    assert "sotto provision" not in caught.value.message  # whose kits would fit nobody else's
+
+
+@pytest.mark.parametrize(
+    ("load", "shipped", "whose"),
+    [
+        (load_party_config, "aggregator", "an aggregator's configuration"),
+        (load_client_config, "aggregator", "an aggregator's configuration"),
+        (load_aggregator_config, "party", "a party's configuration"),
+        (load_client_config, "party", "a party's configuration"),
+        (load_party_config, "client", "a scientist's or operator's configuration"),
+        (load_aggregator_config, "client", "a scientist's or operator's configuration"),
+    ],
+)
+def test_the_file_of_another_role_is_named_as_what_it_is(load: Any, shipped: str, whose: str) -> None:
+    path = ROOT / f"config/{shipped}.yaml"
+    with pytest.raises(ConfigError, match=f"^{path} is {whose} .*: what is needed here is ") as caught:
+        load(path, environ={})
+    assert caught.value.problems == ()
+
+
+def test_a_file_with_keys_of_two_roles_is_read_as_the_one_asked_for(tmp_path: Path) -> None:
+    found = problems(tmp_path, AGGREGATOR | {"jobs": {}, "policy": {}})
+    assert len(found) == 1
+    assert found[0].startswith("policy: unknown key")
+
+
+def test_private_files_that_others_may_read_are_named_with_their_mode(tmp_path: Path) -> None:
+    for name in ("signing.key", "share.json", "password"):
+        (tmp_path / name).touch(mode=0o600)
+    keys = {"signing_key": "signing.key", "share": "share.json"}
+    config = party(
+        tmp_path,
+        PARTY | {"keys": PARTY["keys"] | keys, "database": {"password_file": "password"}},  # type: ignore[operator]
     )
+    assert config.exposed() == []
+    (tmp_path / "share.json").chmod(0o640)
+    (tmp_path / "password").chmod(0o604)
+    assert config.exposed() == [
+        f"{tmp_path / name} is secret, and others than its owner can read it (mode {mode}): chmod 600"
+        for name, mode in (("share.json", "0640"), ("password", "0604"))
+    ]
 
 
 def test_custody_aggregator_needs_no_kit_but_a_kit_has_to_be_whole(tmp_path: Path) -> None:
     assert party(tmp_path, PARTY).keys.roster is None
     keys = {"custody": "aggregator", "roster": "roster.json", "signing_key": "signing.key"}
     found = problems(tmp_path, PARTY | {"keys": keys}, role=party)
-    assert [line.partition(":")[0] for line in found[:-1]] == ["keys.roster", "keys.signing_key"]
+    assert [line.partition(":")[0] for line in found] == ["keys.roster", "keys.signing_key"]
 
 
 @pytest.mark.parametrize("secret", ["ab" * 32, "-----BEGIN PRIVATE KEY-----\nMIGHAgEA\n", "x" * 5000])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import stat
 from datetime import UTC, datetime, timedelta
 from ipaddress import IPv4Address
@@ -16,16 +17,20 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import load_pem_private_key
 from cryptography.x509.oid import ExtendedKeyUsageOID
 from cryptography.x509.verification import PolicyBuilder, Store
+from pydantic import BaseModel
 
-from src.config import load_aggregator_config, load_client_config, load_party_config
-from src.config_yaml import parse_yaml
+from src.config import AggregatorConfig, PartyConfig, load_aggregator_config, load_client_config, load_party_config
+from src.config_sections import DatasetSection
+from src.config_yaml import parse_yaml, read_document
 from src.encryption.keys import KeyShare, ThresholdKey, check_kit
 from src.errors import ConfigError, SignatureError
+from src.party.home import Home
 from src.protocol.roster import load_roster
 from src.protocol.signing import SigningKey
 from src.provisioning import Summary, provision
 from src.provisioning.certificates import VALID_DAYS, Authority
 
+ROOT = Path(__file__).resolve().parents[1]
 SMALL: dict[str, Any] = {"modulus_bits": 512, "insecure_small": True, "processes": 1}
 PARTIES = ("a", "b", "hospital-c")
 
@@ -88,6 +93,49 @@ def test_every_setting_in_a_kit_is_explained(kits: Summary) -> None:
         key = line.strip().partition(":")[0]
         if ":" in line and not line.lstrip().startswith("#") and key not in free:
             assert lines[number - 1].lstrip().startswith("#"), line
+
+
+@pytest.mark.parametrize("role", ["aggregator", "party"])
+def test_a_kit_shows_settings_that_are_null_unless_said_otherwise(kits: Summary, role: str) -> None:
+    model: type[BaseModel] = AggregatorConfig if role == "aggregator" else PartyConfig
+    kit = {"aggregator": "aggregator", "party": "party-a"}[role]
+    written = read_document(kits.out / kit / f"{role}.yaml")
+
+    def missing(section: type[BaseModel], values: dict[str, Any], where: str) -> list[str]:
+        found = [f"{where}{name}" for name in section.model_fields if name not in values]
+        for name, field in section.model_fields.items():
+            inner = field.annotation
+            if isinstance(inner, type) and issubclass(inner, BaseModel) and isinstance(values.get(name), dict):
+                found += missing(inner, values[name], f"{where}{name}.")
+        return found
+
+    of_custody_aggregator = {"keys.modulus_bits", "keys.private_key"}
+    assert set(missing(model, written, "")) <= of_custody_aggregator
+    if role == "party":
+        assert set(written["datasets"]["randhie"]) == set(DatasetSection.model_fields)
+
+
+def test_a_party_trains_for_users_with_its_kit_as_the_shipped_file_does(kits: Summary) -> None:
+    shipped = load_party_config(ROOT / "config/party.yaml", environ={}).privacy.budgets
+    made = load_party_config(kits.out / "party-a/party.yaml", environ={}).privacy.budgets
+    assert (made.default_user_epsilon, made.default_user_delta) == (
+        shipped.default_user_epsilon,
+        shipped.default_user_delta,
+    )
+    assert made.default_user_epsilon is not None
+
+
+def test_the_certificate_of_another_party_is_noticed_at_the_start(kits: Summary, tmp_path: Path) -> None:
+    kit = shutil.copytree(kits.out / "party-a", tmp_path / "kit")
+    Home(load_party_config(kit / "party.yaml", environ={}))
+    shutil.copytree(kits.out / "party-b/tls", kit / "tls", dirs_exist_ok=True)
+    with pytest.raises(ConfigError, match="contradict") as caught:
+        Home(load_party_config(kit / "party.yaml", environ={}))
+    assert caught.value.problems == ("server.tls.certificate: is party/b's of demo, not party/a's of this federation",)
+    shutil.copytree(kits.out / "aggregator/tls", kit / "tls", dirs_exist_ok=True)
+    with pytest.raises(ConfigError) as caught:
+        Home(load_party_config(kit / "party.yaml", environ={}))
+    assert "is aggregator/aggregator's" in caught.value.problems[0]
 
 
 def test_every_kit_pins_the_same_roster_signed_by_the_operator(kits: Summary) -> None:
@@ -212,8 +260,8 @@ def test_another_federations_authority_vouches_for_nobody_here(kits: Summary) ->
         ({"parties": ("a",)}, "party: a federation has at least 2 (got 1)"),
         ({"scientists": ("Eve",)}, "scientist: must be a lower-case letter"),
         ({"federation": "De mo"}, "federation: must be a lower-case letter"),
-        ({"threshold": 1}, "threshold: 1 is refused"),
-        ({"threshold": 4}, "threshold: 4 is refused"),
+        ({"threshold": 1}, "threshold: 1 would let one holder open alone"),
+        ({"threshold": 4}, "threshold: 4 is more than the 3 holders"),
         ({"threshold": 2, "colluders": 1}, "threshold: 2 is refused: 2·threshold > parties + colluders"),
         ({"parties": tuple("abcd"), "threshold": 2}, "threshold: 2 is refused: 2·threshold > parties + colluders"),
         ({"colluders": -1}, "colluders: must be >= 0 and < 3"),

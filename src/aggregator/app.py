@@ -159,6 +159,7 @@ class App:
         await self._database.open()
         for warning in await self._database.run(lambda c: self._accounts.open(c, now=time.time())):
             LOG.warning("%s", warning)
+        self._server.try_address()  # before the workers start, which takes seconds
         await self._coordinator.restore()
         await self._pool.start()
         port = await self._server.start()
@@ -226,6 +227,8 @@ def log_start(config: AggregatorConfig, federation: Federation, address: str) ->
         config.workers.size,
         config.state_dir,
     )
+    for warning in config.exposed():
+        LOG.warning("%s", warning)
     if federation.custody == "aggregator":
         LOG.warning("custody aggregator: this process holds the key and can read every update")
     if config.server.insecure:

@@ -25,7 +25,7 @@ from ..storage.blobs import Blobs
 from .federation import Federation
 from .planning import Model, check_noise_by
 from .round_row import RoundRow
-from .work import has_torch, model_shape
+from .work import NO_MODEL, has_torch, model_shape
 
 LOG = logging.getLogger("sotto.aggregator")
 
@@ -61,7 +61,7 @@ class AggregatorPipeline:
                 violations={"federated_training.task": "not registered at this aggregator"},
             )
         if not has_torch():
-            raise PolicyError("this aggregator has no torch to build a model with: submit the job with initial_model")
+            raise PolicyError(NO_MODEL)
 
     async def dimension(self, spec: FederatedTrainingSpec) -> int:
         """Parameters of the model that a job trains. A task's model is measured once; its seed changes nothing here."""

@@ -42,6 +42,12 @@ _NPZ_MAX_NAME_BYTES: Final = 4096
 """Far beyond any parameter's name, and well below the 65535 bytes that a ZIP can hold."""
 
 
+NO_MODEL: Final = (
+    "this aggregator has no torch to build a model with: submit the job with its initial model (the field "
+    "initial_model, or `sotto jobs submit --build-initial-model`)"
+)
+
+
 def has_torch() -> bool:
     """Whether this installation can build and evaluate models."""
     return find_spec("torch") is not None
@@ -70,7 +76,7 @@ def task_shape(params: Params, context: WorkContext) -> Result:
 
 def _built(task: str, seed: int) -> Tensors:
     if not has_torch():
-        raise PolicyError("this aggregator has no torch to build a model with: submit the job with an initial model")
+        raise PolicyError(NO_MODEL)
     from ..learning.flatten import model_to_tensors
     from ..learning.task import find_task
 

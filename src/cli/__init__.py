@@ -138,6 +138,15 @@ def run(arguments: Sequence[str]) -> int:
         return meaning(error).exit_code
     except typer.Abort:
         return ABORTED_EXIT
+    except ModuleNotFoundError as error:
+        from ..extras import explained
+
+        lacking = explained(error)
+        if lacking is None:
+            _report_unexpected(error, as_json=as_json)
+            return UNEXPECTED.exit_code
+        _report(lacking, as_json=as_json)
+        return meaning(lacking).exit_code
     except Exception as error:
         if hasattr(error, "show") and hasattr(error, "format_message"):  # the parser's own: wrong usage
             return _report_usage(error, as_json=as_json)
@@ -161,7 +170,8 @@ def _report(error: SottoError, *, as_json: bool) -> None:
         lines = [f"{field}: {problem}" for field, problem in error.violations.items() if field not in error.message]
     # A message that repeats its problems for readers of a log is cut here, where each gets a line of its own.
     headline = error.message.removesuffix("; ".join(lines)).removesuffix(": ") if lines else error.message
-    for line in [headline, *(f"  {line}" for line in lines)]:
+    headings, details = ([headline], lines) if headline else (lines, [])  # a message may be its problems, and no more
+    for line in [*headings, *(f"  {line}" for line in details)]:
         typer.echo(f"sotto: {line}", err=True)
 
 

@@ -84,13 +84,20 @@ def load(path: Path | None, *, name: str | None = None, state_dir: Path | None =
 
 
 def _configured(path: Path, *, name: str | None) -> Source:
-    from ..config import load_aggregator_config, load_party_config
+    from ..config import ClientConfig, load_aggregator_config, load_party_config, role_of
     from ..config_budgets import limits_of
     from ..config_yaml import read_document
+    from ..errors import ConfigError
     from ..storage.location import database_location
 
     config: AggregatorConfig | PartyConfig
-    if name is not None or "name" in read_document(path):
+    document = read_document(path)
+    if role_of(document) is ClientConfig:
+        raise ConfigError(
+            f"{path} is a scientist's or operator's configuration: budgets are shown at the aggregator, by its "
+            "aggregator.yaml, or at a party, by its party.yaml"
+        )
+    if name is not None or "name" in document:
         config = load_party_config(path, name=name)
         role, history = f"party {config.name} of {config.federation}", "party"
     else:

@@ -31,7 +31,9 @@ def demo(
     An aggregator and the parties run as processes of their own and talk gRPC over loopback with mutual TLS.
     """
     from ..demo.view import View
+    from ..extras import require
 
+    require("demo", "the demo")
     view = View(to_stderr=as_json)
     view.headline("Sotto: federated learning under lock and key")
     import asyncio

@@ -75,8 +75,9 @@ def train(
 
     The job is checked and priced, the price reserved, the model trained, the charge made final; then it is shown.
     """
+    from ..extras import require
     from ..jobs.states import utc
-    from ..learning.standalone import find_source, plan_run, require_packages
+    from ..learning.standalone import find_source, plan_run
     from ..learning.standalone_artifact import build_mock
     from ..learning.standalone_job import parse_job
 
@@ -89,7 +90,7 @@ def train(
         artifact, model = build_mock(plan, created_at=utc(time.time())), None
         _say("MOCK: nothing was trained and nothing charged", quiet=as_json)
     else:
-        require_packages()
+        require("party", "training")
         artifact, model = _train(plan, node, user, inline=target is None, quiet=as_json)
     text = json.dumps(artifact, ensure_ascii=False)
     if target is not None:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import errno
+import os
+import socket
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, Final
 
 import grpc
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
@@ -14,6 +17,8 @@ from .errors import ServerErrors
 from .identity import Gate
 from .options import DEFAULT_MAX_MESSAGE_BYTES, server_options
 from .tls import TlsFiles, check_transport, server_credentials
+
+_IN_USE: Final = "is another process listening there?"
 
 
 class GrpcServer:
@@ -67,6 +72,37 @@ class GrpcServer:
             raise StateError("services are added before the server starts")
         self._services.append((service, add_servicer, servicer))
 
+    def try_address(self) -> None:
+        """Whether the address could be bound now: asked before anything is started that takes long, and because gRPC
+        would write lines of its own about it.
+
+        Raises:
+            ConfigError: it could not.
+        """
+        host, _, port = self._listen.rpartition(":")
+        try:
+            places = socket.getaddrinfo(
+                host.removeprefix("[").removesuffix("]"), int(port), type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+            )
+        except (OSError, ValueError) as error:
+            raise self._cannot_bind("the host has no address here", error) from error
+        failed: OSError | None = None
+        for family, kind, protocol, _, place in places:
+            try:
+                with socket.socket(family, kind, protocol) as probe:
+                    if os.name == "posix":  # as gRPC does: what a listener left behind is no listener
+                        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+                    probe.bind(place)
+                return
+            except OSError as error:
+                failed = error
+        other = failed is not None and failed.errno != errno.EADDRINUSE and failed.strerror
+        raise self._cannot_bind(other or _IN_USE, failed) from failed
+
+    def _cannot_bind(self, why: str, error: Exception | None) -> ConfigError:
+        problem = f"server.listen: {self._listen} cannot be bound: {why}"
+        return ConfigError(problem, problems=(problem,), private=str(error))
+
     async def start(self) -> int:
         """Binds, serves, and returns the port.
 
@@ -75,6 +111,7 @@ class GrpcServer:
         """
         if self._server is not None:
             raise StateError("the server was started already")
+        self.try_address()
         credentials = server_credentials(self._tls) if self._tls is not None else None
         server = grpc.aio.server(interceptors=(ServerErrors(), self._gate), options=self._options)
         names = [health.SERVICE_NAME, *(service for service, _, _ in self._services)]
@@ -89,8 +126,7 @@ class GrpcServer:
             else:
                 port = server.add_secure_port(self._listen, credentials)
         except RuntimeError as error:
-            problem = f"server.listen: {self._listen} cannot be bound: is another process listening there?"
-            raise ConfigError(problem, problems=(problem,), private=str(error)) from error
+            raise self._cannot_bind(_IN_USE, error) from error
         await server.start()
         self._server = server
         for name in names:

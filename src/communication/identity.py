@@ -79,6 +79,26 @@ def parse_spiffe_id(uri: str) -> tuple[str, Identity]:
     return federation, Identity.parse(identity)
 
 
+def certified(pem: bytes) -> tuple[str, Identity]:
+    """The federation and the identity that a certificate names.
+
+    Args:
+        pem: a certificate, or a chain that begins with it.
+
+    Raises:
+        AuthenticationError: it names nobody, or more than one.
+        ValueError: no certificate.
+    """
+    from cryptography import x509
+
+    certificate = x509.load_pem_x509_certificate(pem)
+    try:
+        names = certificate.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
+    except x509.ExtensionNotFound:
+        return _named([])
+    return _named(names.get_values_for_type(x509.UniformResourceIdentifier))
+
+
 _caller: ContextVar[Identity] = ContextVar("sotto_caller")
 
 
@@ -135,17 +155,20 @@ class Gate(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]  # generic in 
 
 def _from_certificate(properties: Mapping[str, Iterable[bytes]], federation: str) -> Identity:
     # Only URIs: a DNS entry of the same spelling names nobody.
-    uris = [value.decode("utf-8", "replace") for value in properties.get("peer_uri", ())]
+    found, identity = _named([value.decode("utf-8", "replace") for value in properties.get("peer_uri", ())])
+    if found != federation:
+        raise AuthenticationError(f"the certificate is of another federation: {found}", federation=found)
+    return identity
+
+
+def _named(uris: Iterable[str]) -> tuple[str, Identity]:
     named = [uri for uri in uris if uri.startswith("spiffe://")]
     if len(named) != 1:
         raise AuthenticationError("the certificate must hold exactly one spiffe:// URI as alternative name")
     try:
-        found, identity = parse_spiffe_id(named[0])
+        return parse_spiffe_id(named[0])
     except InvalidInput as error:
         raise AuthenticationError(f"the certificate's URI is {error.message}") from None
-    if found != federation:
-        raise AuthenticationError(f"the certificate is of another federation: {found}", federation=found)
-    return identity
 
 
 def _from_metadata(metadata: Iterable[tuple[str, str | bytes]]) -> Identity:

@@ -11,7 +11,6 @@ import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from importlib.util import find_spec
 from typing import Any, Final, Protocol
 
 from ..errors import ConfigError, InvalidInput, JobFailed, LimitError, PolicyError, Refused, SottoError, meaning
@@ -23,9 +22,6 @@ from .settings import LocalTraining
 from .standalone_job import SYNTHETIC, TrainJob, default
 from .synthetic import ROWS, SyntheticTask
 from .task import Dataset, Options, Task, find_task, holdout_of, loss_of
-
-PACKAGES: Final = ("torch", "opacus", "sklearn")
-"""What the extra `party` installs and training imports."""
 
 MAX_STEPS: Final = 1_000_000
 """Of one run: an hour or more even of the smallest model."""
@@ -109,16 +105,6 @@ class Configured:
 
     declared_rows: int
     options: Options = field(default_factory=dict)
-
-
-def require_packages() -> None:
-    """Raise ConfigError where this installation cannot train."""
-    missing = [name for name in PACKAGES if find_spec(name) is None]
-    if missing:
-        raise ConfigError(
-            f"training needs the extra `party`, and {', '.join(missing)} is not installed: "
-            "pip install 'sotto-fl[party]'"
-        )
 
 
 def find_source(job: TrainJob, configured: Mapping[str, Configured]) -> Source:

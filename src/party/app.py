@@ -105,6 +105,8 @@ class App:
         LOG.info("Sotto %s, party %r of federation %r", __version__, config.name, config.federation)
         LOG.info("aggregator %s, custody %s, state in %s", config.server.address, config.keys.custody, config.state_dir)
         LOG.info("budget for a row: %s; for this party: %s", limit_of(budgets.example), limit_of(budgets.party))
+        for warning in config.exposed():
+            LOG.warning("%s", warning)
         if config.keys.custody == "aggregator":
             LOG.warning("custody aggregator: the aggregator holds the key and can read this party's updates")
         if config.server.insecure:

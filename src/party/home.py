@@ -7,11 +7,13 @@ import logging
 from typing import Any, Final
 
 from ..communication.generated import federation_pb2
+from ..communication.identity import Identity, certified
 from ..communication.messages import signed_from_proto
+from ..communication.tls import TlsFiles
 from ..config import PartyConfig
 from ..encryption.keys import check_kit
 from ..encryption.scheme import Scheme
-from ..errors import ConfigError, KeyMaterialError, PolicyError, VersionError
+from ..errors import AuthenticationError, ConfigError, KeyMaterialError, PolicyError, VersionError
 from ..protocol.canonical import parse_canonical
 from ..protocol.keyring import Keyring, load_share
 from ..protocol.plan import PROTOCOL_VERSION
@@ -157,8 +159,23 @@ class Home:
             if self._keyring.key_id != roster.key_id:
                 problems.append(f"keys.public_key: has key id {self._keyring.key_id}, the roster says {roster.key_id}")
             problems += self._share_problems(member.share_index)
+        problems += self._certificate_problems()
         if problems:
             raise ConfigError("the kit's files contradict each other", problems=tuple(problems))
+
+    def _certificate_problems(self) -> list[str]:
+        """The aggregator believes the certificate, whoever brings it: with another's this party would be taken for it,
+        and sign with a key that is not that one's."""
+        tls = self.config.server.tls
+        if tls is None:
+            return []
+        try:
+            federation, identity = certified(TlsFiles(tls.certificate, tls.key, tls.ca).read()[0])
+        except AuthenticationError as error:
+            return [f"server.tls.certificate: {error.message}"]
+        if (federation, identity) == (self.config.federation, Identity("party", self.name)):
+            return []
+        return [f"server.tls.certificate: is {identity}'s of {federation}, not party/{self.name}'s of this federation"]
 
     def _share_problems(self, index: int) -> list[str]:
         path, key = self.config.keys.share, self.keyring.threshold_key

@@ -14,15 +14,17 @@ def run(config_path: Path, *, name: str | None = None) -> None:
         name: replaces `name` of the file, where one file serves several parties.
 
     Raises:
-        ConfigError: with every problem of the configuration.
+        ConfigError: with every problem of the configuration; what the workers would import is not installed.
     """
     import asyncio
 
     from ..config import load_party_config
+    from ..extras import require
     from ..logs import configure
     from .app import work
 
     config = load_party_config(config_path, name=name)
+    require("party", "a party")
     configure(level=config.logging.level, format=config.logging.format)
     asyncio.run(work(config))
 

@@ -247,8 +247,8 @@ def _number_problems(request: _Request) -> list[str]:
         except KeyMaterialError as error:
             least = (count + request.colluders) // 2 + 1
             advice = f"at least {least} of {count} shares" if least <= count else "fewer colluders"
-            rule = f"{THRESHOLD_RULE}; needed: {advice}" if "quorum" in error.message else error.message
-            problems.append(f"threshold: {request.threshold} is refused: {rule}")
+            rule = f"threshold: {request.threshold} is refused: {THRESHOLD_RULE}; needed: {advice}"
+            problems.append(rule if "quorum" in error.message else error.message)
     if request.custody == "aggregator" and request.threshold:
         problems.append("threshold: with custody aggregator there are no shares")
     if request.custody not in ("threshold", "aggregator"):

@@ -13,7 +13,7 @@ from pydantic import BaseModel
 from pydantic_core import PydanticUndefined
 
 from ..config import AggregatorConfig, ClientConfig, PartyConfig
-from ..config_sections import AggregatorLimits, is_loopback, split_address
+from ..config_sections import AggregatorLimits, DatasetSection, is_loopback, split_address
 from ..config_yaml import parse_yaml
 from .certificates import Certificate
 
@@ -22,6 +22,7 @@ PUBLIC_MODE: Final = 0o644
 DIRECTORY_MODE: Final = 0o700
 RANDHIE_PARTIES: Final = range(2, 21)  # what the demonstration's task can be split into
 RANDHIE_TRAINING_ROWS: Final = 16_152  # 20 190 person-years less the fifth that is held out
+DEFAULT_USER_EPSILON: Final = 10.0  # as in the shipped config/party.yaml: `sotto train` works with a kit as it is made
 _PLAIN: Final = re.compile(r"[A-Za-z][A-Za-z0-9_./-]*")
 
 Values = dict[str, Any]
@@ -113,15 +114,15 @@ def party_values(
             "name": name,
             "federation": federation,
             "server": {"address": address, "tls": _tls()},
-            "privacy": {"colluders": colluders},
+            "privacy": {"colluders": colluders, "budgets": {"default_user_epsilon": DEFAULT_USER_EPSILON}},
         },
     )
     values["keys"] = _keys(custody, small=small, share=custody == "threshold")
     count = len(names)
     if count in RANDHIE_PARTIES:
         options = {"party": list(names).index(name), "parties": count, "seed": 0}
-        values["datasets"] = {"randhie": {"declared_rows": _round_down(RANDHIE_TRAINING_ROWS // count)}}
-        values["datasets"]["randhie"]["options"] = options
+        rows = _round_down(RANDHIE_TRAINING_ROWS // count)
+        values["datasets"] = {"randhie": default_values(DatasetSection) | {"declared_rows": rows, "options": options}}
     return values
 
 
@@ -160,21 +161,16 @@ DATASET_NOTE: Final = (
 
 
 def default_values(model: type[BaseModel]) -> Values:
-    """Every default of a model, section by section; fields without one, or with null for one, are left out."""
+    """Every default of a model, section by section, null too: it is worth reading what that stands for. A field
+    without a default is left out."""
     values: Values = {}
     for name, field in model.model_fields.items():
         default = field.default_factory() if field.default_factory else field.default  # type: ignore[call-arg]
         if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
             values[name] = merge(default_values(field.annotation), default)
-            values[name] |= {key: None for key in _limits(field.annotation) if key not in values[name]}
-        elif default is not PydanticUndefined and default is not None:
+        elif default is not PydanticUndefined:
             values[name] = str(default) if isinstance(default, Path) else default
     return values
-
-
-def _limits(model: type[BaseModel]) -> tuple[str, ...]:
-    """Keys that are written as null, because "no limit" is worth reading."""
-    return tuple(name for name in ("max_rounds", "epsilon") if "delta" in model.model_fields)
 
 
 def render(model: type[BaseModel], values: Mapping[str, Any]) -> str:

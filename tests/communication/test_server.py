@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from pathlib import Path
 from typing import Any
 
 import grpc
@@ -13,6 +14,7 @@ from src.communication.generated import jobs_pb2, jobs_pb2_grpc
 from src.communication.grpc_server import GrpcServer
 from src.communication.identity import Identity
 from src.communication.options import client_options, server_options
+from src.communication.tls import TlsFiles
 from src.errors import ConfigError, SottoError, StateError
 
 
@@ -23,6 +25,21 @@ def _server(listen: str) -> GrpcServer:
 async def test_an_address_in_use_is_a_configuration_error_not_a_second_listener(plain: Any) -> None:
     with pytest.raises(ConfigError, match=f"server.listen: {plain.address} cannot be bound"):
         await _server(plain.address).start()
+
+
+async def test_an_address_that_cannot_be_bound_is_known_before_anything_is_started(
+    plain: Any, capfd: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(ConfigError, match=f"{plain.address} cannot be bound: is another process listening there?"):
+        _server(plain.address).try_address()
+    files = TlsFiles(certificate=Path("cert.pem"), key=Path("key.pem"), ca=Path("ca.pem"))  # not read yet
+    elsewhere = GrpcServer(listen="192.0.2.1:1", tls=files, insecure=False, federation="demo", roles={})  # RFC 5737
+    with pytest.raises(ConfigError, match=r"192\.0\.2\.1:1 cannot be bound: (?!is another)"):
+        elsewhere.try_address()
+    _server("127.0.0.1:0").try_address()
+    with pytest.raises(ConfigError):
+        await _server(plain.address).start()
+    assert capfd.readouterr().err == ""  # gRPC would write lines of its own
 
 
 async def test_a_server_starts_once_and_takes_its_services_before() -> None:

@@ -14,7 +14,6 @@ import pytest
 
 from src.errors import (
     BudgetError,
-    ConfigError,
     DigestError,
     InvalidInput,
     JobFailed,
@@ -23,7 +22,6 @@ from src.errors import (
     Refused,
     SignatureError,
 )
-from src.learning import standalone
 from src.learning.flatten import from_safetensors
 from src.learning.standalone import Configured, Plan, Trained, find_source, plan_run, run_plan
 from src.learning.standalone_artifact import MODEL_FILE, artifact_hash, build_artifact, build_mock, verify_artifact
@@ -195,12 +193,6 @@ def test_a_training_that_diverges_is_charged_and_shows_no_model(log: list[str]) 
     with pytest.raises(JobFailed, match="diverged"):
         trained(made, log)
     assert log == ["reserve", "data", "final"]
-
-
-def test_an_installation_that_cannot_train_says_what_it_lacks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(standalone, "find_spec", lambda name: None if name == "opacus" else object())
-    with pytest.raises(ConfigError, match=r"extra `party`, and opacus is not installed"):
-        standalone.require_packages()
 
 
 # --------------------------------------------------------------------------------------------------------- synthetic

@@ -154,6 +154,9 @@ class Fleet:
             if _this_task().cancelling():
                 raise
             raise closed from None  # `close` has cancelled what was under way
+        except WorkerError as error:
+            _log.error("a worker cannot be started: %s", error.private)
+            raise
         if self._phase is not _Phase.STARTING:
             raise closed
         return workers
