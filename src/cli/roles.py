@@ -26,7 +26,7 @@ def party(
     config: Config,
     name: Annotated[str | None, typer.Option("--name", help="Be this party instead of the one in the file.")] = None,
     check_data: Annotated[
-        bool, typer.Option("--check-data", help="Load the data, say here what is wrong with it, and end.")
+        bool, typer.Option("--check-data", help="Load the data, try the model on it, say here what is wrong, and end.")
     ] = False,
 ) -> None:
     """Run a party: a data owner's node, until SIGTERM or Ctrl-C. It makes outbound connections only."""

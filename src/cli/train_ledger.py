@@ -188,7 +188,7 @@ class LedgerPurse:
         return 1 + max((entry.round or 0 for entry in held if entry.job_id == job_id), default=0)
 
     def _finalise(self, connection: Connection, job_id: str, number: int, *, figures: Mapping[str, str]) -> str:
-        self._books.spend(connection, job_id, number, at=self._now(), reason="the model is shown")
+        self._books.spend(connection, job_id, number, at=self._now(), reason="the training ended")
         self._books.release(connection, job_id, number, figures=figures, at=self._now())
         return self._books.store.head(connection)
 

@@ -16,6 +16,7 @@ beforehand, on blank rows.
 
 from __future__ import annotations
 
+import copy
 import math
 import warnings
 from collections.abc import Iterator, Sequence
@@ -58,8 +59,8 @@ class ClippedSums:
 
     Raises:
         InvalidInput: no gradients of single examples can be had of this model (it mixes examples, as batch
-            normalisation does), it draws random numbers, as dropout does, `loss` does not return one value for each
-            example, or C is out of range.
+            normalisation does), it does not take such rows, it draws random numbers, as dropout does, `loss` does not
+            return one value for each example, or C is out of range.
     """
 
     def __init__(
@@ -78,26 +79,28 @@ class ClippedSums:
         self._model, self._loss, self._bound = model, loss, max_grad_norm
         shape = rows.features.shape[1:]
         self._source: _Source
-        if uses_ghost_clipping(model, shape):
-            self._source = _LinearLayers(model, loss, list(parameters))
-        else:
-            self._source = _PerExampleHooks(model, loss, list(parameters))
-        self._most_rows = max(1, _CHUNK_BYTES // (8 * max(1, self._source.values_per_row)))
         blank = Dataset(np.zeros((_BLANK_ROWS, *shape), np.float32), np.zeros(_BLANK_ROWS, rows.labels.dtype), "blank")
         generator = torch.get_rng_state()
         try:
+            if uses_ghost_clipping(model, shape):
+                self._source = _LinearLayers(model, loss, list(parameters))
+            else:
+                self._source = _PerExampleHooks(model, loss, list(parameters))
             self._add(*_tensors(blank, np.arange(_BLANK_ROWS), _BLANK_ROWS))
         except SottoError:
             raise
         except Exception as error:
             text = f"{type(error).__name__}: {error}"  # of blank rows: nobody's
-            raise InvalidInput(f"model and loss cannot be computed in float64, on blank rows: {text}") from error
+            raise InvalidInput(
+                f"model and loss cannot be computed in float64, on blank rows with features of shape {shape}: {text}"
+            ) from error
         # What is drawn goes to examples by their position: with a generator that a task has seeded, one row more would
         # move what all later ones draw.
         if not torch.equal(generator, torch.get_rng_state()):
             raise InvalidInput(
                 "DP-SGD cannot train this model: it draws random numbers as it computes, as dropout does"
             )
+        self._most_rows = max(1, _CHUNK_BYTES // (8 * max(1, self._source.values_per_row)))
 
     def over(self, dataset: Dataset, chosen: NDArray[np.int64], *, padded_to: int = 0) -> torch.Tensor:
         """Σ over the chosen examples, each scaled down to L2 norm C at most; shape (size,), float64.
@@ -112,29 +115,51 @@ class ClippedSums:
         total = torch.zeros(self.size, dtype=torch.float64)
         if not len(dataset):
             return total
+        for added in self._chunks(dataset, chosen, padded_to=padded_to):
+            total += added.total
+        return total
+
+    def counted(self, dataset: Dataset) -> NDArray[np.bool_]:
+        """Which rows a sum over all of them adds up, shape (n,): for their owner, and nobody else."""
+        found = [added.counted.numpy() for added in self._chunks(dataset, np.arange(len(dataset)), padded_to=0)]
+        return np.concatenate([np.zeros(0, np.bool_), *found])
+
+    def _chunks(self, dataset: Dataset, chosen: NDArray[np.int64], *, padded_to: int) -> Iterator[_Added]:
         rows = min(self._most_rows, _PADDED_ROWS if padded_to else _CHUNK_ROWS)
         for start in range(0, max(len(chosen), padded_to), rows):
             part = chosen[start : start + rows]
             tensors = _tensors(dataset, part, rows if padded_to else len(part))
             try:
-                total += self._add(*tensors)
+                together = self._add(*tensors)
             except Exception:  # one of these rows made it fail: which one must not be told by failing
                 for row in range(len(part)):
-                    total += self._alone(*(each[row : row + 1] for each in tensors))
-        return total
+                    yield self._alone(*(each[row : row + 1] for each in tensors))
+            else:
+                yield together
 
-    def _alone(self, features: torch.Tensor, labels: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
+    def _alone(self, features: torch.Tensor, labels: torch.Tensor, counts: torch.Tensor) -> _Added:
         try:
             return self._add(features, labels, counts)
         except Exception:
-            return torch.zeros(self.size, dtype=torch.float64)
+            return _Added(torch.zeros(self.size, dtype=torch.float64), torch.zeros(1, dtype=torch.bool))
 
-    def _add(self, features: torch.Tensor, labels: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
+    def _add(self, features: torch.Tensor, labels: torch.Tensor, counts: torch.Tensor) -> _Added:
         """The sum over those of these examples that count."""
         try:
             return self._source.clipped_sum(features, labels, counts, bound=self._bound * CLIPPING_MARGIN)
         finally:
             self._source.forget()
+
+
+def rows_that_count(model: torch.nn.Module, dataset: Dataset, *, loss: Loss) -> NDArray[np.bool_]:
+    """Which rows DP-SGD would learn from, with the parameters that `model` has, shape (n,); it stays as it is.
+
+    Raises:
+        InvalidInput: as `ClippedSums`: then there is nothing to be learnt from any row.
+    """
+    working = copy.deepcopy(model).double().train()
+    parameters = [parameter for parameter in working.parameters() if parameter.requires_grad]
+    return ClippedSums(working, dataset, loss=loss, parameters=parameters, max_grad_norm=1.0).counted(dataset)
 
 
 def uses_ghost_clipping(model: torch.nn.Module, shape: tuple[int, ...]) -> bool:
@@ -172,6 +197,14 @@ def checked_losses(losses: torch.Tensor, examples: int) -> torch.Tensor:
     return losses
 
 
+@dataclass(frozen=True, slots=True)
+class _Added:
+    """The sum of a chunk, shape (size,), and which of its examples it is of: bool, shape (n,)."""
+
+    total: torch.Tensor
+    counted: torch.Tensor
+
+
 class _Source(Protocol):
     """Where the gradients of single examples come from."""
 
@@ -182,8 +215,8 @@ class _Source(Protocol):
 
     def clipped_sum(
         self, features: torch.Tensor, labels: torch.Tensor, counts: torch.Tensor, *, bound: float
-    ) -> torch.Tensor:
-        """Over the examples of a chunk that count: bool, shape (n,)."""
+    ) -> _Added:
+        """Over the examples of a chunk that `counts` has, shape (n,), and whose loss and gradient are finite."""
         ...
 
     def forget(self) -> None:
@@ -216,7 +249,7 @@ class _LinearLayers:
 
     def clipped_sum(
         self, features: torch.Tensor, labels: torch.Tensor, counts: torch.Tensor, *, bound: float
-    ) -> torch.Tensor:
+    ) -> _Added:
         for parameter in self._parameters:
             parameter.requires_grad_(False)  # or their gradients would be computed too, of no use
         losses = checked_losses(self._loss(self._model(features), labels), len(features))
@@ -231,7 +264,8 @@ class _LinearLayers:
             scaled = torch.where(sound, g, 0.0) * factors
             sums[id(layer.weight)] = scaled.T @ torch.where(sound, a, 0.0)  # never 0 · ∞
             sums[id(layer.bias)] = scaled.sum(dim=0)
-        return torch.cat([sums[id(parameter)].reshape(-1) for parameter in self._parameters])
+        total = torch.cat([sums[id(parameter)].reshape(-1) for parameter in self._parameters])
+        return _Added(total, sound[:, 0])
 
     def forget(self) -> None:
         self._calls.clear()
@@ -263,14 +297,13 @@ class _PerExampleHooks:
 
     def clipped_sum(
         self, features: torch.Tensor, labels: torch.Tensor, counts: torch.Tensor, *, bound: float
-    ) -> torch.Tensor:
+    ) -> _Added:
         with _known_warnings():
             losses = checked_losses(self._loss(self._model(features), labels), len(features))
             torch.autograd.backward(losses.sum())
         each = torch.cat([self._flat(parameter, len(features)) for parameter in self._parameters], dim=1)
         factors, sound = _factors(each.norm(dim=1), losses, counts, bound=bound)
-        total: torch.Tensor = factors[:, 0] @ torch.where(sound, each, 0.0)
-        return total
+        return _Added(factors[:, 0] @ torch.where(sound, each, 0.0), sound[:, 0])
 
     def _flat(self, parameter: Any, rows: int) -> torch.Tensor:
         found = parameter.grad_sample

@@ -2,6 +2,8 @@
 
 The order is the guarantee: settle what it costs, reserve, touch the data, train, make the charge final, show the model.
 Between the reservation and its final entry nothing is given back: a crash, or a failure of any kind, counts as spent.
+Without differential privacy there is no guarantee, and the data is looked at first: what cannot be trained on need not
+cost an infinite ε.
 """
 
 from __future__ import annotations
@@ -25,6 +27,8 @@ from .task import Dataset, Options, Task, find_task, holdout_of, loss_of
 
 MAX_STEPS: Final = 1_000_000
 """Of one run: an hour or more even of the smallest model."""
+
+_NOT_CHARGED: Final = "nothing was charged (sotto party --check-data says more)"
 
 
 class Purse(Protocol):
@@ -191,12 +195,12 @@ def run_plan(plan: Plan, *, purse: Purse, entropy: Entropy, max_model_bytes: int
         max_model_bytes: refuse a larger model before anything is charged; None for no limit.
 
     Raises:
-        BudgetError: nothing was charged and no data touched.
+        BudgetError: nothing was charged and, with DP, no data touched.
         LimitError: the model is too large; nothing was charged.
-        InvalidInput: DP-SGD cannot train the task's model, or without it a row is not finite (found after the
-            reservation: it counts as spent); or a public row is not finite (before: nothing was charged).
+        InvalidInput: DP-SGD cannot train the task's model (found after the reservation: it counts as spent); or a
+            public row, or without DP any row, is not finite (before: nothing was charged).
         JobFailed: the training failed, for a reason of which type and place are told, or its parameters are not finite
-            numbers; charged.
+            numbers; charged. Or, without DP, the data cannot be loaded; nothing was charged.
     """
     from .dpsgd import train_dpsgd, train_plain
     from .evaluation import evaluate
@@ -212,11 +216,13 @@ def run_plan(plan: Plan, *, purse: Purse, entropy: Entropy, max_model_bytes: int
             limit=max_model_bytes,
         )
     holdout = _holdout(task, options)  # public; also shows whether data can be loaded, before that is paid for
+    unprotected = None if plan.job.private else _unprotected(task, options)
     purse.reserve(plan.job.job_id, plan.event)
     train = train_dpsgd if plan.job.private else train_plain
     try:
-        with _nothing_told():
-            train(model, task.load_data(options), loss=loss_of(task), config=plan.local, entropy=entropy)
+        with _nothing_told("the training failed: {}; what it cost is charged"):
+            rows = task.load_data(options) if unprotected is None else unprotected
+            train(model, rows, loss=loss_of(task), config=plan.local, entropy=entropy)
     except SottoError as error:
         purse.finalise({"failure": meaning(error).reason})  # all that is told of it; nothing more can come
         raise
@@ -224,7 +230,10 @@ def run_plan(plan: Plan, *, purse: Purse, entropy: Entropy, max_model_bytes: int
     content = to_safetensors(tensors)
     head = purse.finalise({"model_sha256": hashlib.sha256(content).hexdigest()})
     if not math.isfinite(float(abs(flatten(tensors)[0]).sum(dtype=float))):
-        raise JobFailed("the training diverged: a smaller learning_rate may help; what it cost is charged")
+        causes = "a smaller learning_rate may help"
+        if not plan.job.private:  # with DP such a row counts for nothing
+            causes += ", or a row has no finite loss (sotto party --check-data says which)"
+        raise JobFailed(f"the training diverged: {causes}; what it cost is charged")
     metrics = None if holdout is None else _finite(evaluate(task, tensors, holdout))
     return Trained(
         model=content,
@@ -257,17 +266,31 @@ def _event(job: TrainJob, rate: float, steps: int, *, allow_without_dp: bool) ->
     return event
 
 
+def _unprotected(task: Task, options: Options) -> Dataset:
+    """Rows to train on without DP, all of them finite."""
+    with _nothing_told(f"the data cannot be loaded: {{}}; {_NOT_CHARGED}"):
+        rows = task.load_data(options)
+        try:
+            rows.require_finite()
+        except InvalidInput as error:
+            raise InvalidInput(f"{error.message}; {_NOT_CHARGED}") from error
+    return rows
+
+
 @contextmanager
-def _nothing_told() -> Iterator[None]:
-    """Around what touches private rows: what is logged there, or the text of an error, may hold a row or a loss."""
+def _nothing_told(failed: str) -> Iterator[None]:
+    """Around what touches private rows: what is logged there, or the text of an error, may hold a row or a loss.
+
+    Args:
+        failed: what the error says, with {} for type and place.
+    """
     try:
         with muted():
             yield
     except SottoError:
         raise  # its text is public
     except (Exception, SystemExit) as error:  # of the latter the interpreter would print the text
-        failed = f"the training failed: {type_and_place(error)}; what it cost is charged"
-        raise JobFailed(failed) from None
+        raise JobFailed(failed.format(type_and_place(error))) from None
 
 
 def _finite(metrics: Mapping[str, float]) -> dict[str, float]:

@@ -61,8 +61,12 @@ class Dataset:
 
     def require_finite(self) -> None:
         """Raises InvalidInput where a row is not finite: for rows that are public, or trained on without privacy."""
-        if not finite_rows(self.features, self.labels).all():
-            raise InvalidInput("every feature and label is finite")
+        broken = np.count_nonzero(~finite_rows(self.features, self.labels))
+        if broken:
+            have = "has" if broken == 1 else "have"
+            raise InvalidInput(
+                f"every feature and label must be finite: of {len(self)} rows {broken} {have} one that is not"
+            )
 
 
 def finite_rows(features: NDArray[Any], labels: NDArray[Any]) -> NDArray[np.bool_]:

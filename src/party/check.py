@@ -1,7 +1,7 @@
 """What an owner is told of the data that this party brings: when they ask, on their own screen.
 
-A row that is not finite counts for nothing in training, and nobody is told while it does: neither the aggregator, by a
-party that does not contribute, nor a log.
+A row that is not finite, or whose loss or gradient is not, or cannot be computed, counts for nothing in training, and
+nobody is told while it does: neither the aggregator, by a party that does not contribute, nor a log.
 """
 
 from __future__ import annotations
@@ -10,19 +10,25 @@ from collections.abc import Iterator
 from typing import Any, Final
 
 import numpy as np
+from numpy.typing import NDArray
 
 from ..config import PartyConfig
 from ..errors import SottoError
-from ..learning.task import find_task, finite_rows
+from ..learning.task import Dataset, Task, find_task, finite_rows, loss_of
 
 MAX_NAMED: Final = 10
-"""Rows that are named; whoever mends these finds the others by asking again."""
+"""Rows that are named of each fault; whoever mends these finds the others by asking again."""
+
+_SEED: Final = 0
+"""Of the model that rows are tried on: a job brings its own."""
 
 
 def check_data(config: PartyConfig) -> Iterator[tuple[str, bool]]:
-    """Load each dataset of the configuration; yields a line about it, and whether all of it can be trained on.
+    """Load each dataset of the configuration, and try the task's model on it; yields a line about it, and whether all
+    of it can be trained on.
 
-    An option that is null is left to jobs, and has the task's default here. Rows are named by position, from 0. The
+    An option that is null is left to jobs, and has the task's default here. The model has its initial parameters: of
+    others, a loss may be finite where it is not here, or the other way round. Rows are named by position, from 0. The
     lines hold private facts: they are for the screen of the machine that has the data, and for no log.
     """
     for task, dataset in config.datasets.items():
@@ -31,15 +37,39 @@ def check_data(config: PartyConfig) -> Iterator[tuple[str, bool]]:
         yield f"{task}: {found}", fine
 
 
-def _findings(task: str, options: dict[str, Any], *, declared: int) -> tuple[str, bool]:
+def _findings(name: str, options: dict[str, Any], *, declared: int) -> tuple[str, bool]:
     try:
-        rows = find_task(task).load_data(options)
-        broken = np.flatnonzero(~finite_rows(rows.features, rows.labels))
+        task = find_task(name)
+        rows = task.load_data(options)
+        finite = finite_rows(rows.features, rows.labels)
     except Exception as error:  # of the task's own code, which may raise anything
-        text = error.message if isinstance(error, SottoError) else str(error)
-        return f"cannot be loaded: {type(error).__name__}: {text}", False
-    if not len(broken):
-        return f"{len(rows)} rows ({declared} declared), all of them finite", True
-    names = ", ".join([*map(str, broken[:MAX_NAMED]), *(["…"] if len(broken) > MAX_NAMED else [])])
-    count = f"{len(broken)} of {len(rows)} rows ({declared} declared)"
-    return f"{count} hold a value that is not finite, and count for nothing in training: {names}", False
+        return f"cannot be loaded: {_text(error)}", False
+    known = f"{len(rows)} rows ({declared} declared)"
+    try:
+        counted = _counted(task, rows)
+    except Exception as error:  # likewise
+        return f"{known} cannot be trained on: {_text(error)}", False
+    if counted.all():
+        return f"{known}: the task's model takes them, and all of them count in training", True
+    faults = {
+        "a value is not finite": ~finite,
+        "loss or gradient cannot be computed, or is not finite": finite & ~counted,
+    }
+    named = "; ".join(_named(fault, np.flatnonzero(which)) for fault, which in faults.items() if which.any())
+    total = f"{np.count_nonzero(~counted)} of {known}"
+    return f"{total} count for nothing in training; by position, counted from 0: {named}", False
+
+
+def _counted(task: Task, rows: Dataset) -> NDArray[np.bool_]:
+    from ..learning.per_example import rows_that_count
+
+    return rows_that_count(task.build_model(_SEED), rows, loss=loss_of(task))
+
+
+def _named(fault: str, rows: NDArray[np.intp]) -> str:
+    names = ", ".join([*map(str, rows[:MAX_NAMED]), *(["…"] if len(rows) > MAX_NAMED else [])])
+    return f"{fault} ({len(rows)}): {names}"
+
+
+def _text(error: Exception) -> str:
+    return f"{type(error).__name__}: {error.message if isinstance(error, SottoError) else error}"

@@ -181,6 +181,7 @@ def test_a_training_that_dies_counts_as_spent(train: Run, home: Path, monkeypatc
     assert (code, "OSError at " in said, "on fire" in said) == (13, True, False)
     assert kinds(own(home)) == ["reservation", "final", "release"]
     assert dict(own(home)[-1].figures) == {"failure": "JOB_FAILED"}  # which is all that can ever come of it
+    assert own(home)[-2].reason == "the training ended"  # true of those that show no model too
     code, said = train(job_id="another", dp=DEARER)
     assert code == 6
     assert "spent 8.6" in said

@@ -17,7 +17,7 @@ from src.errors import InvalidInput
 from src.learning import per_example
 from src.learning.dpsgd import SecurePoissonSampler, train_dpsgd
 from src.learning.gradients import clipped_gradient_sum
-from src.learning.per_example import ClippedSums, uses_ghost_clipping
+from src.learning.per_example import ClippedSums, rows_that_count, uses_ghost_clipping
 from src.learning.settings import LocalTraining
 from src.learning.task import Dataset, default_loss
 from src.privacy.clipping import MIN_NORM
@@ -290,6 +290,28 @@ def test_an_example_of_which_nothing_can_be_computed_counts_as_zero(what: str) -
     assert not moved(build(), alone, loss=loss).any()
 
 
+@pytest.mark.parametrize("build", [linear, normalised])
+def test_the_owner_may_ask_which_rows_count_and_only_chunks_that_fail_are_tried_row_by_row(
+    build: Build, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(per_example, "_CHUNK_ROWS", 4)
+    features, labels = np.ones((10, 4)), np.zeros(10, np.int64)
+    features[0, 1], labels[5], labels[9] = np.inf, 7, 8
+    seen: list[int] = []
+
+    def loss(outputs: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        seen.append(len(labels))
+        return torch.as_tensor(fails_beyond(5)(outputs, labels))
+
+    model = build()
+    before = copy.deepcopy(model.state_dict())
+    counted = rows_that_count(model, rows_of(features, labels), loss=loss)
+    assert np.flatnonzero(~counted).tolist() == [0, 5, 9]
+    assert seen[1:] == [4, 4, 1, 1, 1, 1, 2, 1, 1]  # after the blank rows
+    assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
+    assert rows_that_count(model, rows_of(features[:0].reshape(0, 4), labels[:0]), loss=loss).shape == (0,)
+
+
 def test_no_finite_model_tells_of_a_row_by_what_becomes_of_the_training() -> None:
     """Whether one ordinary row has a feature of 2 was to be read off from a failure."""
     features = np.clip(np.random.default_rng(0).normal(size=(500, 4)), -1.5, 1.5)
@@ -360,6 +382,7 @@ REFUSED: dict[str, tuple[Build, Any]] = {
     "a loss that draws": (linear, lambda outputs, labels: default_loss(outputs, labels) * torch.rand(len(labels))),
     "a loss that fails always": (linear, lambda outputs, labels: outputs @ labels),
     "a mean": (linear, lambda outputs, labels: default_loss(outputs, labels).mean()),
+    "rows of another width": (lambda: seeded(torch.nn.Linear(5, 1)), default_loss),
 }
 
 

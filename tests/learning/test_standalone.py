@@ -181,6 +181,48 @@ def test_a_training_that_fails_is_charged_and_shows_nothing(log: list[str], monk
     assert log == ["reserve", "final: JOB_FAILED"]
 
 
+def without_dp() -> Plan:
+    return plan(dp={"enabled": False}, allow_without_dp=True)
+
+
+def test_without_dp_a_row_that_is_not_finite_is_told_of_and_costs_nothing(
+    log: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where all of the budget is asked for, nothing is protected: a refusal may tell, and need not be paid for."""
+    load = SyntheticTask.load_data
+
+    def broken(self: SyntheticTask, options: Any) -> Dataset:
+        rows = load(self, options)
+        rows.features[[3, 5], 0] = np.nan
+        return rows
+
+    monkeypatch.setattr(SyntheticTask, "load_data", broken)
+    with pytest.raises(InvalidInput) as caught:
+        trained(without_dp(), log)
+    assert log == ["data"]
+    assert caught.value.message == (
+        f"every feature and label must be finite: of {ROWS} rows 2 have one that is not; nothing was charged "
+        "(sotto party --check-data says more)"
+    )
+    log.clear()
+    assert trained(plan(), log).ledger_head == HEAD  # with DP such rows count for nothing, and nobody hears of them
+    assert log == ["reserve", "data", "final"]
+
+
+def test_without_dp_data_that_cannot_be_loaded_costs_nothing(log: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    def breaks(self: object, options: object) -> Dataset:
+        raise OSError("disk")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(SyntheticTask, "load_data", breaks)
+        with pytest.raises(JobFailed, match=r"OSError at .*; nothing was charged") as caught:
+            trained(without_dp(), log)
+    assert "disk" not in caught.value.message
+    assert log == []
+    trained(without_dp(), log)
+    assert log == ["data", "reserve", "final"]
+
+
 def test_a_model_too_large_to_print_is_refused_before_it_costs_anything(log: list[str]) -> None:
     with pytest.raises(LimitError, match="--out"):
         trained(plan(), log, max_model_bytes=100)

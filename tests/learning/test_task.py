@@ -158,7 +158,7 @@ def test_loading_a_row_is_no_error_and_tells_its_owner_of(what: str) -> None:
     rows = Dataset(*NOT_FINITE[what], "x")
     assert len(rows) == 2
     assert finite_rows(rows.features, rows.labels).tolist() == [True, False]
-    with pytest.raises(InvalidInput, match="every feature and label is finite"):
+    with pytest.raises(InvalidInput, match="must be finite: of 2 rows 1 "):
         rows.require_finite()
 
 

@@ -1,4 +1,4 @@
-"""A row that is not finite: the party contributes as without it, nobody hears of it but its owner, who asks."""
+"""A row that counts for nothing: the party contributes as without it, nobody hears of it but its owner, who asks."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from src.errors import ConfigError
 from src.jobs.executors.units import WorkContext
 from src.learning import task as task_module
 from src.learning.flatten import model_to_tensors, to_safetensors
-from src.learning.task import Dataset
+from src.learning.task import Dataset, default_loss
 from src.party import check
 from src.party.work import contribution
 from src.privacy.entropy import DeterministicEntropy
@@ -26,10 +26,11 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 class Wards:
-    """Ten parameters; `broken` rows hold a NaN."""
+    """Ten parameters; `broken` rows hold a NaN, and `unknown` ones a label for which there is no loss."""
 
     name = "randhie"
     broken: tuple[int, ...] = ()
+    unknown: tuple[int, ...] = ()
 
     def build_model(self, seed: int) -> torch.nn.Module:
         torch.manual_seed(seed)
@@ -38,13 +39,21 @@ class Wards:
     def load_data(self, options: object) -> Dataset:
         features = np.random.default_rng(1).normal(size=(ROWS, COLUMNS)).astype(np.float32)
         features[list(self.broken), 3] = np.nan
-        return Dataset(features, np.arange(ROWS) % 2, "x")
+        labels = np.arange(ROWS) % 2
+        labels[list(self.unknown)] = 7
+        return Dataset(features, labels, "x")
+
+    def loss(self, outputs: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        if (labels > 1).any():
+            raise IndexError("no such class")
+        return default_loss(outputs, labels)
 
 
 @pytest.fixture
 def wards(monkeypatch: pytest.MonkeyPatch) -> type[Wards]:
     """Stands where the task `randhie` is."""
     monkeypatch.setattr(Wards, "broken", ())
+    monkeypatch.setattr(Wards, "unknown", ())
     for place in (task_module, check):  # units import it when they run
         monkeypatch.setattr(place, "find_task", lambda name: Wards())
     return Wards
@@ -69,32 +78,57 @@ def test_a_party_contributes_whatever_is_not_finite_in(
     assert found.shape == (10,)
 
 
-@pytest.mark.parametrize(
-    ("broken", "line", "code"),
-    [
-        ((), "randhie: 60 rows (5000 declared), all of them finite", 0),
-        (
-            (4, 11),
-            "randhie: 2 of 60 rows (5000 declared) hold a value that is not finite, and count for nothing in training: "
-            "4, 11",
-            4,
-        ),
-        (
-            tuple(range(ROWS)),
-            "randhie: 60 of 60 rows (5000 declared) hold a value that is not finite, and count for nothing in "
-            "training: 0, 1, 2, 3, 4, 5, 6, 7, 8, 9, …",
-            4,
-        ),
-    ],
-)
+FINE = "60 rows (5000 declared): the task's model takes them, and all of them count in training"
+NOT_FINITE = "a value is not finite"
+NO_LOSS = "loss or gradient cannot be computed, or is not finite"
+ALL = "0, 1, 2, 3, 4, 5, 6, 7, 8, 9, …"
+NOTHING = "count for nothing in training; by position, counted from 0:"
+FINDINGS: list[tuple[tuple[int, ...], tuple[int, ...], str, int]] = [
+    ((), (), FINE, 0),
+    ((4, 11), (), f"2 of 60 rows (5000 declared) {NOTHING} {NOT_FINITE} (2): 4, 11", 4),
+    (tuple(range(ROWS)), (), f"60 of 60 rows (5000 declared) {NOTHING} {NOT_FINITE} (60): {ALL}", 4),
+    ((), (0, 59), f"2 of 60 rows (5000 declared) {NOTHING} {NO_LOSS} (2): 0, 59", 4),
+    ((4,), (4, 5), f"2 of 60 rows (5000 declared) {NOTHING} {NOT_FINITE} (1): 4; {NO_LOSS} (1): 5", 4),
+]
+
+
+@pytest.mark.parametrize(("broken", "unknown", "line", "code"), FINDINGS)
 def test_the_owner_asks_and_is_told_which_rows(
-    broken: tuple[int, ...], line: str, code: int, wards: type[Wards], capsys: pytest.CaptureFixture[str]
+    broken: tuple[int, ...],
+    unknown: tuple[int, ...],
+    line: str,
+    code: int,
+    wards: type[Wards],
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     """On the screen of this machine; nothing is sent, and no worker is started."""
-    wards.broken = broken
+    wards.broken, wards.unknown = broken, unknown
     assert cli.run(["party", "--config", str(ROOT / "config/party.yaml"), "--name", "b", "--check-data"]) == code
     printed = capsys.readouterr()
-    assert (printed.out, printed.err) == (line + "\n", "sotto: not every row can be trained on\n" if code else "")
+    assert printed.out == f"randhie: {line}\n"
+    assert printed.err == ("sotto: not every row can be trained on\n" if code else "")
+
+
+def test_the_owner_is_told_that_the_tasks_model_does_not_take_the_rows(
+    wards: type[Wards], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Before a job is charged for finding out."""
+
+    def wide(self: Wards, options: object) -> Dataset:
+        return Dataset(np.zeros((ROWS, COLUMNS + 3), np.float32), np.arange(ROWS) % 2, "x")
+
+    def texts(self: Wards, options: object) -> Dataset:
+        return Dataset(np.zeros((ROWS, COLUMNS), np.float32), np.array(["healthy", "ill"] * (ROWS // 2)), "x")
+
+    for load, text in (
+        (wide, "features of shape (12,): RuntimeError: mat1 and mat2 shapes cannot be multiplied (2x12 and 9x1)"),
+        (texts, "features of shape (9,): TypeError: can't convert np.ndarray of type numpy.str_"),
+    ):
+        monkeypatch.setattr(Wards, "load_data", load)
+        assert cli.run(["party", "--config", str(ROOT / "config/party.yaml"), "--check-data"]) == 4
+        printed = capsys.readouterr().out
+        assert printed.startswith("randhie: 60 rows (5000 declared) cannot be trained on: InvalidInput: "), printed
+        assert text in printed
 
 
 def test_the_owner_is_told_why_rows_cannot_be_loaded(

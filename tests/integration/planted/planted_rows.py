@@ -80,10 +80,10 @@ def watch(put: Callable[[Any, str, Any], None]) -> None:
         note("count", [len(chosen)])
         note("vector", chosen[-3:])
 
-    def of_a_part(_: Any, total: Any) -> None:
+    def of_a_part(_: Any, added: Any) -> None:
         if len(_noted_parts) < PARTS:
             _noted_parts.append(None)
-            _vector(total)
+            _vector(added.total)
 
     around(per_example.ClippedSums, "_add", of_a_part)
     around(dpsgd, "secure_normals", lambda _, noise: _vector(noise))
