@@ -3,6 +3,7 @@
     with SottoClient.from_config("client.yaml") as client:
         job = client.submit(FederatedTraining(task="randhie", rounds=5))
         job = client.wait(job.job_id, timeout_s=3600)
+        print(JobState.Name(job.state))
         files = client.fetch_artifact(job.job_id, "out")
 
 `AsyncSottoClient` is the same with `await`. Both survive a restart of the aggregator: calls are repeated for a while
@@ -23,7 +24,16 @@ from typing import TYPE_CHECKING, Any, Final, Self, TypeVar
 
 from .client_async import AT_REST, RETRY_FOR_S, AsyncSottoClient, Events, Jobs, result_of
 from .client_config import connection_of
-from .communication.generated.jobs_pb2 import Evaluation, Export, FederatedTraining, Job, JobEvent, JobResult, Status
+from .communication.generated.jobs_pb2 import (
+    Evaluation,
+    Export,
+    FederatedTraining,
+    Job,
+    JobEvent,
+    JobResult,
+    JobState,
+    Status,
+)
 from .errors import StateError
 from .jobs.artifact import verify_manifest
 
@@ -47,6 +57,7 @@ __all__ = [
     "Job",
     "JobEvent",
     "JobResult",
+    "JobState",
     "SottoClient",
     "Status",
     "result_of",

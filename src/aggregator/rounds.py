@@ -207,7 +207,7 @@ def _settle_phase(row: RoundRow, now: float) -> RoundRow:
         return _move(row, RoundState.RELEASED, now)
     row = _next_phase(row, now)
     late = now >= row.deadline and not row.at_rest
-    return _fail(row, now, "the round's deadline has passed") if late else row
+    return _fail(row, now, "the round's deadline has passed", late=True) if late else row
 
 
 def _next_phase(row: RoundRow, now: float) -> RoundRow:
@@ -233,7 +233,7 @@ def _settle_training(row: RoundRow, now: float) -> RoundRow:
     if not pending or closing:
         if len(row.committed) >= row.quorum:
             return _move(row, RoundState.COLLECTING, now)
-        return _fail(row, now, f"fewer than {row.quorum} parties contributed in time")
+        return _fail(row, now, f"fewer than {row.quorum} parties contributed in time", late=True)
     return row
 
 
@@ -248,7 +248,7 @@ def _settle_collecting(row: RoundRow, now: float) -> RoundRow:
         if len(row.delivered) >= row.quorum:
             contributors = tuple(sorted(row.batches))
             return _move(replace(row, contributors=contributors), RoundState.AGGREGATING, now)
-        return _fail(row, now, f"fewer than {row.quorum} parties delivered in time")
+        return _fail(row, now, f"fewer than {row.quorum} parties delivered in time", late=True)
     return row
 
 
@@ -268,8 +268,8 @@ def _move(row: RoundRow, state: RoundState, now: float, *, reason: str = "") -> 
     return replace(row, state=state, reason=reason or row.reason, ended_at=ended)
 
 
-def _fail(row: RoundRow, now: float, cause: str) -> RoundRow:
-    return _move(row, RoundState.FAILED, now, reason=explain(row, cause))
+def _fail(row: RoundRow, now: float, cause: str, *, late: bool = False) -> RoundRow:
+    return _move(row, RoundState.FAILED, now, reason=explain(row, cause, late=late))
 
 
 def _expect(row: RoundRow, state: RoundState) -> None:
@@ -287,10 +287,15 @@ def _expect_cohort(row: RoundRow, party: str) -> None:
 # --- what follows from a row ------------------------------------------------------------------------------------------
 
 
-def explain(row: RoundRow, cause: str) -> str:
-    """The cause with everybody's part in it: who failed with which reason, for whom the round waited, and for what."""
+def explain(row: RoundRow, cause: str, *, late: bool) -> str:
+    """The cause with everybody's part in it: who failed with which reason, for whom the round waited, and for what.
+
+    Args:
+        late: the time was up for those who did not answer; otherwise they could have, had the round gone on.
+    """
+    said = _ACTIVE if late else _CUT_SHORT
     parts = [f"{name}: {failure.message} [{failure.reason}]" for name, failure in sorted(row.failures.items())]
-    parts += [f"{name}: {_ACTIVE[work]}" for name in waiting_for(row) if (work := wanted(row, name))]
+    parts += [f"{name}: {said[work]}" for name in waiting_for(row) if (work := wanted(row, name))]
     return f"{cause} ({'; '.join(parts)})" if parts else cause
 
 
@@ -321,6 +326,13 @@ _ACTIVE: Final = {
     Work.OPEN: "asked for a share that has not come",
 }
 """What the round waits for, and what is known then of a party that it waits for."""
+
+_CUT_SHORT: Final = {
+    Work.CONTRIBUTE: "not heard before the round failed",
+    Work.REVEAL: "committed; its update had not come before the round failed",
+    Work.OPEN: "asked for a share that had not come before the round failed",
+}
+"""The same of a party whose time was not up: nothing says that it is away."""
 
 
 def _only_holders(row: RoundRow) -> tuple[str, ...]:

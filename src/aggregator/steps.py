@@ -46,7 +46,7 @@ from .round_row import (
     SharesAsked,
     Work,
 )
-from .rounds import COMMIT_SHARE, holders_to_ask
+from .rounds import COMMIT_SHARE, UPLOAD_SHARE, holders_to_ask
 
 
 @dataclass(frozen=True, slots=True)
@@ -188,9 +188,13 @@ def _next_norm(opened: Mapping[str, Any]) -> dict[str, str]:
 
 
 def lacking(row: RoundRow) -> tuple[str, ...]:
-    """Whose part a failed round lacks: who refused or failed and, where time ran out, who did not answer."""
+    """Whose part a failed round lacks: who refused or failed and, where its time was up, who did not answer."""
     silent: set[str] = set()
-    if row.ended_at >= row.started_at + COMMIT_SHARE * row.timeout_s:
-        delivered = row.batches if row.frozen_list else row.roots
-        silent = set(row.asked) - set(row.shares) if row.spent else set(row.cohort) - set(delivered)
+    if row.spent:
+        silent = set(row.asked) - set(row.shares) if row.ended_at >= row.deadline else set()
+    elif row.frozen_list is not None:
+        closed = row.ended_at >= row.started_at + UPLOAD_SHARE * row.timeout_s
+        silent = set(row.cohort) - set(row.batches if closed else row.roots)
+    elif row.ended_at >= row.started_at + COMMIT_SHARE * row.timeout_s:
+        silent = set(row.cohort) - set(row.roots)
     return tuple(sorted(silent | set(row.failures)))

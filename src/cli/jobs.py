@@ -35,7 +35,7 @@ def _group() -> None:
     """Submit, watch and cancel jobs; fetch their results."""
 
 
-app.command()(jobs_submit.submit)
+app.command(cls=jobs_submit.Submit)(jobs_submit.submit)
 app.command()(jobs_submit.evaluate)
 app.command()(jobs_submit.export)
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Final, NamedTuple
 
 import typer
+from typer.core import TyperCommand
 
 from . import connection
 from .connection import DEFAULT_CONFIG, ConfigOption, JsonOption
@@ -30,30 +31,62 @@ JobTimeoutOption = Annotated[
     float | None, typer.Option("--timeout-s", help="Seconds from now after which the job fails unless it is at rest.")
 ]
 RequestIdOption = Annotated[str | None, typer.Option("--request-id", help="Sent again, it gives the same job.")]
+EpsilonOption = Annotated[
+    float | None,
+    typer.Option(help="What the job may cost a row at most, all spare rounds run: otherwise it ends below."),
+]
 WaitOption = Annotated[bool, typer.Option("--wait", help="Stay until the job is at rest, as `jobs wait`.")]
 OutOption = Annotated[
     Path | None, typer.Option("--out", help="Wait, then fetch the files into this directory and verify them.")
 ]
 
 
+class Submit(TyperCommand):
+    """Its help says the defaults of a training: the specification's own, which no other command waits for."""
+
+    def format_help(self, ctx: Any, formatter: Any) -> None:
+        """Written when it is asked for."""
+        defaults = _defaults()
+        for parameter in self.params:
+            known, text = defaults.get(parameter.name), getattr(parameter, "help", None)
+            if known is not None and text and not text.endswith(known):
+                parameter.help = f"{text} {known}"  # type: ignore[attr-defined]  # an option has one
+        super().format_help(ctx, formatter)
+
+
+def _defaults() -> dict[str | None, str]:
+    """By the name of an option."""
+    from ..jobs.spec import FederatedTrainingSpec
+
+    spec = FederatedTrainingSpec(task="any")
+    whole = {name: getattr(spec, name) for name in ("strategy", "rounds", "spare_rounds", "quorum", "seed")}
+    parts = {**spec.local_training.model_dump(), **spec.party_privacy.model_dump()}
+    found = {**parts, **whole, "round_timeout": spec.round_timeout_s}
+    return {
+        name: f"Default {value:g}." if isinstance(value, int | float) else f"Default {value}."
+        for name, value in found.items()
+        if value is not None
+    }
+
+
 def submit(  # each parameter is an option of the command
     file: Annotated[Path | None, typer.Argument(help="A job in YAML or JSON.", show_default=False)] = None,
     config: ConfigOption = DEFAULT_CONFIG,
     task: Annotated[str | None, typer.Option(help="Instead of a file: the task to train.")] = None,
-    strategy: Annotated[str | None, typer.Option(help="fedavg (default), or fedsgd: a round is a step.")] = None,
+    strategy: Annotated[str | None, typer.Option(help="fedavg, or fedsgd: a round is a step.")] = None,
     trusted_aggregator: Annotated[
         bool | None, typer.Option("--trusted-aggregator", help="Let the aggregator alone draw fedsgd's noise.")
     ] = None,
     rounds: Annotated[int | None, typer.Option(min=1, help="Rounds that release a model.")] = None,
-    spare_rounds: Annotated[int | None, typer.Option(min=0, help="Rounds that may replace failed ones.")] = None,
+    spare_rounds: Annotated[int | None, typer.Option(min=0, help="May replace failed ones, and are priced.")] = None,
     quorum: Annotated[int | None, typer.Option(min=0, help="Updates that a round needs; 0: of all invited.")] = None,
     parties: Annotated[str | None, typer.Option(help="Invited, separated by commas; all by default.")] = None,
-    steps: Annotated[int | None, typer.Option(min=1, help="Local steps a round.")] = None,
+    steps: Annotated[int | None, typer.Option(min=1, help="Local steps a round; of fedsgd 1.")] = None,
     sampling_rate: Annotated[float | None, typer.Option(help="Probability of a row to be in a step.")] = None,
     learning_rate: Annotated[float | None, typer.Option(help="Of the local steps.")] = None,
-    epsilon: Annotated[float | None, typer.Option(help="Example-level ε of the whole job, at each party.")] = None,
-    noise_multiplier: Annotated[float | None, typer.Option(help="Of the party-level noise.")] = None,
-    clipping_norm: Annotated[float | None, typer.Option(help="L2 bound of a party's update.")] = None,
+    epsilon: EpsilonOption = None,
+    noise_multiplier: Annotated[float | None, typer.Option(help="Of fedavg's party-level noise.")] = None,
+    clipping_norm: Annotated[float | None, typer.Option(help="Of fedavg: L2 bound of a party's update.")] = None,
     clipping_quantile: Annotated[
         float | None,
         typer.Option(help="Let it follow this quantile of the updates' norms (20 parties or more)."),
@@ -72,7 +105,7 @@ def submit(  # each parameter is an option of the command
     out: OutOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Submit a job, from FILE or from options; options win over the file. Prints the job's id."""
+    """Submit a job, from FILE or from options, which win. Prints the job's id; on stderr, all that it asks for."""
     training = {
         "task": task,
         "strategy": strategy,
@@ -209,6 +242,11 @@ def _hand_in(job: Job, config: Path, terms: dict[str, Any], *, and_wait: bool, o
         print_json(job_to_json(submitted))
     elif not as_json:
         typer.echo(submitted.job_id)
+        if job.HasField("federated_training"):
+            from .jobs_view import asked
+
+            # On stderr: stdout is the job's id. Nothing is left to the aggregator's defaults: every field was sent.
+            say(f"asked: {'; '.join(asked(job.federated_training))}", err=True)
     if stay:
         wait_for(submitted.job_id, config, out=out, as_json=as_json)
 

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Final
 
-from ..communication.generated.jobs_pb2 import Job, JobEvent, JobResult, JobState, RoundSummary
+from ..communication.generated.jobs_pb2 import FederatedTraining, Job, JobEvent, JobResult, JobState, RoundSummary
 from ..privacy.accounting import MEANINGLESS_EPSILON
 from .plain import STYLES, about, away, clock, columns, priority_name, real, safe, size, state_name
 from .prose import assuming, prose
@@ -19,12 +20,14 @@ SHOWN_EVENTS: Final = 5
 
 _HANG: Final = " " * 9
 """Before the further lines of a fact: as wide as the word before it."""
-_LEFT: Final = "ε rows left"
-_WHAT_IS_LEFT: Final = (
-    f"{_LEFT}: of the example-level budget of a party's rows, what was left once that round was charged, by the "
-    "party's own ledger and at the δ of its limit; the least of all parties that say it"
+_ROW: Final = "ε a row spent/left"
+_WHAT_A_ROW_IS: Final = (
+    f"{_ROW}: by the party's own ledger, once that round was charged: what all jobs so far cost a row of its data, at "
+    "the job's δ, and what is left of its budget, at the δ of its limit; the most and the least of all parties that "
+    "say it"
 )
-_RIGHT: Final = ("round", "updates", "ε party", "ε vs aggr.", "ε vs all", _LEFT, "up", "s")
+_OTHERS: Final = ("ε vs aggr.", "ε vs all")
+_RIGHT: Final = ("round", "updates", _ROW, "ε party", *_OTHERS, "up", "s")
 
 
 def jobs_table(jobs: Sequence[Job]) -> str:
@@ -60,6 +63,9 @@ def job_lines(job: Job) -> list[str]:
         f"state    {state_name(job)}",
         f"priority {priority_name(job.priority)}",
     ]
+    if job.HasField("federated_training") and job.federated_training.HasField("local_training"):
+        first, *others = asked(job.federated_training)
+        lines += [f"asked    {first}", *(f"{_HANG}{each}" for each in others)]
     lines += _progress_lines(job)
     lines.append(f"created  {clock(job.create_time)}")
     for word, name in (("started", "start_time"), ("ended", "end_time"), ("deleted", "delete_time")):
@@ -69,8 +75,39 @@ def job_lines(job: Job) -> list[str]:
         lines.append(f"deadline {clock(job.deadline)}, {away(job.deadline)}")
     if job.HasField("error"):
         lines.append(f"error    {_error_words(job)}")
-    lines = [each for line in lines for each in prose(line, hang=_HANG)]
+    lines = [each for line in lines for each in prose(line.lstrip(), indent=_indent_of(line), hang=_HANG)]
     return [*lines, *(result_lines(job.result) if job.HasField("result") else [])]
+
+
+def _indent_of(line: str) -> str:
+    return _HANG if line.startswith(_HANG) else ""
+
+
+def asked(training: FederatedTraining) -> list[str]:
+    """What a training asks for, all defaults filled in, the price first."""
+    local, privacy = training.local_training, training.party_privacy
+    rounds, spare = training.rounds, training.spare_rounds
+    many = f"{rounds + spare} rounds" if rounds + spare > 1 else "round"
+    price = f"ε ≤ {real(local.epsilon)} a row at δ = {local.delta:g}"
+    if spare:
+        price += f": with all {many}, spare ones included; less while those are not needed"
+    planned = f"{rounds} rounds" if rounds > 1 else "1 round"
+    planned += f" and up to {spare} spare" if spare else ", no spare ones"
+    invited = f"of {', '.join(training.parties)}" if training.parties else "of all parties"
+    needed = f", {training.quorum} of them needed" if training.quorum else ", each needed"
+    steps = f"{local.steps} step{'s' if local.steps > 1 else ''} a round"
+    noise = (
+        f", party-level noise multiplier {privacy.noise_multiplier:g}"
+        if training.strategy == "fedavg"
+        else ", trusted aggregator"
+        if training.trusted_aggregator
+        else ""
+    )
+    return [
+        price,
+        safe(f"{training.task} by {training.strategy}, {planned}, {invited}{needed}"),
+        f"{steps} at sampling rate {local.sampling_rate:g}{noise}",
+    ]
 
 
 def _progress_lines(job: Job) -> list[str]:
@@ -102,7 +139,7 @@ def _error_words(job: Job) -> str:
     error = job.error
     parties = f" (parties: {', '.join(error.parties)})" if error.parties else ""
     stage = f" in {error.stage}" if error.stage else ""
-    log = f"; the aggregator's log has more under {error.log_reference}" if error.log_reference else ""
+    log = f"; in the aggregator's log: {error.log_reference}" if error.log_reference else ""
     return safe(f"{error.reason}{stage}: {error.message}{parties}{log}")
 
 
@@ -119,7 +156,8 @@ def result_lines(result: JobResult) -> list[str]:
 
 
 def _guarantee_lines(result: JobResult) -> list[str]:
-    """ε for a row and for a party, each with its δ, what it rests on, and what is left against others."""
+    """ε for a row and for a party, each with its δ, what it rests on, and what is left against others; in short for a
+    party that nothing protects: whoever else is looked at, it is no better."""
     row = f"ε        {real(result.epsilon_example)} for one example of a party's data, δ = {result.delta:g}"
     row += _if_others_collude(result, "epsilon_example_if_all_others_collude")
     party = f"ε        {real(result.epsilon_party)} for a whole party"
@@ -129,9 +167,12 @@ def _guarantee_lines(result: JobResult) -> list[str]:
     party += ": no meaningful party-level guarantee" if result.epsilon_party > MEANINGLESS_EPSILON else ""
     against = result.party_assumption_against_aggregator
     against = "" if against == result.party_assumption else against
+    lines = [*prose(row, hang=_HANG), *assuming("assumes", safe(result.example_assumption), indent=_HANG)]
+    if math.isinf(result.epsilon_party):
+        at = f" at δ = {result.party_delta:g}" if result.HasField("party_delta") else ""
+        return [*lines, f"{_HANG}party level: no meaningful guarantee (ε ∞{at})"]
     return [
-        *prose(row, hang=_HANG),
-        *assuming("assumes", safe(result.example_assumption), indent=_HANG),
+        *lines,
         *prose(party, hang=_HANG),
         *assuming("assumes", safe(result.party_assumption), indent=_HANG),
         *assuming("against the aggregator assumes", safe(against), indent=_HANG),
@@ -155,25 +196,29 @@ def rounds_table(rounds: Iterable[RoundSummary]) -> str:
     shown = list(rounds)
     header, cells = _rounds_of_table(shown)
     notes = []
-    for each in [each for each in shown if each.party_assumption][-1:]:
+    last = [each for each in shown if each.party_assumption][-1:]
+    for each in [each for each in last if not math.isinf(each.epsilon_party)]:  # an infinite ε rests on nothing
         word = f"ε of a party at δ = {each.party_delta:g}: assumes"
         notes += assuming(word, safe(each.party_assumption), indent="")
-    notes += prose(_WHAT_IS_LEFT) if _LEFT in header else []
+    notes += prose(_WHAT_A_ROW_IS) if _ROW in header else []
     return "\n".join([columns(header, cells, right=_RIGHT), *notes])
 
 
 _ROUND_HEADER: Final = (
     *("round", "state", "updates", "metrics"),
-    *("ε party", "ε vs aggr.", "ε vs all", _LEFT, "up", "s"),
+    *(_ROW, "ε party", *_OTHERS, "up", "s"),
 )
 
 
 def _rounds_of_table(rounds: Sequence[RoundSummary]) -> tuple[Sequence[str], list[list[str]]]:
-    """Header and cells; what is left has no column where no party says it."""
-    cells, left = [_round_cells(each) for each in rounds], _ROUND_HEADER.index(_LEFT)
-    if any(row[left] != "-" for row in cells):
-        return _ROUND_HEADER, cells
-    return [name for name in _ROUND_HEADER if name != _LEFT], [row[:left] + row[left + 1 :] for row in cells]
+    """Header and cells. Of rows there is no column where no party says anything of them; of others than who sees the
+    releases none where nothing protects against those already."""
+    cells = [_round_cells(each) for each in rounds]
+    empty = {_ROW} if all(row[_ROUND_HEADER.index(_ROW)] == "-" for row in cells) else set()
+    released = [each.epsilon_party for each in rounds if each.state == "RELEASED"]
+    empty |= set(_OTHERS) if released and all(map(math.isinf, released)) else set()
+    kept = [place for place, name in enumerate(_ROUND_HEADER) if name not in empty]
+    return [_ROUND_HEADER[place] for place in kept], [[row[place] for place in kept] for row in cells]
 
 
 def _round_cells(each: RoundSummary) -> list[str]:
@@ -182,13 +227,20 @@ def _round_cells(each: RoundSummary) -> list[str]:
         each.state,
         str(each.contributions),
         _metrics(each.metrics),
+        _row_figure(each),
         real(each.epsilon_party),
         real(each.epsilon_party_against_aggregator),
         real(each.epsilon_party_if_all_others_collude) if each.HasField("epsilon_party_if_all_others_collude") else "-",
-        _left(each),
         size(sum(party.bytes_up for party in each.parties)),
         f"{each.seconds:.1f}" if each.HasField("seconds") else "-",
     ]
+
+
+def _row_figure(each: RoundSummary) -> str:
+    """What a row has spent at most, and what it has left at least; "-" where no party says."""
+    spent = [party.example_epsilon_spent for party in each.parties if party.HasField("example_epsilon_spent")]
+    left = _left(each)
+    return f"{real(max(spent)) if spent else '-'}/{left}" if spent or left != "-" else "-"
 
 
 def _left(each: RoundSummary) -> str:
@@ -206,7 +258,11 @@ def _left(each: RoundSummary) -> str:
 def _round_words(each: RoundSummary) -> str:
     words = [f"{each.contributions} updates"] if each.contributions else []
     words += [_metrics(each.metrics)] if each.metrics else []
-    words += [f"party-level ε {real(each.epsilon_party)}"] if each.state == "RELEASED" else []
+    if each.state == "RELEASED":
+        row = _row_figure(each)
+        words += [f"{_ROW} {row}"] if row != "-" else []
+        # That a party is not protected says nothing of its rows, and is not to stand for them.
+        words += [f"party-level ε {real(each.epsilon_party)}"] if row != "-" or each.epsilon_party < math.inf else []
     words += [each.reason] if each.reason else []
     return ", ".join(words) or each.state.lower()
 

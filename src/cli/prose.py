@@ -55,9 +55,9 @@ def counted(number: int, one: str, many: str = "") -> str:
     return f"{number} {one if number == 1 else many or f'{one}s'}"
 
 
-def say(text: str, *, indent: str = "", hang: str = "  ") -> None:
-    """Print it."""
-    typer.echo("\n".join(prose(text, indent=indent, hang=hang)))
+def say(text: str, *, indent: str = "", hang: str = "  ", err: bool = False) -> None:
+    """Print it, on stderr if asked to."""
+    typer.echo("\n".join(prose(text, indent=indent, hang=hang)), err=err)
 
 
 def warn(text: str) -> None:

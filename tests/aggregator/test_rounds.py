@@ -39,6 +39,7 @@ from src.aggregator.rounds import (
     waiting_for,
     wanted,
 )
+from src.aggregator.steps import lacking
 from src.errors import ConflictError, StateError
 from tests.aggregator.played_round import (
     PHASES,
@@ -232,7 +233,9 @@ def test_a_round_fails_at_once_when_its_quorum_is_out_of_reach() -> None:
     row = advance(row, PartyFailed("b", failure(message="no budget left")), START)
     assert row.state is RoundState.FAILED
     assert row.reason.startswith("fewer than 3 parties can contribute")
-    assert "b: no budget left [REFUSED]" in row.reason
+    unheard = "not heard before the round failed"
+    assert row.reason.endswith(f" (b: no budget left [REFUSED]; a: {unheard}; c: {unheard})")
+    assert lacking(row) == ("b",)
 
 
 def test_a_round_that_can_still_have_its_quorum_goes_on_without_who_failed() -> None:
@@ -280,10 +283,16 @@ def test_who_delivers_too_late_is_left_out_while_there_is_a_quorum() -> None:
 
 def test_a_quorum_missed_while_collecting_names_who_did_not_deliver() -> None:
     row = play(play(new_row(quorum=3), until=RoundState.COLLECTING), silent=frozenset("b"), until=RoundState.OPENING)
+    other = play(play(new_row(quorum=3), until=RoundState.COLLECTING), silent=frozenset("bc"), until=RoundState.OPENING)
+    between = START + (COMMIT_SHARE + UPLOAD_SHARE) / 2 * TIMEOUT
+    other = advance(other, PartyFailed("b", failure(Work.REVEAL, "another list")), between)
+    assert other.reason.endswith("; c: committed; its update had not come before the round failed)")
+    assert lacking(other) == ("b",)  # c had its time until `UPLOAD_SHARE`
     failed = advance(row, PartyFailed("b", failure(Work.REVEAL, "another list")), START)
     assert failed.reason == "fewer than 3 parties can deliver (b: another list [REFUSED])"
     late = advance(row, Tick(), START + UPLOAD_SHARE * TIMEOUT)
     assert late.reason == "fewer than 3 parties delivered in time (b: committed to an update that has not come)"
+    assert lacking(late) == ("b",)
 
 
 @pytest.mark.parametrize("state", PHASES)
@@ -302,8 +311,9 @@ def test_a_round_whose_holders_do_not_answer_names_them_at_the_deadline() -> Non
     row = play(row, silent=frozenset("ab"), until=RoundState.RELEASED)
     assert waiting_for(row) == ("a", "b")
     row = advance(row, Tick(), row.deadline)
-    lacking = "asked for a share that has not come"
-    assert row.reason == f"the round's deadline has passed (a: {lacking}; b: {lacking})"
+    missing = "asked for a share that has not come"
+    assert row.reason == f"the round's deadline has passed (a: {missing}; b: {missing})"
+    assert lacking(row) == ("a", "b")
     assert row.spent
 
 

@@ -12,12 +12,14 @@ import pytest
 from google.protobuf import json_format
 from rich.console import Console
 
+from src import cli
 from src.cli.jobs_submit import Fetched, _make_job, fetch, print_result
 from src.cli.jobs_view import event_line, job_lines, jobs_table, live_view, result_lines, rounds_table
 from src.cli.plain import away, columns, duration, job_to_json, safe, size
 from src.cli.prose import prose
 from src.cli.status import status_lines
 from src.communication.generated import jobs_pb2
+from src.jobs.spec import FederatedTrainingSpec
 from src.jobs.specs import load_job_file, spec_from_proto, spec_into_proto, spec_of
 
 KINDS: dict[str, dict[str, Any]] = {
@@ -89,7 +91,7 @@ def test_the_live_view_shows_what_is_going_on() -> None:
 def test_a_failure_points_into_the_log() -> None:
     error = jobs_pb2.JobError(reason="WORKER_FAILED", message="it died", stage="round 1", log_reference="incident 7")
     text = "\n".join(job_lines(a_job(state=jobs_pb2.FAILED, error=error)))
-    assert "WORKER_FAILED in round 1: it died; the aggregator's log has more under incident 7" in text
+    assert "WORKER_FAILED in round 1: it died; in the aggregator's log: incident 7" in text
 
 
 def test_of_a_model_that_came_with_the_job_no_epsilon_is_claimed() -> None:
@@ -113,7 +115,11 @@ def test_beside_every_epsilon_stands_its_delta_what_it_assumes_and_what_is_left_
     assert [line for line in result_lines(result) if line.startswith(("ε", " "))] == [
         "ε        2.5 for one example of a party's data, δ = 1e-06; 9 if all others collude",
         "         assumes honest shares",
-        "ε        ∞ for a whole party, δ = 1e-05; ∞ against the aggregator; ∞ if all others collude: no",
+        "         party level: no meaningful guarantee (ε ∞ at δ = 1e-05)",
+    ]
+    result.epsilon_party = 60.0
+    assert [line for line in result_lines(result) if line.startswith(("ε", " "))][2:] == [
+        "ε        60 for a whole party, δ = 1e-05; ∞ against the aggregator; ∞ if all others collude: no",
         "         meaningful party-level guarantee",
         "         assumes both",
         "         against the aggregator assumes one of them",
@@ -131,19 +137,80 @@ def test_what_is_left_at_several_deltas_is_not_compared() -> None:
     assert "\nε of a party at δ = 1e-05: assumes honest shares\n" in table
 
 
+def test_beside_a_partys_epsilon_stands_what_a_row_has_spent_and_left_and_an_infinite_one_never_stands_alone() -> None:
+    def said(epsilon_party: float, *figures: tuple[float, float]) -> str:
+        parties = [jobs_pb2.PartySummary(example_epsilon_spent=a, example_epsilon_left=b) for a, b in figures]
+        summary = jobs_pb2.RoundSummary(round=1, state="RELEASED", epsilon_party=epsilon_party, parties=parties)
+        return event_line(jobs_pb2.JobEvent(message="round 1", round=summary)).partition("round 1 ")[2]
+
+    worst = "ε a row spent/left 0.7/3.3"
+    assert said(float("inf"), (0.5, 3.5), (0.7, 3.3)) == f"({worst}, party-level ε ∞)"
+    assert said(float("inf")) == "(released)"
+    assert said(20.0) == "(party-level ε 20)"
+
+
+def test_a_table_of_rounds_that_protect_no_party_says_so_once() -> None:
+    infinite: dict[str, Any] = dict.fromkeys(("epsilon_party", "epsilon_party_against_aggregator"), float("inf"))
+    failed = jobs_pb2.RoundSummary(round=2, state="FAILED")
+    bare = rounds_table([jobs_pb2.RoundSummary(round=1, state="RELEASED", party_assumption="all", **infinite), failed])
+    assert bare.count("∞") == 1
+    assert not [word for word in ("ε vs", "assumes") if word in bare]
+    infinite["epsilon_party"] = 9.0
+    assert "ε vs aggr." in rounds_table([jobs_pb2.RoundSummary(round=1, state="RELEASED", **infinite), failed])
+
+
+def test_what_a_job_asked_for_is_shown_with_its_price_first() -> None:
+    job = jobs_pb2.Job()
+    spec_into_proto(job, spec_of("federated_training", {"task": "t", "rounds": 3}))
+    assert [line for line in job_lines(job) if line.startswith(("asked", " "))] == [
+        "asked    ε ≤ 1 a row at δ = 1e-05: with all 5 rounds, spare ones included; less while those are not",
+        "         needed",
+        "         t by fedavg, 3 rounds and up to 2 spare, of all parties, each needed",
+        "         10 steps a round at sampling rate 0.05, party-level noise multiplier 0.1",
+    ]
+    given = {"rounds": 1, "spare_rounds": 0, "parties": ["a", "b", "c"], "quorum": 2, "strategy": "fedsgd"}
+    spec_into_proto(job, spec_of("federated_training", {"task": "t", **given}))
+    assert [line for line in job_lines(job) if line.startswith(("asked", " "))] == [
+        "asked    ε ≤ 1 a row at δ = 1e-05",
+        "         t by fedsgd, 1 round, no spare ones, of a, b, c, 2 of them needed",
+        "         1 step a round at sampling rate 0.05",
+    ]
+
+
+def test_the_help_says_the_defaults_of_the_specification(capsys: pytest.CaptureFixture[str]) -> None:
+    for _ in range(2):
+        assert cli.run(["jobs", "submit", "--help"]) == 0
+    text = " ".join(capsys.readouterr().out.split())
+    spec = FederatedTrainingSpec(task="t")
+    local = spec.local_training
+    for option, value in (
+        ("--epsilon", f"{local.epsilon:g}"),
+        ("--steps", f"{local.steps}"),
+        ("--sampling-rate", f"{local.sampling_rate:g}"),
+        ("--learning-rate", f"{local.learning_rate:g}"),
+        ("--rounds", f"{spec.rounds}"),
+        ("--spare-rounds", f"{spec.spare_rounds}"),
+        ("--noise-multiplier", f"{spec.party_privacy.noise_multiplier:g}"),
+        ("--strategy", spec.strategy),
+        ("--round-timeout", f"{spec.round_timeout_s:g}"),
+    ):
+        said = text.rpartition(f" {option} <")[2].partition(" --")[0]
+        assert said.count(f"Default {value}.") == 1, option
+
+
 def test_what_rows_have_left_is_explained_where_a_party_says_it_and_has_no_column_where_none_does() -> None:
     def lines(*parties: jobs_pb2.PartySummary) -> list[str]:
         return rounds_table([jobs_pb2.RoundSummary(round=1, seconds=1.0, parties=parties)]).splitlines()
 
     header, row, *note = lines(jobs_pb2.PartySummary(example_epsilon_left=0.5))
-    assert "ε rows left" in header
-    assert row.split()[-4:] == ["0.5", "0", "B", "1.0"]
-    assert " ".join(note).startswith("ε rows left: of the example-level budget of a party's rows, what was left")
+    assert "ε a row spent/left" in header
+    assert row.split()[-7:] == ["-/0.5", "0", "0", "-", "0", "B", "1.0"]
+    assert " ".join(note).startswith("ε a row spent/left: by the party's own ledger, once that round was charged")
     header, row, *note = lines(jobs_pb2.PartySummary())
-    assert (("ε rows left" in header), note, row.split()[-4:]) == (False, [], ["-", "0", "B", "1.0"])
+    assert (("ε a row" in header), note, row.split()[-4:]) == (False, [], ["-", "0", "B", "1.0"])
     console = Console(file=io.StringIO(), width=120)
     console.print(live_view(a_job(), []))
-    assert "rows left" not in console.file.getvalue()  # type: ignore[attr-defined]
+    assert "a row" not in console.file.getvalue()  # type: ignore[attr-defined]
 
 
 LONG = "of every 3 contributions at least 3 carry an honest noise share, whoever else contributes; none may collude"

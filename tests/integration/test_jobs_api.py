@@ -48,7 +48,7 @@ async def test_submit_walk_away_and_come_back_to_a_verified_model(job_house: Any
     assert job.state in (jobs_pb2.PENDING, jobs_pb2.RUNNING)
     job = await client.get(job.job_id)
     assert (job.owner, job.display_name, job.kind) == ("scientist/ann", "mine", "federated_training")
-    assert job.federated_training.local_training.epsilon == 4.0
+    assert job.federated_training.local_training.epsilon == 1.0
     job_house.permit(3)
     job = await client.wait(job.job_id, timeout_s=LONG_S)
     assert job.state == jobs_pb2.SUCCEEDED

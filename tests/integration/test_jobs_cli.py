@@ -61,19 +61,21 @@ async def test_a_scientist_needs_only_the_command_line(job_house: Any, sotto: Co
     (tmp_path / "job.yaml").write_text(
         "display_name: from a file\nfederated_training: {task: randhie, rounds: 9, local_training: {delta: 1e-6}}\n"
     )
-    code, out, _ = await sotto("submit", str(tmp_path / "job.yaml"), "--rounds", "3", "--epsilon", "2")
+    code, out, err = await sotto("submit", str(tmp_path / "job.yaml"), "--rounds", "3", "--epsilon", "2")
     job_id = out.strip()
     assert code == 0
+    price = "ε ≤ 2 a row at δ = 1e-06: with all 5 rounds, spare ones included"
+    assert f"asked: {price}" in " ".join(err.split())
     job_house.permit(3)
     code, out, _ = await sotto("watch", job_id)
     assert code == 0
     assert [line.split()[0] for line in out.splitlines()] == ["1", "2", "3", "4", "5", "6"]
-    assert "round 2 released (3 updates, auc 0.5200, party-level ε 20)" in out
+    assert "round 2 released (3 updates, auc 0.5200, ε a row spent/left 0.5/3.5, party-level ε 20)" in out
     code, out, _ = await sotto("wait", job_id)
     assert (code, out.splitlines()[0]) == (0, f"job {job_id} succeeded")
     code, out, _ = await sotto("show", job_id)
     assert code == 0
-    assert [word for word in ("from a file", "∞", "0.5300", "scientist/ann") if word not in out] == []
+    assert [word for word in ("from a file", "∞", "0.5300", "scientist/ann", price) if word not in out] == []
     code, out, _ = await sotto("list")
     assert job_id in out
     code, out, _ = await sotto("result", job_id, "--out", str(tmp_path / "out"))

@@ -138,7 +138,7 @@ def test_zero_and_unset_fields_take_the_documented_defaults() -> None:
             "sampling_rate": 0.05,
             "learning_rate": 0.1,
             "max_grad_norm": 1.0,
-            "epsilon": 4.0,
+            "epsilon": 1.0,
             "delta": 1e-5,
         },
         "party_privacy": {"clipping_norm": 1.0, "noise_multiplier": 0.1, "noise_by": "both", "delta": 1e-5},
@@ -156,7 +156,7 @@ def test_a_round_of_fedsgd_is_one_step_whether_the_job_says_so_or_not() -> None:
     for local in ({}, {"epsilon": 2.0}, {"steps": 1, "epsilon": 2.0}):
         spec = read(strategy="fedsgd", local_training=local)
         assert (spec.strategy, spec.trusted_aggregator, spec.local_training.steps) == ("fedsgd", False, 1)
-        assert spec.local_training.epsilon == local.get("epsilon", 4.0)
+        assert spec.local_training.epsilon == local.get("epsilon", 1.0)
     trusted = read(strategy="fedsgd", trusted_aggregator=True, party_privacy={"noise_by": "aggregator"})
     assert trusted.trusted_aggregator
 
@@ -243,8 +243,11 @@ def test_wire_and_store_give_back_the_same_specification_and_digest(spec: Federa
 
 
 def test_the_digest_is_a_fixed_one() -> None:
-    """A known answer: a stored job keeps its digest from version to version."""
-    assert read().digest == "1eb2222404f33852aab1dfea198d1c5a4cb9386164c06fe1fb0437ba648fddaf"
+    """A known answer: a stored job keeps its digest from version to version, also where a default has changed since."""
+    assert (
+        read(local_training={"epsilon": 4.0}).digest
+        == "1eb2222404f33852aab1dfea198d1c5a4cb9386164c06fe1fb0437ba648fddaf"
+    )
 
 
 @pytest.mark.parametrize(
@@ -253,7 +256,7 @@ def test_the_digest_is_a_fixed_one() -> None:
         {"rounds": 11},
         {"strategy": "fedsgd"},
         {"seed": 1},
-        {"local_training": {"epsilon": 4.000000000000001}},
+        {"local_training": {"epsilon": 1.0000000000000002}},
         {"party_privacy": {"adaptive_clipping": {}}},
         {"encryption": {"plaintext": {}}},
         {"initial_model": b"model"},

@@ -352,7 +352,7 @@ class LocalTraining(_message.Message):
     max_grad_norm: _builtins.float
     """L2 bound of one example's gradient. Default 1."""
     epsilon: _builtins.float
-    """Target for all priced rounds together, from which the noise multiplier is derived. Default 4 and 1e-5."""
+    """Target for all priced rounds together, from which the noise multiplier is derived. Default 1 and 1e-5."""
     delta: _builtins.float
     def __init__(
         self,
