@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-import io
 import json
-import logging
-import warnings
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +12,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from src import logs
 from src.config import AggregatorConfig, PartyConfig, load_aggregator_config, load_client_config, load_party_config
 from src.config_sections import (
     AggregatorPrivacy,
@@ -30,7 +25,7 @@ from src.config_sections import (
     split_address,
 )
 from src.config_yaml import parse_yaml, read_document
-from src.errors import BudgetError, ConfigError
+from src.errors import ConfigError
 
 ROOT = Path(__file__).resolve().parents[1]
 AGGREGATOR = {
@@ -465,57 +460,3 @@ def test_loopback_is_what_never_leaves_the_machine() -> None:
     assert not any(
         map(is_loopback, ("0.0.0.0", "::", "10.0.0.1", "example.org", "localhost.example.org", "127.0.0.1.nip.io"))
     )
-
-
-# ------------------------------------------------------------------------------------------------------------- log
-
-
-@pytest.fixture
-def quiet() -> Iterator[None]:
-    """Leaves the process's logging as it was."""
-    loggers = [logging.getLogger(name) for name in ("", "sotto", "src")]
-    before = [(logger.level, list(logger.handlers)) for logger in loggers]
-    yield
-    logging.captureWarnings(False)
-    for logger, (level, handlers) in zip(loggers, before, strict=True):
-        logger.setLevel(level)
-        logger.handlers[:] = handlers
-
-
-@pytest.mark.usefixtures("quiet")
-def test_the_log_is_one_json_object_a_line_with_utc_times_and_extra_fields() -> None:
-    stream = io.StringIO()
-    logs.configure(level="DEBUG", format="json", stream=stream)
-    logs.get_logger("src.jobs.store").debug("committed", extra={"job": "j1", "round": 3})
-    try:
-        raise BudgetError("nothing left", private="entry 7")
-    except BudgetError:
-        logging.getLogger("src.party").exception("refused")
-    first, second = map(json.loads, stream.getvalue().splitlines())
-    assert first.pop("time").endswith("Z")
-    assert first == {"level": "DEBUG", "logger": "sotto.jobs.store", "message": "committed", "job": "j1", "round": 3}
-    assert (second["logger"], second["reason"], second["private"]) == ("sotto.party", "BUDGET_EXCEEDED", "entry 7")
-    assert "BudgetError: nothing left" in second["traceback"]
-
-
-@pytest.mark.usefixtures("quiet")
-def test_nobody_forges_a_line_of_the_text_log() -> None:
-    stream = io.StringIO()
-    logs.configure(stream=stream)
-    logs.configure(stream=stream)  # again: replaces, does not double
-    logs.get_logger("src.x").info("name %s", "a\n2024 ERROR sotto: all keys leaked\x1b[2J", extra={"party": "b"})
-    logs.get_logger("src.x").debug("not at this level")
-    logging.getLogger("grpc").info("other libraries are heard from warning on")
-    (line,) = stream.getvalue().splitlines()
-    assert " INFO    sotto.x: name a\\n2024 ERROR sotto: all keys leaked\\x1b[2J party=b" in line
-
-
-@pytest.mark.usefixtures("quiet")
-def test_python_warnings_go_to_the_log() -> None:
-    stream = io.StringIO()
-    with warnings.catch_warnings():
-        warnings.simplefilter("always")
-        logs.configure(stream=stream)
-        warnings.warn("careful", UserWarning, stacklevel=1)
-        logging.captureWarnings(False)
-    assert "WARNING py.warnings:" in stream.getvalue()
