@@ -22,12 +22,6 @@ JobSpec: TypeAlias = FederatedTrainingSpec | EvaluationSpec | ExportSpec
 KINDS: Final[Mapping[str, type[Spec]]] = {cls.kind: cls for cls in (FederatedTrainingSpec, EvaluationSpec, ExportSpec)}
 """By the name that the kind has in the wire's `oneof spec`, in a job file and in `JobRow.kind`."""
 
-DEFAULT_TIMEOUT_S: Final[Mapping[str, float | None]] = {
-    FederatedTrainingSpec.kind: None,  # parties come and go; its rounds have a deadline of their own
-    EvaluationSpec.kind: 600.0,
-    ExportSpec.kind: 600.0,
-}
-"""From submission to a job's deadline where the job does not say, by kind; None: it has none."""
 MAX_TIMEOUT_S: Final = 366 * 86_400.0
 """A year: whoever wants more wants no deadline."""
 MAX_DISPLAY_NAME_CHARACTERS: Final = 200

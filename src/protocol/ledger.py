@@ -67,17 +67,6 @@ class Signatures:
             raise LedgerError(f"ledger entry {entry.sequence}: it is not signed", entry=entry.sequence)
 
 
-def check_signatures(entries: Iterable[Entry], *, verify_keys: Collection[bytes] = ()) -> int:
-    """Check every signature of a ledger whose chain was verified; returns how many entries are signed.
-
-    Raises LedgerError as `Signatures`, which is for a ledger whose chain is verified at the same time.
-    """
-    signatures = Signatures(verify_keys)
-    for entry in entries:
-        signatures(entry)
-    return signatures.signed
-
-
 def _check(entry: Entry, verify_keys: Collection[bytes]) -> None:
     key = bytes.fromhex(entry.signature[:_KEY_DIGITS])
     signature = bytes.fromhex(entry.signature[_KEY_DIGITS:])

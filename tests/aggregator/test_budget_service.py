@@ -28,11 +28,12 @@ from src.privacy.events import event_from_json
 from src.privacy.figures import Against
 from src.privacy.ledger import verify_lines
 from src.privacy.noise_plan import plan_noise
-from src.protocol.ledger import EntrySigner, check_signatures
+from src.protocol.ledger import EntrySigner
 from src.protocol.signing import SigningKey
 from src.storage.database import Database
 from src.storage.ledger import LedgerStore
 from src.storage.schema import FromMetadata
+from tests.protocol.signatures import check_signatures
 
 KEY = SigningKey.from_bytes(b"aggregator".ljust(32, b"-"))
 SHARES = plan_noise(noise_by="both", noise_multiplier=4.0, sensitivity=1e4, quorum=3, colluders=1)

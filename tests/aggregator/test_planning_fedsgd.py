@@ -227,19 +227,24 @@ class _Checked:
         return MODEL.dimension
 
 
-async def test_a_job_is_not_priced_before_all_the_invited_have_declared_and_then_by_what_they_declared(
-    federation: Federation,
-) -> None:
+def _pricing(federation: Federation, *, max_update_bytes: int) -> Pricing:
+    """Of jobs that nobody has accepted yet."""
     nothing: Any = None
-    pricing = Pricing(
+    return Pricing(
         database=nothing,
         jobs=nothing,
         rounds=nothing,
         accounts=nothing,
         pipeline=_Checked(federation),  # type: ignore[arg-type]  # as much of one as pricing asks
         federation=federation,
-        max_update_bytes=1 << 20,
+        max_update_bytes=max_update_bytes,
     )
+
+
+async def test_a_job_is_not_priced_before_all_the_invited_have_declared_and_then_by_what_they_declared(
+    federation: Federation,
+) -> None:
+    pricing = _pricing(federation, max_update_bytes=1 << 20)
     for name in ("a", "b"):
         federation.declare(name, {"randhie": 5000})
     with pytest.raises(StateError, match="c has declared none for task 'randhie'"):
@@ -268,16 +273,7 @@ async def test_a_job_is_not_priced_before_all_the_invited_have_declared_and_then
 async def test_a_job_whose_contributions_this_aggregator_would_not_take_is_refused_beforehand(
     federation: Federation, most: int
 ) -> None:
-    nothing: Any = None
-    pricing = Pricing(
-        database=nothing,
-        jobs=nothing,
-        rounds=nothing,
-        accounts=nothing,
-        pipeline=_Checked(federation),  # type: ignore[arg-type]  # as much of one as pricing asks
-        federation=federation,
-        max_update_bytes=most,
-    )
+    pricing = _pricing(federation, max_update_bytes=most)
     spec = FederatedTrainingSpec.from_json({"task": "randhie"})
     price = pricing._price(spec.digest, federation.roster.digest, lambda: spec)
     if most > 100:

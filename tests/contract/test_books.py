@@ -22,13 +22,14 @@ from src.errors import BudgetError, ConflictError, LedgerError, NotFoundError
 from src.privacy.budget import Account, Limits
 from src.privacy.events import NoisySum
 from src.privacy.ledger import Entry, Limit, charges
-from src.protocol.ledger import EntrySigner, check_signatures
+from src.protocol.ledger import EntrySigner
 from src.protocol.signing import SigningKey
 from src.storage.books import REFUSALS_A_DAY, Books, Cost
 from src.storage.database import Database, read_only
 from src.storage.ledger import LedgerStore
 from src.storage.migrations import Migrations
 from src.storage.schema import Schema
+from tests.protocol.signatures import check_signatures
 
 OpenDatabase = Callable[[Schema], Awaitable[Database]]
 

@@ -10,8 +10,9 @@ from src.errors import LedgerError
 from src.privacy import ledger
 from src.privacy.events import NoisySum
 from src.privacy.ledger import Entry, to_line, verify_lines
-from src.protocol.ledger import EntrySigner, check_signatures, signed_by
+from src.protocol.ledger import EntrySigner, signed_by
 from src.protocol.signing import SigningKey
+from tests.protocol.signatures import check_signatures
 
 AT = "2026-01-01T00:00:00+00:00"
 KEY = SigningKey.from_bytes(b"a".ljust(32, b"-"))

@@ -35,11 +35,11 @@ from src.privacy import ledger
 from src.protocol.batches import check_batch_header, check_knowledge
 from src.protocol.canonical import canonical_bytes, digest, parse_canonical, real
 from src.protocol.derive import derive, derive_again, derive_gradient_sum, example_multiplier
-from src.protocol.ledger import check_signatures
 from src.protocol.merkle import MerkleHasher, batch_root
 from src.protocol.plan import RoundPlan, signed_digest
 from src.protocol.roster import Roster
 from src.protocol.signing import Signed, open_signed
+from tests.protocol.signatures import check_signatures
 from tests.vectors import generate
 from tests.vectors.changes import NODE_NOTICES, WRONG, WRONG_SUMS, Json, Path_, flipped, load, places
 from tests.vectors.slow_forms import VectorError, parse_header
