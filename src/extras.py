@@ -7,7 +7,7 @@ from typing import Final
 
 from .errors import ConfigError
 
-_PARTY: Final = ("torch", "opacus", "sklearn")
+_PARTY: Final = ("torch", "sklearn")
 PACKAGES: Final = {"party": _PARTY, "demo": (*_PARTY, "statsmodels", "matplotlib")}
 """By extra: what it installs and its code imports. A package belongs to the first extra that has it."""
 

@@ -252,13 +252,13 @@ def test_an_installation_without_torch_says_what_to_install_whatever_is_asked_of
 
 @pytest.mark.parametrize(
     ("arguments", "told"),
-    [(PARTY, needs("a party", "party", "opacus")), (["demo"], needs("the demo", "demo", "opacus"))],
+    [(PARTY, needs("a party", "party", "sklearn")), (["demo"], needs("the demo", "demo", "sklearn"))],
     ids=["party", "demo"],
 )
 def test_nothing_is_started_where_a_package_of_the_extra_is_missing(
     arguments: list[str], told: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setitem(sys.modules, "opacus", None)
+    monkeypatch.setitem(sys.modules, "sklearn", None)
     assert cli.run(arguments) == 3
     assert capsys.readouterr().err == told + "\n"
 

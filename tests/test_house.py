@@ -34,7 +34,6 @@ MUST_NOT_KNOW_ROLES = {"storage", "jobs", "communication", "learning", "protocol
 
 ADAPTERS = {
     "torch": {"learning"},
-    "opacus": {"learning"},
     "sklearn": {"learning"},
     "statsmodels": {"learning"},
     "matplotlib": {"learning", "cli"},
@@ -115,7 +114,7 @@ def test_a_pure_room_knows_only_its_neighbours(pure: str) -> None:
 
 @pytest.mark.parametrize("pure", MAY_KNOW)
 def test_a_pure_room_speaks_to_no_network_no_database_and_no_model(pure: str) -> None:
-    outside = {"grpc", "sqlalchemy", "sqlite3", "torch", "opacus", "socket", "http", "urllib", "asyncio", "google"}
+    outside = {"grpc", "sqlalchemy", "sqlite3", "torch", "socket", "http", "urllib", "asyncio", "google"}
     assert offenders(lambda here, module, internal: not internal and here == pure and top(module) in outside) == []
 
 

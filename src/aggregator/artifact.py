@@ -45,7 +45,7 @@ SUM_NOISE_BY: Final = {
     "aggregator": "the aggregator, as a trusted server",
 }
 """Under fedsgd, by the plan's `noise_by`."""
-PACKAGES: Final = ("cryptography", "dp-accounting", "gmpy2", "numpy", "opacus", "torch")
+PACKAGES: Final = ("cryptography", "dp-accounting", "gmpy2", "numpy", "torch")
 
 
 def write_artifact(

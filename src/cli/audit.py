@@ -13,9 +13,11 @@ from .prose import prose
 
 if TYPE_CHECKING:
     from ..learning.audit import AuditResult
+    from ..learning.made_up import Apart, Found
 
 CANARIES = "Default: 100000 of kind dirac, 1000 examples. Too few to tell anything are refused."
 GUESSES = "Fixed beforehand (default: by canaries and claim). Too few to tell anything are refused."
+MADE_UP = "Also search for weights with which one row moves a clipped sum beyond the bound, and tell such a pair apart."
 BEYOND = (
     "the guesses could not have refuted this claim, had all of them been right: only the noise was tested against it"
 )
@@ -47,6 +49,7 @@ def audit(
     expect_below: Annotated[
         float | None, typer.Option(help="Exit with 5 if ε is shown to be above this, or the mechanism is flagged.")
     ] = None,
+    made_up_weights: Annotated[bool, typer.Option("--made-up-weights", help=MADE_UP)] = False,
     seed: Annotated[int, typer.Option(help="Of the initial model; never of canaries, sampling or noise.")] = 0,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
@@ -57,6 +60,7 @@ def audit(
     count = _steps(steps, epochs, sampling_rate)
 
     from ..learning import audit as learning
+    from ..learning.made_up import attack
     from ..learning.task import loss_of
     from ..privacy.entropy import SystemEntropy
 
@@ -78,12 +82,54 @@ def audit(
     )
     model, entropy = found.build_model(seed), SystemEntropy()
     result = learning.audit(model, rows, loss=loss_of(found), plan=plan, entropy=entropy, threads=1)
+    tried = None
+    if made_up_weights:
+        tried = attack(model, rows, loss=loss_of(found), training=plan.training, delta=plan.delta, entropy=entropy)
     if as_json:
-        typer.echo(json.dumps(describe(task, result, expect_below=expect_below), ensure_ascii=False))
+        typer.echo(json.dumps(describe(task, result, expect_below=expect_below, made_up=tried), ensure_ascii=False))
     else:
-        typer.echo("\n".join(_lines(task, result)))
+        typer.echo("\n".join([*_lines(task, result), *(["", *_made_up_lines(*tried)] if tried else [])]))
+    _refuse(result, tried, expect_below)
+
+
+def _refuse(result: AuditResult, tried: tuple[Found, Apart] | None, expect_below: float | None) -> None:
     if expect_below is not None and result.exceeds(expect_below):
         raise Refused(_complaint(result, expect_below))
+    if tried and (tried[0].broken or tried[1].flagged):
+        raise Refused("the mechanism is not what it claims to be: see what made-up weights found")
+
+
+def _made_up_lines(found: Found, apart: Apart) -> list[str]:
+    mark = "FLAGGED: " if found.broken else ""
+    verdict = f"FLAGGED (p = {apart.p_value:.2g})" if apart.flagged else "not refuted"
+    return [
+        *prose(
+            f"{mark}of {found.candidates} weights that were made up, the worst let one row more (beside {found.rows}) "
+            f"move the clipped sum by {found.moved:.6f} clipping norms; 1 is allowed"
+        ),
+        *prose(
+            f"one step on that pair, told apart by {apart.guesses} guesses in {apart.releases} releases, "
+            f"{apart.correct} of them right: ε is at least {apart.lower_bound:.4g}, claimed is {apart.epsilon:.4g}: "
+            f"{verdict}"
+        ),
+    ]
+
+
+def _describe_made_up(found: Found, apart: Apart) -> dict[str, Any]:
+    from ..protocol.canonical import finite
+
+    return {
+        "candidates": found.candidates,
+        "rows": found.rows,
+        "moved": found.moved,
+        "broken": found.broken,
+        "releases": apart.releases,
+        "guesses": {"count": apart.guesses, "correct": apart.correct},
+        "epsilon": finite(apart.epsilon),
+        "lower_bound": apart.lower_bound,
+        "p_value": apart.p_value,
+        "flagged": apart.flagged,
+    }
 
 
 def _steps(steps: int | None, epochs: float | None, sampling_rate: float) -> int:
@@ -98,7 +144,13 @@ def _steps(steps: int | None, epochs: float | None, sampling_rate: float) -> int
     return math.ceil(epochs / sampling_rate)
 
 
-def describe(task: str, result: AuditResult, *, expect_below: float | None = None) -> dict[str, Any]:
+def describe(
+    task: str,
+    result: AuditResult,
+    *,
+    expect_below: float | None = None,
+    made_up: tuple[Found, Apart] | None = None,
+) -> dict[str, Any]:
     """The audit as a JSON object; an infinite ε is null."""
     from ..privacy.accounting import ACCOUNTANT
     from ..privacy.audit import VERDICT_P
@@ -143,6 +195,7 @@ def describe(task: str, result: AuditResult, *, expect_below: float | None = Non
             "p_value": min(result.variance.p_value, result.variance_p_value),
             "flagged": result.variance_flagged,
         },
+        "made_up_weights": None if made_up is None else _describe_made_up(*made_up),
         "expect_below": expect_below,
         "passed": None if expect_below is None else not result.exceeds(expect_below),
     }

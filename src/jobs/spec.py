@@ -30,7 +30,7 @@ class LocalTraining(Part):
 
     steps: int = Field(default=10, ge=1, le=1_000_000)
     sampling_rate: float = Field(default=0.05, gt=0, le=1, allow_inf_nan=False)
-    learning_rate: Positive = 0.1  # Opacus' MNIST example trains with it under the same norm bound of 1
+    learning_rate: Positive = 0.1  # as in common examples of DP-SGD under the same norm bound of 1
     max_grad_norm: float = Field(default=1.0, ge=MIN_NORM, allow_inf_nan=False)
     epsilon: Positive = 1.0  # a quarter of what a kit lets a row spend: a few jobs fit in
     delta: Delta = 1e-5

@@ -1,1 +1,1 @@
-"""Tasks, DP-SGD, evaluation and baselines: the only room that imports torch and opacus."""
+"""Tasks, DP-SGD, evaluation and baselines: the only room that imports torch."""

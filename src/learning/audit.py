@@ -43,7 +43,7 @@ from ..privacy.entropy import Entropy
 from ..privacy.events import DpSgdSteps
 from .canaries import CANARY_WEIGHT, Watch, WithCanaries
 from .dpsgd import train_dpsgd
-from .per_example import uses_ghost_clipping
+from .per_example import computed_as_chain
 from .settings import LocalTraining
 from .synthetic import SyntheticTask
 from .task import Dataset, Loss, Task, find_task, holdout_of, known_tasks
@@ -68,8 +68,11 @@ VARIANCE_SIDE: Final = 256
 ANCHORS_PER_STEP: Final = 4.0
 """Rows on that one weight that a step of the variance test sees on average: few steps are empty, but some are."""
 
-MAX_BATCH_VALUES: Final = 1 << 29
-"""Values that the canary layer may bring into one step's batch (seconds of work); beyond it an audit asks for fewer."""
+MAX_VALUES: Final = 1 << 36
+"""Values that a training may write, some minutes of work; beyond it an audit asks for fewer canaries."""
+
+ROW_VALUES: Final = 1 << 16
+"""What a row costs at least, about a tenth of a millisecond, in values written."""
 
 _CHUNK: Final = 4096  # rows in one forward pass when losses are computed
 
@@ -415,16 +418,22 @@ def _dirac_scores(
     """How much likelier the moves of each canary's weight are if it was in: the logarithm of the ratio."""
     training = plan.training
     watch = Watch(training, plan.canaries)
-    wrapped = WithCanaries(model, rows, side=math.isqrt(plan.canaries - 1) + 1, watch=watch)
+    wrapped = WithCanaries(model, rows, side=math.isqrt(plan.canaries - 1) + 1)
     dataset = wrapped.dataset(rows, rows, np.flatnonzero(included).astype(np.int64))
-    linear = uses_ghost_clipping(wrapped, dataset.features.shape[1:])
-    per_row = wrapped.side if linear else wrapped.side**2
-    if training.sampling_rate * len(dataset) * per_row > MAX_BATCH_VALUES:
-        raise ConfigError("so many canaries take too long", problems=("canaries: fewer, or a lower sampling rate",))
     beside = wrapped.loss_beside(loss, OVERREACH * training.max_grad_norm)
-    train(wrapped, dataset, loss=beside, config=training, entropy=entropy)
-    watch.look(wrapped.canaries.weight)
+    _check_work(wrapped, dataset, loss=beside, training=training)
+    with watch.every_step():
+        train(wrapped, dataset, loss=beside, config=training, entropy=entropy)
+    watch.close(wrapped.canaries.weight)
     return watch.scores
+
+
+def _check_work(wrapped: WithCanaries, dataset: Dataset, *, loss: Loss, training: LocalTraining) -> None:
+    """Raise ConfigError where a training takes hours: a row costs a fixed time, and some for each value it brings."""
+    chain = computed_as_chain(wrapped, dataset, loss=loss)
+    per_row = ROW_VALUES + wrapped.side if chain else ROW_VALUES + wrapped.side**2
+    if training.steps * training.sampling_rate * len(dataset) * per_row > MAX_VALUES:
+        raise ConfigError("so many canaries take too long", problems=("canaries: fewer, or fewer steps",))
 
 
 def _example_scores(

@@ -7,11 +7,14 @@ from __future__ import annotations
 
 import copy
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Final
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from .settings import LocalTraining
 from .task import Dataset, Loss
@@ -26,11 +29,11 @@ _INDEX_COLUMNS: Final = 2  # a canary's input and output in the canary layer; -1
 
 
 class Watch:
-    """Sees the canary layer before each step, as whoever receives every model does, and adds up what that tells.
+    """Sees the canary layer after each step, as whoever receives every model does, and adds up what that tells.
 
     A step's noised sum along a canary's direction, in clipping norms, is g = noise, or noise + 1 if the canary was in
     and sampled. What a step tells is the log-likelihood ratio ln(1 - q + q·exp((2g - 1)/(2s²))), for noise of deviation
-    s. Steps that nothing shows between two looks (an empty batch) are taken for one.
+    s.
 
     Attributes:
         scores: shape (m,), one for each canary.
@@ -45,21 +48,41 @@ class Watch:
         self._rest = math.log1p(-rate) if rate < 1.0 else -math.inf
         self._rate, self._double_variance = math.log(rate), 2.0 * deviation**2
 
-    def __deepcopy__(self, memo: object) -> Watch:
-        return self  # training works on a copy of the model
+    @contextmanager
+    def every_step(self) -> Iterator[None]:
+        """Look after each step of whatever optimizer trains a `WithCanaries` inside: its last parameter is the canary
+        layer's weight. Training works on a copy of the model, so the model itself shows nothing meanwhile."""
+
+        def look(optimizer: torch.optim.Optimizer, *_: object) -> None:
+            self.look(optimizer.param_groups[-1]["params"][-1])
+
+        handle = register_optimizer_step_post_hook(look)
+        try:
+            yield
+        finally:
+            handle.remove()
 
     def look(self, weight: torch.Tensor) -> None:
         """Called with the canary layer's weights; does nothing if they are those of the last call."""
         now = weight.detach().numpy().reshape(-1)[: len(self.scores)].astype(np.float64)  # copied: it is trained on
         if np.array_equal(now, self._last):
             return
-        if not np.isfinite(now).all():  # the training diverged: nothing is told, and every later score says so
-            self.scores[:] = math.nan
+        if not np.isfinite(now).all():
+            self._diverged()
             return
         velocity = (self._last - now) * self._scale
         noised = velocity - self._momentum * self._velocity
         self._last, self._velocity = now, velocity
         self.scores += np.logaddexp(self._rest, self._rate + (2.0 * noised - 1.0) / self._double_variance)
+
+    def close(self, weight: torch.Tensor) -> None:
+        """Called with what the training has left, rounded to float32: of which nothing more is learnt than that."""
+        if not torch.isfinite(weight).all():
+            self._diverged()
+
+    def _diverged(self) -> None:
+        """Nothing is told, and every score says so."""
+        self.scores[:] = math.nan
 
 
 class WithCanaries(torch.nn.Module):
@@ -69,9 +92,8 @@ class WithCanaries(torch.nn.Module):
     outputs are the model's, flattened, that output of the canary layer, and 1 for a canary, else 0.
     """
 
-    def __init__(self, model: torch.nn.Module, rows: Dataset, *, side: int, watch: Watch | None = None) -> None:
+    def __init__(self, model: torch.nn.Module, rows: Dataset, *, side: int) -> None:
         super().__init__()
-        self.watch = watch
         self.model = copy.deepcopy(model)
         self.canaries = torch.nn.Linear(side, side, bias=False, device="meta")  # draws no initial weights
         self.canaries.weight = torch.nn.Parameter(torch.zeros(side, side))
@@ -80,8 +102,6 @@ class WithCanaries(torch.nn.Module):
 
     def forward(self, rows: torch.Tensor) -> torch.Tensor:
         """Shape (n, features + 2) to (n, outputs + 2)."""
-        if self.watch is not None:
-            self.watch.look(self.canaries.weight)
         index = rows[:, -_INDEX_COLUMNS:].long()
         canary = (index[:, :1] >= 0).to(rows.dtype)
         places = index.clamp(min=0)

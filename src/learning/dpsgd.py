@@ -1,8 +1,7 @@
 """Local training with DP-SGD (Abadi et al. 2016, "Deep Learning with Differential Privacy", algorithm 1), and without.
 
-Sums of clipped gradients come from `per_example`; Opacus's optimizer and sampler are subclassed for what protects
-somebody: which examples a step sees (Poisson sampling) and the Gaussian noise both come from the entropy that the
-caller hands in. Neither torch's nor numpy's generators are touched.
+Sums of clipped gradients come from `per_example`. Which examples a step sees (Poisson sampling) and the Gaussian noise
+both come from the entropy that the caller hands in. Neither torch's nor numpy's generators are touched.
 
 What a run costs is a function of `sampling_rate`, `noise_multiplier` and `steps` alone, under the adding or removing of
 one row. The divisor of a step is public (`sampling_rate * declared_rows`), so the number of private rows shows nowhere.
@@ -18,18 +17,17 @@ from typing import Final
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from opacus.optimizers import DPOptimizerFastGradientClipping
-from opacus.utils.uniform_sampler import UniformWithReplacementSampler
 
 from ..privacy.entropy import Entropy
 from ..privacy.sampling import poisson_sample
-from .per_example import ClippedSums, checked_losses
+from .per_example import ClippedSums
 from .settings import LocalTraining
 from .task import Dataset, Loss
+from .trial import checked_losses
 
 NORMALS_PER_DRAW: Final = 4
 """Normals summed for one noise value, so that its low bits tell nothing of it: Holohan & Braghin 2021, "Secure Random
-Sampling in Differential Privacy", section 5.1, with n = 2 as Opacus has it in its secure mode."""
+Sampling in Differential Privacy", section 5.1, with n = 2."""
 
 _MANTISSA_BITS: Final = 53
 _WORD_BITS: Final = 64
@@ -66,22 +64,17 @@ def train_dpsgd(
 
     Raises:
         InvalidInput: DP-SGD cannot train this model (it mixes examples, as batch normalisation does), or `loss` does
-            not return one value for each example. Found on blank rows, before the others are looked at.
+            not return one value for each example. Found on public rows, before the others are looked at.
     """
     working = copy.deepcopy(model).double().train()  # what is left behind (un-noised sums) dies with the copy
     trainable = [parameter for parameter in working.parameters() if parameter.requires_grad]
     sums = ClippedSums(working, dataset, loss=loss, parameters=trainable, max_grad_norm=config.max_grad_norm)
-    optimizer = SecureDPOptimizer(
-        torch.optim.SGD(trainable, lr=config.learning_rate, momentum=config.momentum),
-        noise_multiplier=config.noise_multiplier,
-        max_grad_norm=config.max_grad_norm,
-        expected_batch_size=config.expected_batch,
-        loss_reduction="mean",  # Opacus divides the noised sum by `expected_batch_size`
-    )
-    optimizer.entropy = entropy
-    for chosen in _sampler(dataset, config, entropy):
-        optimizer.zero_grad()
-        optimizer.clipped_sum = sums.over(dataset, chosen)
+    optimizer = torch.optim.SGD(trainable, lr=config.learning_rate, momentum=config.momentum)
+    for chosen in _samples(dataset, config, entropy):
+        noised = noised_sum(sums.over(dataset, chosen), config.noise_multiplier * config.max_grad_norm, entropy=entropy)
+        parts = torch.split(noised / config.expected_batch, [parameter.numel() for parameter in trainable])
+        for parameter, part in zip(trainable, parts, strict=True):
+            parameter.grad = part.reshape(parameter.shape)
         optimizer.step()
     _copy_parameters(working, model)
 
@@ -101,7 +94,7 @@ def train_plain(
     model.train()
     optimizer = torch.optim.SGD(model.parameters(), lr=config.learning_rate, momentum=config.momentum)
     features, labels = torch.from_numpy(dataset.features), torch.from_numpy(dataset.labels)
-    for chosen in _sampler(dataset, config, entropy):
+    for chosen in _samples(dataset, config, entropy):
         optimizer.zero_grad()
         if len(chosen):
             losses = checked_losses(loss(model(features[chosen]), labels[chosen]), len(chosen))
@@ -109,54 +102,16 @@ def train_plain(
         optimizer.step()
 
 
-class SecureDPOptimizer(DPOptimizerFastGradientClipping):  # type: ignore[misc]  # opacus ships no types
-    """Opacus's optimizer for sums that are clipped already, with our noise.
-
-    Attributes:
-        clipped_sum: of the next step; shape (d,), float64, in the order of its parameters.
-        entropy: where the noise comes from.
-    """
-
-    clipped_sum: torch.Tensor
-    entropy: Entropy
-
-    def accumulate(self) -> None:
-        """Set each parameter's `summed_grad` to its part of `clipped_sum`."""
-        parts = torch.split(self.clipped_sum, [parameter.numel() for parameter in self.params])
-        for parameter, part in zip(self.params, parts, strict=True):
-            parameter.summed_grad = part.reshape(parameter.shape)
-
-    def add_noise(self) -> None:
-        """Set `p.grad` to the clipped sum plus noise, added in float64, so that rounding comes after the noise."""
-        for parameter in self.params:
-            total = parameter.summed_grad
-            noise = torch.from_numpy(secure_normals(total.numel(), self.entropy)).reshape(total.shape)
-            parameter.grad = total + self.noise_multiplier * self.max_grad_norm * noise
+def noised_sum(total: torch.Tensor, deviation: float, *, entropy: Entropy) -> torch.Tensor:
+    """A clipped sum, shape (d,), float64, plus Gaussian noise of this standard deviation in every coordinate; added in
+    float64, so that rounding comes after the noise."""
+    return total + deviation * torch.from_numpy(secure_normals(total.numel(), entropy))
 
 
-class SecurePoissonSampler(UniformWithReplacementSampler):  # type: ignore[misc]  # opacus ships no types
-    """Opacus's Poisson sampler, drawing from `entropy`: each batch when it is asked for.
-
-    Args:
-        num_samples: rows there are; 0 gives empty batches (Opacus's own refuses it, and would tell of it).
-        sample_rate: in (0, 1].
-        steps: batches.
-    """
-
-    def __init__(self, *, num_samples: int, sample_rate: float, steps: int, entropy: Entropy) -> None:
-        self.num_samples, self.sample_rate, self.steps = num_samples, sample_rate, steps
-        self.entropy = entropy
-
-    def __iter__(self) -> Iterator[NDArray[np.int64]]:
-        """The rows of each batch, in increasing order."""
-        for _ in range(self.steps):
-            yield poisson_sample(self.num_samples, sampling_rate=self.sample_rate, entropy=self.entropy)
-
-
-def _sampler(dataset: Dataset, config: LocalTraining, entropy: Entropy) -> SecurePoissonSampler:
-    return SecurePoissonSampler(
-        num_samples=len(dataset), sample_rate=config.sampling_rate, steps=config.steps, entropy=entropy
-    )
+def _samples(dataset: Dataset, config: LocalTraining, entropy: Entropy) -> Iterator[NDArray[np.int64]]:
+    """The rows that each step sees, in increasing order, drawn when they are asked for."""
+    for _ in range(config.steps):
+        yield poisson_sample(len(dataset), sampling_rate=config.sampling_rate, entropy=entropy)
 
 
 def _copy_parameters(source: torch.nn.Module, target: torch.nn.Module) -> None:

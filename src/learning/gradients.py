@@ -33,7 +33,7 @@ def clipped_gradient_sum(
         chosen: positions in `dataset`, shape (k,); who chose them keeps them secret.
         loss: one loss for each example, shape (n,).
         max_grad_norm: C, at least `privacy.clipping.MIN_NORM`.
-        padded_to: rows to compute at least, with blank ones that count for nothing, so that neither the time taken nor
+        padded_to: rows to compute at least, with public ones that count for nothing, so that neither the time taken nor
             the shapes at work tell how many were chosen.
 
     Returns:

@@ -1,50 +1,48 @@
-"""Sums of clipped per-example gradients: what one example adds is bounded, whatever it and the others hold.
+"""Sums of clipped per-example gradients: what one example adds is bounded, whatever it, the model and the others hold.
 
-All in float64. There the gradient of an example depends on the other examples of its batch by some 1e-14 of itself at
-most (products of matrices add up in another order), which the clipping leaves room for; in float32 it would depend on
-them by 1e-6, and thousands of examples together by more than the sensitivity allows.
+A row's gradient is a function of that row and the model alone, **to the bit**: each row is computed by itself, in a
+tensor of its own. In a product of many rows a processor's kernels add up a row's terms in an order that depends on
+where it stands and on how many there are; weights that somebody made up turn the last bit of such a sum into the sign
+of a gradient, and one row more then turns every other one's round (docs/adr/0012-rows-by-themselves.md). Nor may a
+task's model or loss mix rows: `trial` finds that beforehand, on public rows, and here there is nothing to mix.
 
-What is clipped is what is summed: norm and sum are of the same numbers, from one backward pass. Where every trainable
-layer is linear and called once, on one row for each example, they come from its inputs and from the gradients at its
-outputs (Goodfellow 2015, "Efficient Per-Example Gradient Computations"; Bu et al. 2022, "Differentially Private
-Optimization on Large Foundation Models at Small Cost", section 3); else Opacus computes every gradient by itself.
+What is clipped is what is summed: norm and sum are of the same numbers, in float64, from one backward pass. Where every
+trainable layer is linear and called once, a row's gradient of a layer is the outer product of its input and of the
+gradient at its output, and need not be written out (Goodfellow 2015, "Efficient Per-Example Gradient Computations").
 
 An example that is not finite itself, or whose loss or gradient is not, or cannot be computed, counts as zero: neither
-a sum that is not finite nor a failure ever tells of one row. What is wrong with the model or the loss itself is found
-beforehand, on blank rows.
+a sum that is not finite nor a failure ever tells of one row. A public row is computed in its place, so that the work is
+the same; subnormal numbers, for which many processors are slow, are taken for zero meanwhile.
 """
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import math
-import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Final, Protocol
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from opacus.grad_sample import GradSampleModule
-from opacus.validators import ModuleValidator
 
-from ..errors import InvalidInput, SottoError
+from ..errors import InvalidInput
 from ..privacy.clipping import MIN_NORM
+from .subnormals import flushed_subnormals
 from .task import Dataset, Loss, finite_rows
+from .trial import PublicRow, checked_losses, try_out
 
 CLIPPING_MARGIN: Final = 1.0 - 2.0**-20
-"""Gradients are scaled to this much of the bound: what is left is more than float64 can be off by in a sum of 2^20."""
+"""Gradients are scaled to this much of the bound. What is left is for the rounding of norms and sums: in a chunk of m
+rows each coordinate is off by at most m·2⁻⁵³ of the sum of its magnitudes (Higham 2002, "Accuracy and Stability of
+Numerical Algorithms", section 4.2), chunks are added up without loss (`_Total`), so that two sums of n rows are off by
+(2m + 4)·2⁻⁵³·n bounds together: less than 2⁻²⁰ up to n = 2²⁴."""
 
+_CHUNK_ROWS: Final = 128
 _CHUNK_BYTES: Final = 1 << 27
-_CHUNK_ROWS: Final = 1024
-_PADDED_ROWS: Final = 128
-"""Per-example gradients that are in memory at a time: of so many rows, or of as many as fit 128 MiB. The smaller a
-chunk that is filled up, the less is computed for nothing."""
-
-_BLANK_ROWS: Final = 2
-"""On which a model is tried: with one alone, an axis of examples could be taken for another one."""
+"""Rows that are read at a time: so many, or as many as fit 128 MiB."""
 
 
 class ClippedSums:
@@ -58,9 +56,9 @@ class ClippedSums:
         max_grad_norm: C, at least `privacy.clipping.MIN_NORM`.
 
     Raises:
-        InvalidInput: no gradients of single examples can be had of this model (it mixes examples, as batch
-            normalisation does), it does not take such rows, it draws random numbers, as dropout does, `loss` does not
-            return one value for each example, or C is out of range.
+        InvalidInput: what is computed of a row would depend on others (batch normalisation, a mean over the batch), on
+            chance (dropout) or on what was computed before; the model does not take such rows; `loss` does not return
+            one value for each example; or C is out of range. Found on public rows; names the line where it can.
     """
 
     def __init__(
@@ -74,33 +72,17 @@ class ClippedSums:
     ) -> None:
         if not MIN_NORM <= max_grad_norm < math.inf:
             raise InvalidInput(f"the clipping norm must be finite and at least {MIN_NORM:g}")
-        _check_model(model)
         self.size = sum(parameter.numel() for parameter in parameters)
-        self._model, self._loss, self._bound = model, loss, max_grad_norm
+        self._bound = max_grad_norm * CLIPPING_MARGIN
         shape = rows.features.shape[1:]
+        self._filler = try_out(model, loss, list(parameters), shape=shape, label_dtype=rows.labels.dtype)
+        self._buffers = _Buffers(model)
         self._source: _Source
-        blank = Dataset(np.zeros((_BLANK_ROWS, *shape), np.float32), np.zeros(_BLANK_ROWS, rows.labels.dtype), "blank")
-        generator = torch.get_rng_state()
-        try:
-            if uses_ghost_clipping(model, shape):
-                self._source = _LinearLayers(model, loss, list(parameters))
-            else:
-                self._source = _PerExampleHooks(model, loss, list(parameters))
-            self._add(*_tensors(blank, np.arange(_BLANK_ROWS), _BLANK_ROWS))
-        except SottoError:
-            raise
-        except Exception as error:
-            text = f"{type(error).__name__}: {error}"  # of blank rows: nobody's
-            raise InvalidInput(
-                f"model and loss cannot be computed in float64, on blank rows with features of shape {shape}: {text}"
-            ) from error
-        # What is drawn goes to examples by their position: with a generator that a task has seeded, one row more would
-        # move what all later ones draw.
-        if not torch.equal(generator, torch.get_rng_state()):
-            raise InvalidInput(
-                "DP-SGD cannot train this model: it draws random numbers as it computes, as dropout does"
-            )
-        self._most_rows = max(1, _CHUNK_BYTES // (8 * max(1, self._source.values_per_row)))
+        if _is_chain(model, loss, self._filler):
+            self._source = _LinearLayers(model, loss, list(parameters))
+        else:
+            self._source = _EveryLayer(model, loss, list(parameters))
+        self._chunk = min(_CHUNK_ROWS, max(1, _CHUNK_BYTES // (8 * max(1, math.prod(shape)))))
 
     def over(self, dataset: Dataset, chosen: NDArray[np.int64], *, padded_to: int = 0) -> torch.Tensor:
         """Σ over the chosen examples, each scaled down to L2 norm C at most; shape (size,), float64.
@@ -109,46 +91,60 @@ class ClippedSums:
 
         Args:
             chosen: positions in `dataset`, shape (k,).
-            padded_to: 0, or rows to compute at least, in chunks that are all full, with blank rows that count for
-                nothing: then neither the time taken nor the shapes at work tell how many were chosen.
+            padded_to: rows to compute at least, with public ones that count for nothing: then neither the time taken
+                nor the shapes at work tell how many were chosen.
         """
-        total = torch.zeros(self.size, dtype=torch.float64)
-        if not len(dataset):
-            return total
-        for added in self._chunks(dataset, chosen, padded_to=padded_to):
-            total += added.total
-        return total
+        total = _Total(self.size)
+        for part, _ in self._chunks(dataset, chosen, padded_to=padded_to):
+            total.add(part)
+        return total.value()
 
     def counted(self, dataset: Dataset) -> NDArray[np.bool_]:
         """Which rows a sum over all of them adds up, shape (n,): for their owner, and nobody else."""
-        found = [added.counted.numpy() for added in self._chunks(dataset, np.arange(len(dataset)), padded_to=0)]
+        found = [counted for _, counted in self._chunks(dataset, np.arange(len(dataset)), padded_to=0)]
         return np.concatenate([np.zeros(0, np.bool_), *found])
 
-    def _chunks(self, dataset: Dataset, chosen: NDArray[np.int64], *, padded_to: int) -> Iterator[_Added]:
-        rows = min(self._most_rows, _PADDED_ROWS if padded_to else _CHUNK_ROWS)
-        for start in range(0, max(len(chosen), padded_to), rows):
-            part = chosen[start : start + rows]
-            tensors = _tensors(dataset, part, rows if padded_to else len(part))
-            try:
-                together = self._add(*tensors)
-            except Exception:  # one of these rows made it fail: which one must not be told by failing
-                for row in range(len(part)):
-                    yield self._alone(*(each[row : row + 1] for each in tensors))
-            else:
-                yield together
+    def _chunks(
+        self, dataset: Dataset, chosen: NDArray[np.int64], *, padded_to: int
+    ) -> Iterator[tuple[torch.Tensor, NDArray[np.bool_]]]:
+        """The sum over each chunk, shape (size,), and which of its chosen rows it is of."""
+        end = max(len(chosen), padded_to)
+        for start in range(0, end, self._chunk):
+            part = chosen[start : start + self._chunk]
+            yield self._of_chunk(
+                *_tensors(dataset, part, min(self._chunk, end - start), self._filler), chosen=len(part)
+            )
 
-    def _alone(self, features: torch.Tensor, labels: torch.Tensor, counts: torch.Tensor) -> _Added:
-        try:
-            return self._add(features, labels, counts)
-        except Exception:
-            return _Added(torch.zeros(self.size, dtype=torch.float64), torch.zeros(1, dtype=torch.bool))
+    def _of_chunk(
+        self, features: torch.Tensor, labels: torch.Tensor, counts: NDArray[np.bool_], *, chosen: int
+    ) -> tuple[torch.Tensor, NDArray[np.bool_]]:
+        counted = np.zeros(len(counts), np.bool_)
+        with flushed_subnormals():
+            for row in range(len(counts)):
+                found, finite = self._of_row(features[row : row + 1], labels[row : row + 1])
+                counted[row] = finite and counts[row]
+                self._source.add(found, min(1.0, self._bound / found.norm) if counted[row] and found.norm else 0.0)
+            total = self._source.take()
+        return total, counted[:chosen]
 
-    def _add(self, features: torch.Tensor, labels: torch.Tensor, counts: torch.Tensor) -> _Added:
-        """The sum over those of these examples that count."""
+    def _of_row(self, features: torch.Tensor, labels: torch.Tensor) -> tuple[_Row, bool]:
+        """A row's gradient, and whether it is one: where it is not, zeros."""
         try:
-            return self._source.clipped_sum(features, labels, counts, bound=self._bound * CLIPPING_MARGIN)
+            found = self._alone(features, labels)
+        except Exception:  # of the task's own code: which row it was must not be told by failing, nor by the time
+            with contextlib.suppress(Exception):  # the public row's, with parameters that somebody made up
+                self._alone(self._filler.features, self._filler.labels)
+            return self._source.nothing(), False
+        if math.isfinite(found.norm) and math.isfinite(found.loss):
+            return found, True
+        return self._source.nothing(), False
+
+    def _alone(self, features: torch.Tensor, labels: torch.Tensor) -> _Row:
+        """Of one row in tensors of its own: where it stood before is in no shape, no address and no state."""
+        try:
+            return self._source.of_row(features.clone(), labels.clone())
         finally:
-            self._source.forget()
+            self._buffers.restore()
 
 
 def rows_that_count(model: torch.nn.Module, dataset: Dataset, *, loss: Loss) -> NDArray[np.bool_]:
@@ -162,65 +158,69 @@ def rows_that_count(model: torch.nn.Module, dataset: Dataset, *, loss: Loss) -> 
     return ClippedSums(working, dataset, loss=loss, parameters=parameters, max_grad_norm=1.0).counted(dataset)
 
 
-def uses_ghost_clipping(model: torch.nn.Module, shape: tuple[int, ...]) -> bool:
-    """Whether norms and sums follow from the inputs and output gradients of linear layers.
+def computed_as_chain(model: torch.nn.Module, dataset: Dataset, *, loss: Loss) -> bool:
+    """Whether sums over this model take the way of linear layers, whose gradients are not written out; it stays as it
+    is. Raises InvalidInput as `ClippedSums`."""
+    working = copy.deepcopy(model).double().train()
+    parameters = [parameter for parameter in working.parameters() if parameter.requires_grad]
+    sums = ClippedSums(working, dataset, loss=loss, parameters=parameters, max_grad_norm=1.0)
+    return isinstance(sums._source, _LinearLayers)
 
-    That is so where every trainable parameter is the weight or bias of one `torch.nn.Linear`, and each of these layers
-    is called exactly once, on a matrix with one row for each example. Found by a dry run on zeros.
 
-    Args:
-        shape: of one row's features, which is public.
+def _is_chain(model: torch.nn.Module, loss: Loss, row: PublicRow) -> bool:
+    """Whether a row's gradient follows from inputs and output gradients of linear layers alone.
+
+    That is so where every trainable parameter is the weight or bias of one `torch.nn.Linear`, each of these layers is
+    called exactly once, on a matrix of one row, and none of their parameters is used in another way.
     """
     layers = _linear_layers(model)
     if layers is None:
         return False
-    seen: dict[torch.nn.Module, list[bool]] = {layer: [] for layer in layers}
+    seen: list[torch.nn.Module] = []
+    apart: list[bool] = []
 
-    def note(layer: torch.nn.Module, inputs: tuple[Any, ...], _: object) -> None:
-        seen[layer].append(len(inputs) == 1 and inputs[0].ndim == 2 and len(inputs[0]) == _BLANK_ROWS)
+    def cut_off(layer: torch.nn.Linear, inputs: tuple[torch.Tensor, ...], _: object) -> torch.Tensor:
+        seen.append(layer)
+        apart.append(inputs[0].ndim == 2 and len(inputs[0]) == 1)
+        bias = None if layer.bias is None else layer.bias.detach()
+        return torch.nn.functional.linear(inputs[0], layer.weight.detach(), bias)
 
-    handles = [layer.register_forward_hook(note) for layer in layers]
+    handles = [layer.register_forward_hook(cut_off) for layer in layers]
     try:
-        with torch.no_grad():
-            model(torch.zeros((_BLANK_ROWS, *shape), dtype=next(model.parameters()).dtype))
+        losses = loss(model(row.features.clone()), row.labels.clone())
     finally:
         for handle in handles:
             handle.remove()
-    return all(calls == [True] for calls in seen.values())
-
-
-def checked_losses(losses: torch.Tensor, examples: int) -> torch.Tensor:
-    """`losses` as they are; InvalidInput unless there is one for each example, shape (examples,)."""
-    # A mean over the batch would make every clipped gradient a function of the other examples.
-    if losses.shape != (examples,):
-        raise InvalidInput("a task's loss returns one value for each example, shape (n,), with no reduction")
-    return losses
+    once = len(seen) == len(set(seen)) == len(layers)
+    return once and all(apart) and not losses.requires_grad  # else a parameter is used outside of its layer
 
 
 @dataclass(frozen=True, slots=True)
-class _Added:
-    """The sum of a chunk, shape (size,), and which of its examples it is of: bool, shape (n,)."""
+class _Row:
+    """What came of one row: the L2 norm of its gradient, its loss, and the parts that the gradient is made of."""
 
-    total: torch.Tensor
-    counted: torch.Tensor
+    norm: float
+    loss: float
+    parts: list[torch.Tensor]
 
 
 class _Source(Protocol):
-    """Where the gradients of single examples come from."""
+    """Where the gradients of single rows come from, and how they are added up."""
 
-    @property
-    def values_per_row(self) -> int:
-        """That one example needs in memory, about."""
+    def of_row(self, features: torch.Tensor, labels: torch.Tensor) -> _Row:
+        """Of one row, shapes (1, …) and (1,)."""
         ...
 
-    def clipped_sum(
-        self, features: torch.Tensor, labels: torch.Tensor, counts: torch.Tensor, *, bound: float
-    ) -> _Added:
-        """Over the examples of a chunk that `counts` has, shape (n,), and whose loss and gradient are finite."""
+    def nothing(self) -> _Row:
+        """A gradient of zeros."""
         ...
 
-    def forget(self) -> None:
-        """Drop what is left of the last chunk, whether or not it came to its end."""
+    def add(self, row: _Row, factor: float) -> None:
+        """A row's gradient, times a factor in [0, 1], is part of this chunk's sum."""
+        ...
+
+    def take(self) -> torch.Tensor:
+        """The chunk's sum, shape (size,), float64; the next one begins."""
         ...
 
 
@@ -233,110 +233,133 @@ class _Call:
 
 
 class _LinearLayers:
-    """An example's gradient of a layer's weights is gaᵀ, for input a and output gradient g, of norm ‖g‖·‖a‖."""
+    """A row's gradient of a layer's weights is gaᵀ, for input a and output gradient g, of norm ‖g‖·‖a‖.
+
+    A `_Row` has for each layer a, shape (1, in), and g, shape (1, out).
+    """
 
     def __init__(self, model: torch.nn.Module, loss: Loss, parameters: list[torch.nn.Parameter]) -> None:
         self._model, self._loss, self._parameters = model, loss, parameters
         self._layers = _linear_layers(model) or []
         self._trained = {id(parameter) for parameter in parameters}
         self._calls: dict[torch.nn.Module, _Call] = {}
+        self._kept: list[list[torch.Tensor]] = [[] for _ in range(2 * len(self._layers))]
         for layer in self._layers:
             layer.register_forward_hook(self._record)
-
-    @property
-    def values_per_row(self) -> int:
-        return sum(layer.in_features + layer.out_features for layer in self._layers)
-
-    def clipped_sum(
-        self, features: torch.Tensor, labels: torch.Tensor, counts: torch.Tensor, *, bound: float
-    ) -> _Added:
-        for parameter in self._parameters:
+        for parameter in parameters:
             parameter.requires_grad_(False)  # or their gradients would be computed too, of no use
-        losses = checked_losses(self._loss(self._model(features), labels), len(features))
+
+    def of_row(self, features: torch.Tensor, labels: torch.Tensor) -> _Row:
+        self._calls.clear()
+        losses = checked_losses(self._loss(self._model(features), labels), 1)
         calls = [self._calls[layer] for layer in self._layers]
         found = torch.autograd.grad(losses.sum(), [call.probe for call in calls], allow_unused=True)
-        inputs = [call.inputs for call in calls]
-        outputs = [_or_zeros(each, call.probe) for each, call in zip(found, calls, strict=True)]
-        norms = [self._norms(*each) for each in zip(self._layers, inputs, outputs, strict=True)]
-        factors, sound = _factors(torch.stack(norms).norm(dim=0), losses, counts, bound=bound)
-        sums: dict[int, torch.Tensor] = {}
-        for layer, a, g in zip(self._layers, inputs, outputs, strict=True):
-            scaled = torch.where(sound, g, 0.0) * factors
-            sums[id(layer.weight)] = scaled.T @ torch.where(sound, a, 0.0)  # never 0 · ∞
-            sums[id(layer.bias)] = scaled.sum(dim=0)
-        total = torch.cat([sums[id(parameter)].reshape(-1) for parameter in self._parameters])
-        return _Added(total, sound[:, 0])
-
-    def forget(self) -> None:
+        parts, squares = [], 0.0
+        for layer, call, part in zip(self._layers, calls, found, strict=True):
+            g = torch.zeros_like(call.probe) if part is None else part
+            reach = _square(call.inputs) if id(layer.weight) in self._trained else 0.0
+            squares += _square(g) * (reach + (id(layer.bias) in self._trained))
+            parts += [call.inputs, g]
         self._calls.clear()
-        for parameter in self._parameters:
-            parameter.requires_grad_(True)
+        return _Row(math.sqrt(squares), losses.item(), parts)
+
+    def nothing(self) -> _Row:
+        widths = [width for layer in self._layers for width in (layer.in_features, layer.out_features)]
+        return _Row(0.0, 0.0, [torch.zeros((1, width), dtype=torch.float64) for width in widths])
+
+    def add(self, row: _Row, factor: float) -> None:
+        for number, (kept, part) in enumerate(zip(self._kept, row.parts, strict=True)):
+            kept.append(part * factor if number % 2 else part)
+
+    def take(self) -> torch.Tensor:
+        sums: dict[int, torch.Tensor] = {}
+        for layer, a, g in zip(self._layers, self._kept[::2], self._kept[1::2], strict=True):
+            scaled = torch.cat(g)
+            sums[id(layer.weight)] = scaled.T @ torch.cat(a)
+            sums[id(layer.bias)] = scaled.sum(dim=0)
+        for kept in self._kept:
+            kept.clear()
+        return torch.cat([sums[id(parameter)].reshape(-1) for parameter in self._parameters])
 
     def _record(self, layer: torch.nn.Module, inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> torch.Tensor:
-        if layer in self._calls or inputs[0].ndim != 2 or len(inputs[0]) != len(output):
-            raise InvalidInput("a linear layer was called in another way than on blank rows")
+        if layer in self._calls or inputs[0].ndim != 2 or len(inputs[0]) != 1:
+            raise InvalidInput("a linear layer was called in another way than on public rows")
+        # Nobody writes into an input afterwards: torch could not differentiate that, and the trial would have failed.
         call = self._calls[layer] = _Call(inputs[0].detach(), torch.zeros_like(output, requires_grad=True))
         return output + call.probe
 
-    def _norms(self, layer: torch.nn.Linear, inputs: torch.Tensor, outputs: torch.Tensor) -> torch.Tensor:
-        """Of each example's gradient of this layer's parameters, shape (n,)."""
-        reach = torch.zeros(len(inputs), dtype=torch.float64)
-        if id(layer.weight) in self._trained:
-            reach = _row_norms(inputs)
-        if id(layer.bias) in self._trained:
-            reach = torch.hypot(reach, torch.ones_like(reach))
-        return _row_norms(outputs) * reach
+
+class _EveryLayer:
+    """A row's gradient of every parameter, written out: whatever the layers are, torch differentiates them.
+
+    A `_Row` has the whole gradient, shape (size,).
+    """
+
+    def __init__(self, model: torch.nn.Module, loss: Loss, parameters: list[torch.nn.Parameter]) -> None:
+        self._model, self._loss, self._parameters = model, loss, parameters
+        self._total = torch.zeros(sum(parameter.numel() for parameter in parameters), dtype=torch.float64)
+
+    def of_row(self, features: torch.Tensor, labels: torch.Tensor) -> _Row:
+        losses = checked_losses(self._loss(self._model(features), labels), 1)
+        found = torch.autograd.grad(losses.sum(), self._parameters, allow_unused=True)
+        parts = [
+            torch.zeros(parameter.numel(), dtype=torch.float64) if part is None else part.reshape(-1).double()
+            for part, parameter in zip(found, self._parameters, strict=True)
+        ]
+        gradient = torch.cat(parts)
+        return _Row(math.sqrt(_square(gradient)), losses.item(), [gradient])
+
+    def nothing(self) -> _Row:
+        return _Row(0.0, 0.0, [torch.zeros_like(self._total)])
+
+    def add(self, row: _Row, factor: float) -> None:
+        self._total.add_(row.parts[0], alpha=factor)
+
+    def take(self) -> torch.Tensor:
+        total, self._total = self._total, torch.zeros_like(self._total)
+        return total
 
 
-class _PerExampleHooks:
-    """Gradients of single examples by Opacus's hooks."""
+class _Total:
+    """A sum of vectors of shape (size,) that rounds once, in the end: what each addition loses is kept beside it.
 
-    def __init__(self, model: torch.nn.Module, loss: Loss, parameters: list[Any]) -> None:
-        self._model, self._loss, self._parameters = GradSampleModule(model, loss_reduction="sum"), loss, parameters
-        self.values_per_row = sum(parameter.numel() for parameter in parameters)
+    Knuth's TwoSum (Knuth 1998, "The Art of Computer Programming" 2, section 4.2.2, theorem B) in every coordinate.
+    """
 
-    def clipped_sum(
-        self, features: torch.Tensor, labels: torch.Tensor, counts: torch.Tensor, *, bound: float
-    ) -> _Added:
-        with _known_warnings():
-            losses = checked_losses(self._loss(self._model(features), labels), len(features))
-            torch.autograd.backward(losses.sum())
-        each = torch.cat([self._flat(parameter, len(features)) for parameter in self._parameters], dim=1)
-        factors, sound = _factors(each.norm(dim=1), losses, counts, bound=bound)
-        return _Added(factors[:, 0] @ torch.where(sound, each, 0.0), sound[:, 0])
+    def __init__(self, size: int) -> None:
+        self._sum = torch.zeros(size, dtype=torch.float64)
+        self._lost = torch.zeros(size, dtype=torch.float64)
 
-    def _flat(self, parameter: Any, rows: int) -> torch.Tensor:
-        found = parameter.grad_sample
-        if found is None and parameter.grad is None:  # no part of this forward pass
-            return torch.zeros((rows, parameter.numel()), dtype=torch.float64)
-        if not isinstance(found, torch.Tensor) or len(found) != rows:
-            raise InvalidInput(
-                "DP-SGD cannot train this model, as it has no gradients of single examples: a trainable layer does not "
-                "see one entry for each example in its first axis, or its parameters are used outside of it"
-            )
-        return found.reshape(rows, parameter.numel()).to(torch.float64)
+    def add(self, values: torch.Tensor) -> None:
+        """One vector more, shape (size,), float64, finite."""
+        total = self._sum + values
+        back = total - self._sum
+        self._lost += (self._sum - (total - back)) + (values - back)
+        self._sum = total
 
-    def forget(self) -> None:
-        for module in self._model.modules():
-            for name in ("activations", "max_batch_len"):
-                module.__dict__.pop(name, None)
-        for parameter in self._model.parameters():
-            parameter.grad = parameter.grad_sample = None
-            parameter._forward_counter = 0
-            parameter.__dict__.pop("_current_grad_sample", None)
+    def value(self) -> torch.Tensor:
+        """Shape (size,), float64."""
+        return self._sum + self._lost
 
 
-def _check_model(model: torch.nn.Module) -> None:
-    found = [*ModuleValidator.validate(model, strict=False), *GradSampleModule.validate(model, strict=False)]
-    # Opacus passes over those without parameters of their own, which mix examples all the same.
-    found += [module for module in model.modules() if isinstance(module, torch.nn.modules.batchnorm._BatchNorm)]
-    if found:
-        text = "; ".join(map(str, found))
-        raise InvalidInput(f"DP-SGD cannot train this model, as it has no gradients of single examples: {text}")
+class _Buffers:
+    """What a model keeps beside its parameters is for each row what it was for the first."""
+
+    def __init__(self, model: torch.nn.Module) -> None:
+        self._kept = [(value, value.clone()) for value in model.buffers()]
+        self._versions = [value._version for value, _ in self._kept]
+
+    def restore(self) -> None:
+        """Undo what a row did to them, if anything."""
+        for number, (value, before) in enumerate(self._kept):
+            if value._version != self._versions[number]:
+                with torch.no_grad():
+                    value.copy_(before)
+                self._versions[number] = value._version
 
 
 def _linear_layers(model: torch.nn.Module) -> list[torch.nn.Linear] | None:
-    """The layers that are trained, if all are linear and no parameter belongs to two of them; else None."""
+    """The layers that are trained, if all are plain linear ones and no parameter belongs to two of them; else None."""
     layers: list[torch.nn.Linear] = []
     seen: set[int] = set()
     for module in model.modules():
@@ -346,59 +369,42 @@ def _linear_layers(model: torch.nn.Module) -> list[torch.nn.Linear] | None:
         # By identity: weight_norm, for one, keeps the type and puts other parameters into it.
         if type(module) is not torch.nn.Linear or {id(p) for p in own} - {id(module.weight), id(module.bias)}:
             return None
-        if seen & {id(parameter) for parameter in own}:
+        if seen & {id(parameter) for parameter in own} or _is_changed(module):
             return None
         seen |= {id(parameter) for parameter in own}
         layers.append(module)
     return layers or None
 
 
-def _or_zeros(found: torch.Tensor | None, like: torch.Tensor) -> torch.Tensor:
-    """A gradient; zeros for what has no part in the loss."""
-    return torch.zeros_like(like) if found is None else found
+def _is_changed(layer: torch.nn.Linear) -> bool:
+    """Whether somebody has hooked into a layer, or put another function into it."""
+    hooks: tuple[Any, ...] = (layer._forward_pre_hooks, layer._forward_hooks, layer._backward_pre_hooks)
+    return any(map(len, (*hooks, layer._backward_hooks))) or "forward" in vars(layer)
 
 
-def _row_norms(rows: torch.Tensor) -> torch.Tensor:
-    """L2 norm of each row, shape (n,): no square over- or underflows; not finite where an entry is not."""
-    if not rows.numel():
-        return torch.zeros(len(rows), dtype=torch.float64)
-    largest = rows.abs().amax(dim=1)
-    norms: torch.Tensor = largest * (rows / torch.where(largest > 0, largest, 1.0)[:, None]).norm(dim=1)
-    return norms
+def _square(values: torch.Tensor) -> float:
+    """Squared L2 norm of a tensor of its own. One that overflows belongs to a gradient as good as infinite; of numbers
+    below 1e-154, whose squares vanish, a gradient is as good as none."""
+    norm = float(torch.linalg.vector_norm(values))
+    return norm * norm
 
 
-def _factors(
-    norms: torch.Tensor, losses: torch.Tensor, counts: torch.Tensor, *, bound: float
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """By how much each example is scaled, and which examples count after all: both of shape (n, 1).
+def _tensors(
+    dataset: Dataset, part: NDArray[np.int64], rows: int, filler: PublicRow
+) -> tuple[torch.Tensor, torch.Tensor, NDArray[np.bool_]]:
+    """Features and labels of these rows, in the precision of the model, and which of `rows` count.
 
-    A norm that overflows belongs to a gradient that is as good as infinite.
+    The public row stands where one is missing, or is not finite. Each takes what any other row takes: as many are read,
+    looked at and written whatever `part` holds.
     """
-    sound = counts & torch.isfinite(norms) & torch.isfinite(losses.detach())
-    factors = torch.where(sound, (bound / norms).clamp(max=1.0), 0.0)
-    return factors[:, None], sound[:, None]
-
-
-def _tensors(dataset: Dataset, part: NDArray[np.int64], rows: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Features and labels of these rows, in the precision of the model, and which of `rows` count: blank ones do not.
-
-    Blank are those that fill a chunk up, and those that are not finite. Each takes what any other row takes: as many
-    are read, looked at and written whatever `part` holds.
-    """
-    positions = np.resize(part, rows) if len(part) else np.zeros(rows, np.int64)
-    features, labels = dataset.features[positions], dataset.labels[positions]
+    if len(dataset):
+        positions = np.resize(part, rows) if len(part) else np.zeros(rows, np.int64)
+        features, labels = dataset.features[positions], dataset.labels[positions]
+    else:
+        features = np.zeros((rows, *dataset.features.shape[1:]), np.float32)
+        labels = np.zeros(rows, dataset.labels.dtype)
     counts = finite_rows(features, labels) & (np.arange(rows) < len(part))
-    features = np.where(counts.reshape(-1, *[1] * (features.ndim - 1)), features, 0).astype(np.float64)
-    labels = np.where(counts, labels, np.zeros_like(labels))
-    if labels.dtype.kind == "f":
-        labels = labels.astype(np.float64)
-    return torch.from_numpy(features), torch.from_numpy(labels), torch.from_numpy(counts)
-
-
-@contextmanager
-def _known_warnings() -> Iterator[None]:
-    """Passes over what Opacus's hooks make torch warn of."""
-    with warnings.catch_warnings():
-        # The first layer's input needs no gradient; its hook fires all the same, and Opacus counts on it.
-        warnings.filterwarnings("ignore", message="Full backward hook is firing", category=UserWarning)
-        yield
+    wide = np.where(counts.reshape(-1, *[1] * (features.ndim - 1)), features, filler.features.numpy())
+    kept = np.where(counts, labels, filler.labels.numpy())
+    kept = kept.astype(np.float64 if labels.dtype.kind == "f" else labels.dtype)
+    return torch.from_numpy(wide.astype(np.float64)), torch.from_numpy(kept), counts

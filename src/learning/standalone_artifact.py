@@ -32,7 +32,7 @@ MODEL_FILE: Final = "model.safetensors"
 MAX_INLINE_BYTES: Final = 4 << 20
 """Of a model that is printed within its artifact; a larger one needs a file."""
 
-_PACKAGES: Final = ("dp-accounting", "numpy", "opacus", "torch")
+_PACKAGES: Final = ("dp-accounting", "numpy", "torch")
 _UNSEALED: Final = frozenset({"hash", "signature"})
 _EPSILON_SLACK: Final = 1e-9
 """Relative: another libm may round the last bits of ε another way."""

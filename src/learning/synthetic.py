@@ -6,13 +6,12 @@ Whoever knows the weights is right on 86 % of the rows.
 
 from __future__ import annotations
 
-import hashlib
 from typing import TYPE_CHECKING, Final
 
 import numpy as np
-from numpy.typing import NDArray
 
 from ..errors import ConfigError
+from .public_draws import public_normals, public_uniforms
 from .task import Dataset, Options, check_options
 
 if TYPE_CHECKING:
@@ -22,8 +21,6 @@ FEATURES: Final = 8
 ROWS: Final = 4096
 HOLDOUT_ROWS: Final = 2048
 _WEIGHT_NORM: Final = 4.0
-_WORD_BITS: Final = 64
-_MANTISSA_BITS: Final = 53
 
 
 class SyntheticTask:
@@ -60,24 +57,9 @@ def _seed(options: Options) -> int:
 
 
 def _generate(seed: int, part: str, rows: int) -> Dataset:
-    weights = _normals(FEATURES, f"{seed}/weights")
+    weights = public_normals(FEATURES, f"synthetic/{seed}/weights")
     weights *= _WEIGHT_NORM / np.linalg.norm(weights)
-    features = _normals(rows * FEATURES, f"{seed}/{part}/features").reshape(rows, FEATURES)
-    uniforms = _uniforms(rows, f"{seed}/{part}/labels")
+    features = public_normals(rows * FEATURES, f"synthetic/{seed}/{part}/features").reshape(rows, FEATURES)
+    uniforms = public_uniforms(rows, f"synthetic/{seed}/{part}/labels")
     labels = (uniforms < 1.0 / (1.0 + np.exp(-(features @ weights)))).astype(np.int64)
     return Dataset(features.astype(np.float32), labels, f"generated from seed {seed} ({part}): nobody's data")
-
-
-def _uniforms(count: int, purpose: str) -> NDArray[np.float64]:
-    """Public numbers in (0, 1) from SHAKE-256, so that every machine and version of numpy gets the same rows."""
-    raw = hashlib.shake_256(f"sotto/synthetic/{purpose}".encode()).digest(count * _WORD_BITS // 8)
-    words = np.frombuffer(raw, dtype="<u8") >> np.uint64(_WORD_BITS - _MANTISSA_BITS)
-    values: NDArray[np.float64] = (words.astype(np.float64) + 0.5) * 2.0**-_MANTISSA_BITS
-    return values
-
-
-def _normals(count: int, purpose: str) -> NDArray[np.float64]:
-    """Standard normals by Box & Muller 1958."""
-    uniforms = _uniforms(2 * count, purpose)
-    values: NDArray[np.float64] = np.sqrt(-2.0 * np.log(uniforms[:count])) * np.cos(2.0 * np.pi * uniforms[count:])
-    return values

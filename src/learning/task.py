@@ -82,8 +82,9 @@ class Task(Protocol):
 
     - `load_holdout(options) -> Dataset`: public rows on which the aggregator evaluates;
     - `loss(outputs, labels) -> Tensor` of shape (n,): one loss for each example, never their mean, since DP-SGD clips
-      each example's gradient by itself. Model and loss are computed in float64, and tried on blank rows first (features
-      and labels of zero); of an example that is not finite, or for which the loss is not or fails, nothing is learnt;
+      each example's gradient by itself. Model and loss are computed in float64, one row at a time, and tried on public
+      rows first (`trial`), alone and beside each other; of an example that is not finite, or for which the loss is not
+      or fails, nothing is learnt;
     - `metrics(outputs, labels) -> dict[str, float]`, over numpy arrays;
     - `preload()`: imports what its data needs, once for all workers.
     """

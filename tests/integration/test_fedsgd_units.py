@@ -199,7 +199,7 @@ def test_with_the_same_samples_and_noise_it_is_central_dp_sgd_up_to_quantisation
         assert np.abs(noise).max() * grid * step > 100 * quantisation  # what is compared would be lost in nothing less
 
 
-def test_with_the_same_samples_and_noise_it_is_what_opacus_computes_on_pooled_rows(
+def test_with_the_same_samples_and_noise_it_is_what_dp_sgd_computes_on_pooled_rows(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Against `train_dpsgd`, with its sampler and its noise replaced by what the federation drew."""
@@ -208,16 +208,15 @@ def test_with_the_same_samples_and_noise_it_is_what_opacus_computes_on_pooled_ro
     starts = dict(zip(PARTIES, np.cumsum([0, len(data["a"]), len(data["b"])]), strict=True))
     task = find_task("randhie")
     model = task.build_model(3)
-    order = np.argsort([name for name, _ in model.named_parameters()])
     samples, noises = [], []
     for plan in plans:
         chosen, noise = draws(plan)
         samples.append(np.concatenate([chosen[name] + starts[name] for name in PARTIES]))
         tensors = unflatten((noise * 2.0**-plan.resolution_bits).astype(np.float32), _signature())
-        noises += [tensors[name].reshape(-1).astype(np.float64) for name, _ in model.named_parameters()]
-    assert len(order) == len(noises) // ROUNDS
+        noises.append(np.concatenate([tensors[name].reshape(-1) for name, _ in model.named_parameters()]))
+    assert len(noises) == ROUNDS
     monkeypatch.setattr(central_dpsgd, "poisson_sample", lambda *_, **__: samples.pop(0))
-    monkeypatch.setattr(central_dpsgd, "secure_normals", lambda *_: noises.pop(0))
+    monkeypatch.setattr(central_dpsgd, "secure_normals", lambda *_: noises.pop(0).astype(np.float64))
     config = LocalTraining(
         steps=ROUNDS,
         sampling_rate=0.02,
@@ -231,7 +230,6 @@ def test_with_the_same_samples_and_noise_it_is_what_opacus_computes_on_pooled_ro
     assert not samples
     assert not noises
     central = flatten(model_to_tensors(model))[0]
-    # Opacus clips to C/(1 + 1e-6/norm), in float32.
     np.testing.assert_allclose(found[-1], central, rtol=0, atol=ROUNDS * 1.5 * 4e-6)
     assert np.abs(found[-1] - found[0]).max() > 0.05
 

@@ -25,7 +25,6 @@ HEAVY = {
     "gmpy2",
     "jsonschema",
     "numpy",
-    "opacus",
     "psycopg",
     "pydantic",
     "rich",

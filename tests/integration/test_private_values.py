@@ -44,8 +44,10 @@ Json = dict[str, Any]
 # --- the search -------------------------------------------------------------------------------------------------------
 
 
-DECLARED_ROWS: Final = 150_000
+DECLARED_ROWS: Final = 15_000
 """Far fewer than there are: what is expected of a batch is no number that a batch has."""
+FEW: Final = 1_009
+"""Rows where it is a bad one that counts, and not how many there are."""
 VECTOR = np.array([0.123456789, -3.98765432e-5, 12345678.25, 7777777.0])
 WRITTEN: dict[str, Callable[[NDArray[Any]], str]] = {
     "repr": lambda v: f"update {v.tolist()!r}",
@@ -180,8 +182,8 @@ class Units(UnitsOfWork):
     """Frames and all, as a role gets to see them."""
 
     def __init__(self, directory: Path, strategy: str, *, options: Json) -> None:
-        fields: Json = {"sampling_rate": 0.1, "learning_rate": 1.5, "epsilon": 4.0}
-        fields |= {"steps": 2} if strategy == "fedavg" else {}
+        fields: Json = {"sampling_rate": 0.6, "learning_rate": 1.5, "epsilon": 4.0}
+        fields |= {"steps": 2 if "rows" in options else 1} if strategy == "fedavg" else {}
         privacy: Json = {"clipping_norm": 0.5, "noise_multiplier": 0.4} if strategy == "fedavg" else {}
         spec = {
             "task": "planted",
@@ -195,6 +197,7 @@ class Units(UnitsOfWork):
         }
         super().__init__(directory, spec, parties=PARTIES)
         self.options = options
+        self.declared = DECLARED_ROWS // 20 if "rows" in options else DECLARED_ROWS
 
     def plan(self) -> RoundPlan:
         return plan_round(
@@ -204,7 +207,7 @@ class Units(UnitsOfWork):
             model=self.store(model_to_tensors(find_task("planted").build_model(self.spec.seed))),
             roster=self.roster,
             scheme=self.keyring.scheme("paillier"),
-            declared_rows=dict.fromkeys(PARTIES, DECLARED_ROWS),
+            declared_rows=dict.fromkeys(PARTIES, self.declared),
         )
 
     def run(self, room: Any, name: str, params: Json) -> tuple[Json, list[str]]:
@@ -219,7 +222,7 @@ class Units(UnitsOfWork):
         params = self.params(self.plan())
         batches, seen = {}, []
         for name in parties:
-            own = {"name": name, "declared_rows": DECLARED_ROWS, "options": self.options}
+            own = {"name": name, "declared_rows": self.declared, "options": self.options}
             batches[name], more = self.run(party_work, "contribute", {**params, **own})
             seen += more
         if not all(batches.values()) or len(parties) < len(PARTIES):
@@ -256,7 +259,7 @@ def test_a_training_that_fails_on_a_bad_row_says_where_and_not_on_what(
     told: list[str] = []
 
     def work() -> list[str]:
-        told.extend(Units(tmp_path, strategy, options=options).round(parties=("a",)))
+        told.extend(Units(tmp_path, strategy, options={"rows": FEW, **options}).round(parties=("a",)))
         return told
 
     found = searched(work, unread="unreadable" in options)
@@ -270,14 +273,14 @@ def test_a_training_that_fails_on_a_bad_row_says_where_and_not_on_what(
 def test_a_row_of_which_no_gradient_can_be_had_counts_for_nothing_and_nobody_hears_of_it(
     strategy: str, fail: str, tmp_path: Path, searched: Callable[..., list[str]]
 ) -> None:
-    assert searched(Units(tmp_path, strategy, options={"fail": fail}).round) == []
+    assert searched(Units(tmp_path, strategy, options={"rows": FEW, "fail": fail}).round) == []
 
 
 @pytest.mark.parametrize("strategy", ["fedavg", "fedsgd"])
 def test_what_a_task_or_a_library_would_log_of_its_rows_is_not_heard(
     strategy: str, tmp_path: Path, searched: Callable[..., list[str]]
 ) -> None:
-    units = Units(tmp_path, strategy, options={"fail": "tell"})
+    units = Units(tmp_path, strategy, options={"rows": FEW, "fail": "tell"})
     assert searched(lambda: units.round(parties=("a",))) == []
 
 
@@ -292,7 +295,7 @@ def test_a_log_line_that_does_say_something_is_found(
         return write_batch(scheme, plan, values, **named)
 
     monkeypatch.setattr(party_work, "write_batch", telling)
-    found = searched(lambda: Units(tmp_path, "fedavg", options={}).round(parties=("a",)))
+    found = searched(lambda: Units(tmp_path, "fedavg", options={"rows": FEW}).round(parties=("a",)))
     assert any("protecting [" in hit for hit in found)
 
 
@@ -306,7 +309,7 @@ state_dir: state
 server: {insecure: true}
 keys: {custody: aggregator}
 policy: {allow_without_dp: true}
-datasets: {planted: {declared_rows: 150000, options: {fail: FAIL, unreadable: UNREADABLE}}}
+datasets: {planted: {declared_rows: DECLARED, options: {rows: ROWS, fail: FAIL, unreadable: UNREADABLE}}}
 privacy: {budgets: {example: {epsilon: 100}, default_user_epsilon: 100}}
 """
 PRIVATE: Final = {"noise_multiplier": 2.0, "delta": 1e-6}
@@ -319,8 +322,15 @@ def train(searched: Callable[..., list[str]], tmp_path: Path) -> Train:
 
     def run(*arguments: str, fail: str = "", unreadable: str = "", **fields: Any) -> tuple[int, list[str]]:
         config, job = tmp_path / "party.yaml", tmp_path / "job.json"
-        config.write_text(PARTY.replace("FAIL", fail or "null").replace("UNREADABLE", unreadable or "null"))
-        job.write_text(json.dumps({"job_id": "j", "dataset": "planted", "dp": PRIVATE, "batch_size": 15000, **fields}))
+        few = bool(fail or unreadable)
+        declared = DECLARED_ROWS // 20 if few else DECLARED_ROWS
+        settings = {"FAIL": fail, "UNREADABLE": unreadable, "ROWS": FEW if few else "", "DECLARED": declared}
+        text = PARTY
+        for word, value in settings.items():
+            text = text.replace(word, str(value or "null"))
+        config.write_text(text)
+        given = {"job_id": "j", "dataset": "planted", "dp": PRIVATE, "batch_size": declared, **fields}
+        job.write_text(json.dumps(given))
         codes: list[int] = []
 
         def work() -> None:

@@ -23,7 +23,7 @@ from src.learning import audit as audits
 from src.learning.audit import AuditPlan, AuditResult, Trainer, audit, claimed, noise_test, plan_audit
 from src.learning.canaries import WithCanaries
 from src.learning.dpsgd import train_dpsgd
-from src.learning.per_example import uses_ghost_clipping
+from src.learning.per_example import computed_as_chain
 from src.learning.settings import LocalTraining
 from src.learning.task import Dataset, Loss, default_loss
 from src.privacy.audit import VERDICT_P, correct_guesses, epsilon_lower_bound, p_value, verdict_delta
@@ -39,7 +39,7 @@ def linear(features: int = 4) -> torch.nn.Module:
 
 
 def normalised(features: int = 4) -> torch.nn.Module:
-    """Goes by per-example gradients, the other path of DP-SGD."""
+    """Goes by gradients that are written out, the other path of DP-SGD."""
     torch.manual_seed(3)
     return torch.nn.Sequential(torch.nn.Linear(features, 5), torch.nn.LayerNorm(5), torch.nn.Linear(5, 1))
 
@@ -89,7 +89,8 @@ def test_noise_off_and_clipping_off_are_refuted(
     build: Callable[[], torch.nn.Module], config: dict[str, Any], fault: Trainer, run: Run
 ) -> None:
     """On both paths of DP-SGD; the number of guesses is in the plan, before anything is drawn."""
-    assert uses_ghost_clipping(build(), (4,)) == (build is linear)
+    rows = Dataset(np.zeros((1, 4), np.float32), np.zeros(1, np.int64), "x")
+    assert computed_as_chain(build(), rows, loss=default_loss) == (build is linear)
     plan = planned(**config)
     assert plan.guesses == 100
     found = run(plan, fault, build())
@@ -114,9 +115,9 @@ def test_the_right_mechanism_is_not_flagged(
 
 
 def test_halved_noise_is_found_at_epsilon_one_by_the_guesses_and_by_the_variance(run: Run) -> None:
-    """100 000 Dirac canaries; the guesses alone put ε above the claim, at confidence 95 %."""
-    plan = plan_audit(sampling_rate=1.0, steps=1, epsilon=1.0, rows=50)
-    assert plan.guesses == 2000
+    """30 000 Dirac canaries; the guesses alone put ε above the claim, at confidence 95 %."""
+    plan = plan_audit(sampling_rate=1.0, steps=1, epsilon=1.0, rows=50, canaries=30_000)
+    assert plan.guesses == 600
     halved, right = run(plan, NOISE_HALVED), run(plan)
     assert halved.lower_bound > 1.0 >= halved.epsilon
     assert halved.exceeded
@@ -128,7 +129,8 @@ def test_halved_noise_is_found_at_epsilon_one_by_the_guesses_and_by_the_variance
 
 def test_halved_noise_is_found_at_epsilon_one_under_sampling_too(data: MakeData, entropy: MakeEntropy) -> None:
     """100 steps at a rate of 0.05: each step is looked at, so the auditor too gains from knowing the rate."""
-    plan, source = plan_audit(sampling_rate=0.05, steps=100, epsilon=1.0, rows=50), entropy("sampled")
+    plan = plan_audit(sampling_rate=0.05, steps=100, epsilon=1.0, rows=50, canaries=30_000)
+    source = entropy("sampled")
     included = audits._coins(plan.canaries, source)
     scores = audits._dirac_scores(
         linear(), data(50), loss=default_loss, plan=plan, included=included, entropy=source, train=NOISE_HALVED

@@ -56,18 +56,17 @@ def test_it_is_the_sum_of_clipped_gradients_in_the_order_of_names(data: MakeData
 
 
 def test_one_row_more_changes_the_sum_by_the_bound_at_most_and_the_others_by_nothing(data: MakeData) -> None:
-    """Of thousands of rows, whose float32 gradients would depend on each other by more than is left."""
-    rows, model = data(3000), make_model()
-    everybody = np.arange(3000, dtype=np.int64)
+    rows, model = data(700), make_model()
+    everybody = np.arange(700, dtype=np.int64)
     whole = clipped_gradient_sum(model, rows, everybody, loss=default_loss, max_grad_norm=0.1)
-    for missing in (0, 127, 128, 1500, 2999):
+    for missing in (0, 127, 128, 699):
         without = clipped_gradient_sum(
             model, rows, np.delete(everybody, missing), loss=default_loss, max_grad_norm=0.1, padded_to=500
         )
         own = clipped_gradient_sum(model, rows, everybody[[missing]], loss=default_loss, max_grad_norm=0.1)
         assert np.linalg.norm(own) <= 0.1 * CLIPPING_MARGIN * (1 + 1e-12)
         assert np.linalg.norm(whole - without) <= 0.1
-        np.testing.assert_allclose(whole - without, own, rtol=0, atol=0.1 * 2.0**-30)
+        np.testing.assert_allclose(whole - without, own, rtol=0, atol=0.1 * 2.0**-36)
 
 
 def test_blank_rows_make_up_the_numbers_and_count_for_nothing(data: MakeData) -> None:
@@ -78,20 +77,21 @@ def test_blank_rows_make_up_the_numbers_and_count_for_nothing(data: MakeData) ->
         assert np.array_equal(bare, padded)
 
 
-@pytest.mark.parametrize("padded_to", [0, 64, 129])
+@pytest.mark.parametrize("padded_to", [1, 64, 129])
 def test_as_much_is_computed_for_an_empty_batch_as_for_a_full_one(data: MakeData, padded_to: int) -> None:
-    rows, shapes = data(200), []
+    """And for a party with no row at all."""
+    found = []
+    for rows, count in ((data(200), 0), (data(200), 1), (data(200), padded_to), (data(0), 0)):
+        shapes: list[tuple[int, ...]] = []
 
-    def loss(outputs: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-        shapes.append(tuple(outputs.shape))
-        return default_loss(outputs, labels)
+        def loss(outputs: torch.Tensor, labels: torch.Tensor, shapes: list[tuple[int, ...]] = shapes) -> torch.Tensor:
+            shapes.append(tuple(outputs.shape))
+            return default_loss(outputs, labels)
 
-    for count in (0, 1, padded_to):
-        clipped_gradient_sum(
-            make_model(), rows, np.arange(count), loss=loss, max_grad_norm=1.0, padded_to=max(1, padded_to)
-        )
-    one = [(2, 1), *[(128, 1)] * -(-max(1, padded_to) // 128)]  # the model is tried on two blank rows first
-    assert shapes == 3 * one
+        clipped_gradient_sum(make_model(), rows, np.arange(count), loss=loss, max_grad_norm=1.0, padded_to=padded_to)
+        found.append(shapes)
+    assert found[0][-padded_to:] == [(1, 1)] * padded_to
+    assert found == [found[0]] * 4
 
 
 class Watched(np.ndarray[Any, Any]):
@@ -113,16 +113,16 @@ def test_as_many_rows_are_read_for_an_empty_batch_as_for_a_full_one(data: MakeDa
         clipped_gradient_sum(
             make_model(), watched, np.arange(count), loss=default_loss, max_grad_norm=1.0, padded_to=200
         )
-        assert Watched.read == [128, 128]
+        assert Watched.read == [128, 72]
 
 
 def test_a_row_whose_gradient_is_not_finite_counts_as_zero_and_harms_no_other(data: MakeData) -> None:
     """Else one row could turn the sum into NaN, which no noise hides, or make the party refuse, which tells of it."""
     rows = data(20)
+    rows.labels[4] = 7
 
     def loss(outputs: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-        values = default_loss(outputs, labels)
-        return values * torch.where(torch.arange(len(values)) == 4, torch.inf, 1.0)
+        return default_loss(outputs, labels) * torch.where(labels == 7, torch.inf, 1.0)
 
     everybody = np.arange(20, dtype=np.int64)
     found = clipped_gradient_sum(make_model(), rows, everybody, loss=loss, max_grad_norm=1.0)
@@ -154,7 +154,7 @@ def test_only_trainable_parameters_count_and_one_without_a_part_gets_zero(data: 
 
 
 REFUSED: list[tuple[str, dict[str, Any], str]] = [
-    ("batch normalisation", {"model": torch.nn.Sequential(torch.nn.Linear(4, 3), torch.nn.BatchNorm1d(3))}, "single"),
+    ("batch normalisation", {"model": torch.nn.Sequential(torch.nn.Linear(4, 3), torch.nn.BatchNorm1d(3))}, "mixes"),
     ("a mean", {"loss": lambda outputs, labels: default_loss(outputs, labels).mean()}, "one value for each example"),
     ("no norm", {"max_grad_norm": 0.0}, "clipping norm"),
     ("an infinite norm", {"max_grad_norm": float("inf")}, "clipping norm"),

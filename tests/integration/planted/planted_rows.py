@@ -26,16 +26,18 @@ NOTEBOOK: Final = "PLANTED_NOTEBOOK"
 WATCHED: Final = "PLANTED_WATCHED"
 """In the environment: what a party's worker computes is noted once this module is imported there."""
 
-ROWS: Final = 201_307
+ROWS: Final = 20_147
 """So many that a count of rows, or of those in a batch, is a number that nothing else here is."""
 LABEL: Final = 734_519
-"""Of the bad row: not a class."""
-NOTED_CALLS: Final = 5
-"""Of the loss: under fedsgd it is called for some hundred parts of a batch."""
+"""Of a bad row: not a class."""
+BAD_ROWS: Final = slice(0, None, 7)
+"""So many that every batch has some."""
+NOTED_CALLS: Final = 40
+"""Of the loss, which is called for every row, and some times before for public ones."""
 PARTS: Final = 5
 """Of a sum that are noted, of some hundred: the whole is noted in the end."""
 SECRET: Final = 0.591_837_25
-"""Of the bad row too, in the text of an error."""
+"""Of a bad row too, in the text of an error."""
 MARKERS: Final = np.array(
     [
         [0.735_19, 0.269_43, 0.481_57],
@@ -83,25 +85,16 @@ def watch(put: Callable[[Any, str, Any], None]) -> None:
     def of_a_part(_: Any, added: Any) -> None:
         if len(_noted_parts) < PARTS:
             _noted_parts.append(None)
-            _vector(added.total)
+            _vector(added[0])
 
-    around(per_example.ClippedSums, "_add", of_a_part)
+    around(per_example.ClippedSums, "_of_chunk", of_a_part)
     around(dpsgd, "secure_normals", lambda _, noise: _vector(noise))
     around(dpsgd, "poisson_sample", sampled)
     around(party_work, "poisson_sample", sampled)
     around(party_work, "discrete_gaussian", lambda _, noise: _vector(noise))
+    around(dpsgd, "noised_sum", lambda given, result: _vectors(given[0], result))
     for name in ("clip", "encode", "encode_sum", "_with_share"):
         around(party_work, name, lambda given, result: _vectors(given[0], result))
-    real_add_noise = dpsgd.SecureDPOptimizer.add_noise
-
-    def add_noise(optimizer: Any) -> None:
-        for parameter in optimizer.params:
-            _vector(parameter.summed_grad.detach())
-        real_add_noise(optimizer)
-        for parameter in optimizer.params:
-            _vector(parameter.grad)
-
-    put(dpsgd.SecureDPOptimizer, "add_noise", add_noise)
 
 
 def _vectors(*given: Any) -> None:
@@ -124,7 +117,7 @@ def _index(_: str) -> None:
 
 
 def _memory(_: str) -> None:
-    np.empty((ROWS, 1 << 40))
+    np.empty((LABEL, 1 << 40))
 
 
 def _leave(text: str) -> None:
@@ -163,8 +156,8 @@ class PlantedTask:
         return model
 
     def load_data(self, options: Mapping[str, object]) -> Dataset:
-        """The planted rows. `fail` is what a bad row does in training, `unreadable` when it is read; for party
-        `fails_at` (anybody, if absent)."""
+        """The planted rows, `rows` of them. `fail` is what a bad row does in training, `unreadable` when it is read;
+        for party `fails_at` (anybody, if absent)."""
         mine = options.get("fails_at") in (None, options.get("who"))
         self._fail = str(options.get("fail") or "") if mine else ""
         _noted.clear()
@@ -174,28 +167,29 @@ class PlantedTask:
         note("count", [ROWS, LABEL])
         if mine and options.get("unreadable"):
             FAILURES[str(options["unreadable"])]("a bad row")
-        return _dataset(MARKERS, ROWS)
+        dataset = _dataset(MARKERS, int(str(options.get("rows") or ROWS)))
+        if self._fail:
+            dataset.labels[BAD_ROWS] = LABEL
+        return dataset
 
     def load_holdout(self, options: Mapping[str, object]) -> Dataset:
         """Public rows."""
         return _dataset(np.array([[1, 0, 0], [0, 1, 0], [0, 0, 1]], np.float32), 30)
 
     def loss(self, outputs: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-        """Cross entropy; a bad row is met in the second batch, or in a later part of the first."""
+        """Cross entropy, but for bad rows."""
         losses = default_loss(outputs, labels)
         self._calls += 1
         if self._calls <= NOTED_CALLS:
             self._note(losses, outputs)
-        if self._fail and self._calls > 1:
+        if self._fail and (labels == LABEL).any():
             FAILURES[self._fail]("a bad row")
         return losses
 
     def _note(self, losses: torch.Tensor, outputs: torch.Tensor) -> None:
         found = losses.detach().numpy()
         note("values", np.unique(found))
-        note("values", [found.sum(), found.mean(), found.std()])
         note("values", np.unique(outputs.detach().numpy()))
-        note("count", [len(found)])
 
 
 def _dataset(rows: NDArray[np.float32], count: int) -> Dataset:

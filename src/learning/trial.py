@@ -1,0 +1,374 @@
+"""A model and its loss, tried on public rows before a private one is looked at: is a row's gradient its own affair?
+
+What is computed of a row must depend on that row alone: not on the rows beside it, not on what was computed before, not
+on chance. In training each row is computed by itself (`per_example`), so nothing of this costs anybody their privacy;
+but a loss that standardises by the batch, or a model that drops the axis of rows, learns something else than its author
+believes, and is refused here, with the line where that can be found.
+
+Rows and parameters are public numbers: what an aggregator sends has no say in what is found.
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+import traceback
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import zip_longest
+from pathlib import Path
+from types import CodeType, FrameType
+from typing import Any, Final
+
+import numpy as np
+import torch
+from torch.overrides import TorchFunctionMode
+
+from ..errors import InvalidInput
+from .public_draws import public_normals, public_uniforms
+from .task import Loss
+
+COMPANIES: Final = (2, 3, 5)
+"""Rows beside each other: an even number, odd ones, and more than one axis of a small model could be taken for."""
+
+TOLERANCE: Final = 1e-6
+"""Relative, between what is computed of a row alone and in company: ten digits above what float64 rounds off, and far
+below what mixing rows does."""
+
+_ROWS: Final = max(COMPANIES)
+_KINDS: Final = ("normal", "binary", "blank")
+"""What the features of public rows are: for a model that takes no fractions, zeros and ones; for one that takes not
+even these, zeros alone."""
+
+
+@dataclass(frozen=True, slots=True)
+class PublicRow:
+    """A row that is nobody's, on which loss and gradient can be computed.
+
+    Attributes:
+        features: float64, shape (1, …).
+        labels: shape (1,).
+    """
+
+    features: torch.Tensor
+    labels: torch.Tensor
+
+
+def try_out(
+    model: torch.nn.Module,
+    loss: Loss,
+    parameters: Sequence[torch.nn.Parameter],
+    *,
+    shape: tuple[int, ...],
+    label_dtype: np.dtype[Any],
+) -> PublicRow:
+    """Compute public rows alone and beside others, and refuse a model or loss for which that is not the same.
+
+    Args:
+        model: float64, in training mode; it is left as it was.
+        loss: one loss for each example, shape (n,).
+        parameters: that are trained; set to public numbers meanwhile.
+        shape: of one row's features.
+        label_dtype: of labels as the data set has them.
+
+    Returns:
+        A row of those that were computed.
+
+    Raises:
+        InvalidInput: a row's loss or gradient depends on others, on chance or on what was computed before; or none can
+            be computed. Says where in the task's code, if that can be found. All it says is of public rows.
+    """
+    if label_dtype.kind not in "iufb":
+        raise InvalidInput(f"labels are whole numbers for classes, or floats; here they are {label_dtype}")
+    _refuse_layers(model)
+    trial = _Trial(model, loss, parameters)
+    failed: Exception | None = None
+    for own in (False, True):  # public parameters; the model's own, if nothing can be computed with those
+        with trial.parameters(own=own):
+            for kind in _KINDS:
+                rows = _public_rows(kind, shape, label_dtype)
+                try:
+                    if trial.run(rows):
+                        return PublicRow(rows[0][:1].clone(), rows[1][:1].clone())
+                except InvalidInput:
+                    raise
+                except Exception as error:  # of the task's own code, which may raise anything
+                    failed = error
+    if failed is None:
+        raise InvalidInput("no loss of this model is a finite number, on public rows")
+    raise InvalidInput(
+        f"model and loss cannot be computed in float64, on public rows with features of shape {shape}: "
+        f"{type(failed).__name__}: {failed}{_raised_at(failed)}"
+    ) from failed
+
+
+def checked_losses(losses: torch.Tensor, examples: int) -> torch.Tensor:
+    """`losses` as they are; InvalidInput unless there is one for each example, shape (examples,)."""
+    # A mean over the batch would make every clipped gradient a function of the other examples.
+    if losses.shape != (examples,):
+        raise InvalidInput(
+            f"a task's loss returns one value for each example, shape (n,), with no reduction; of {examples} it "
+            f"returned shape {tuple(losses.shape)}"
+        )
+    return losses
+
+
+class _Trial:
+    """One model, one loss."""
+
+    def __init__(self, model: torch.nn.Module, loss: Loss, parameters: Sequence[torch.nn.Parameter]) -> None:
+        self._model, self._loss, self._parameters = model, loss, parameters
+
+    @contextmanager
+    def parameters(self, *, own: bool) -> Iterator[None]:
+        """Parameters are public numbers inside, or (`own`) what they are; afterwards what they were."""
+        before = [parameter.detach().clone() for parameter in self._parameters]
+        try:
+            if not own:
+                for number, parameter in enumerate(self._parameters):
+                    _set(parameter, number)
+            yield
+        finally:
+            for parameter, values in zip(self._parameters, before, strict=True):
+                _put(parameter, values)
+
+    def run(self, rows: tuple[torch.Tensor, torch.Tensor]) -> bool:
+        """Whether a loss and gradient of these rows are finite, and can be compared; raises InvalidInput for what
+        differs, and what the task raises if no row can be computed by itself."""
+        with self._nothing_drawn(), self._nothing_kept():
+            alone = self._alone(rows)
+            again = self._of(rows, [0])
+        if not all(torch.isfinite(values).all() for found in alone for values in found):
+            return False
+        if not all(torch.equal(*pair) for pair in zip(alone[0], again, strict=True)):
+            raise InvalidInput(
+                "DP-SGD cannot train this model: of the same row something else is computed the second time; it draws "
+                f"random numbers, or keeps something of the rows before it{self._somewhere()}"
+            )
+        for count in COMPANIES:
+            self._compare(rows, count, alone)
+        return True
+
+    def _alone(self, rows: tuple[torch.Tensor, torch.Tensor]) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        """Loss, shape (1,), and gradient, shape (d,), of each row by itself."""
+        return [self._by_itself(rows, row) for row in range(_ROWS)]
+
+    def _by_itself(self, rows: tuple[torch.Tensor, torch.Tensor], row: int) -> tuple[torch.Tensor, torch.Tensor]:
+        try:
+            return self._of(rows, [row])
+        except Exception as error:
+            try:
+                self._of(rows, [row, (row + 1) % _ROWS])
+            except Exception:
+                raise error from None
+            raise InvalidInput(
+                f"a row cannot be computed by itself, though two together can: {type(error).__name__}: {error}"
+                f"{_raised_at(error) or self._somewhere()}; squeeze() without an axis, for one, drops the axis of rows "
+                "where there is one row: squeeze(-1) keeps it"
+            ) from error
+
+    def _of(self, rows: tuple[torch.Tensor, torch.Tensor], which: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Losses, shape (n,), and the gradient of their weighted sum, shape (d,), of these rows together."""
+        features, labels = (each[which].clone() for each in rows)
+        losses = checked_losses(self._loss(self._model(features), labels), len(which))
+        found = torch.autograd.grad((_weights()[which] * losses).sum(), self._parameters, allow_unused=True)
+        parts = [
+            torch.zeros_like(parameter).reshape(-1) if part is None else part.reshape(-1)
+            for part, parameter in zip(found, self._parameters, strict=True)
+        ]
+        return losses.detach(), torch.cat(parts)
+
+    def _compare(
+        self, rows: tuple[torch.Tensor, torch.Tensor], count: int, alone: list[tuple[torch.Tensor, torch.Tensor]]
+    ) -> None:
+        try:
+            losses, gradient = self._of(rows, list(range(count)))
+        except InvalidInput:
+            raise
+        except Exception as error:
+            raise InvalidInput(
+                f"a row can be computed by itself, but not beside others ({count} rows): {type(error).__name__}: "
+                f"{error}{_raised_at(error)}; an axis of another length may be taken for that of the rows"
+            ) from error
+        expected = torch.cat([found[0] for found in alone[:count]])
+        gradients = torch.stack([found[1] for found in alone[:count]])
+        reach = float(torch.linalg.vector_norm(gradients, dim=1).sum())
+        off = float(torch.linalg.vector_norm(gradient - gradients.sum(dim=0)))
+        same = bool(((losses - expected).abs() <= TOLERANCE * (1.0 + expected.abs())).all())
+        if not same or not off <= TOLERANCE * reach:
+            raise InvalidInput(
+                f"DP-SGD cannot train this model: the {'gradient' if same else 'loss'} of a row depends on the rows "
+                f"beside it ({count} rows){self._where(rows, count)}"
+            )
+
+    @contextmanager
+    def _nothing_drawn(self) -> Iterator[None]:
+        """Refuses what is drawn from torch's generator inside."""
+        before = torch.get_rng_state()
+        yield
+        drawn = not torch.equal(before, torch.get_rng_state())
+        torch.set_rng_state(before)
+        if drawn:
+            named = [name for name, module in self._model.named_modules() if _drops(module)]
+            layers = f" (layer {', '.join(named)}: leave it out, or p=0)" if named else self._somewhere()
+            raise InvalidInput(
+                f"DP-SGD cannot train this model: it draws random numbers as it computes, as dropout does{layers}"
+            )
+
+    @contextmanager
+    def _nothing_kept(self) -> Iterator[None]:
+        """Refuses buffers that change inside, and puts them back."""
+        before = {name: (value, value.clone()) for name, value in self._model.named_buffers()}
+        yield
+        changed = [name for name, value in self._model.named_buffers() if not _unchanged(value, before.get(name))]
+        for value, kept in before.values():
+            value.copy_(kept)
+        if changed:
+            raise InvalidInput(
+                "DP-SGD cannot train this model: it keeps something of each row that it sees, as running statistics do "
+                f"(buffer {', '.join(changed[:3])}): track_running_stats=False, where that is what it is"
+            )
+
+    def _where(self, rows: tuple[torch.Tensor, torch.Tensor], count: int) -> str:
+        """The first operation of which a row's part is another one in company."""
+        try:
+            company, *alone = (self._trace(rows, which) for which in (list(range(count)), [0], [1]))
+            for step, *own in zip_longest(company, *alone):
+                if step is None or None in own:
+                    break
+                if not all(_is_part(step[1], each[1], row, count) for row, each in enumerate(own)):
+                    return f": {step[0]}" if step[0] else self._somewhere()
+        except Exception:  # noqa: S110  # a hint that cannot be had
+            pass
+        return self._somewhere()
+
+    def _trace(self, rows: tuple[torch.Tensor, torch.Tensor], which: list[int]) -> list[tuple[str, torch.Tensor]]:
+        features, labels = (each[which].clone() for each in rows)
+        with torch.no_grad(), _Steps() as steps:
+            self._loss(self._model(features), labels)
+        return list(steps.seen)
+
+    def _somewhere(self) -> str:
+        """Where the task's own code begins, as far as it has any: a hint where no line is known."""
+        found = [_code_of(self._loss), *(_code_of(type(module).forward) for module in self._model.modules())]
+        places = dict.fromkeys(_line(Path(code.co_filename), code.co_firstlineno) for code in found if code is not None)
+        return f" (look at {', '.join(list(places)[:3])})" if places else ""
+
+
+class _Steps(TorchFunctionMode):
+    """Notes each tensor that torch computes, and the line of the task that asked for it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[tuple[str, torch.Tensor]] = []
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if isinstance(result, torch.Tensor):
+            self.seen.append((_asked_at(sys._getframe(1)), result.detach().clone()))
+        return result
+
+
+def _refuse_layers(model: torch.nn.Module) -> None:
+    """By name, what is known to mix rows: a line of its own says what to take instead."""
+    for name, module in model.named_modules():
+        if isinstance(module, torch.nn.modules.batchnorm._BatchNorm):
+            raise InvalidInput(
+                f"DP-SGD cannot train this model: {type(module).__name__} ({name or 'the model'}) mixes the rows of a "
+                "batch; take GroupNorm or LayerNorm"
+            )
+
+
+def _drops(module: torch.nn.Module) -> bool:
+    """Whether a layer draws: dropout, or what has a dropout of its own (attention, recurrent layers)."""
+    own = "p" if "dropout" in type(module).__name__.lower() else "dropout"
+    share = getattr(module, own, None)
+    return isinstance(share, float) and share > 0.0
+
+
+def _public_rows(kind: str, shape: tuple[int, ...], label_dtype: np.dtype[Any]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Features, float64 of shape (rows, …), and labels, shape (rows,): whole numbers 0 and 1, or any numbers."""
+    values = _ROWS * math.prod(shape)
+    if kind == "normal":
+        features = public_normals(values, "trial/features")
+    else:
+        features = np.round(public_uniforms(values, "trial/features")) * (kind == "binary")
+    labels = np.array([0, 1, 1, 0, 1]) * (kind != "blank")
+    if label_dtype.kind == "f":
+        labels = labels + (public_normals(_ROWS, "trial/labels") if kind == "normal" else np.zeros(_ROWS))
+    wide = np.float64 if label_dtype.kind == "f" else label_dtype
+    return torch.from_numpy(features.reshape(_ROWS, *shape)), torch.from_numpy(labels.astype(wide))
+
+
+def _weights() -> torch.Tensor:
+    """Of each row's loss in what is differentiated, so that no two rows' gradients can stand for each other."""
+    return torch.tensor([1.0, 0.5, 1.5, 0.75, 1.25], dtype=torch.float64)
+
+
+def _set(parameter: torch.nn.Parameter, number: int) -> None:
+    """Public numbers of a size at which nothing saturates: variance 1 over the number of inputs; about ½ where there is
+    one for each unit (a bias, a scale)."""
+    draws = public_normals(parameter.numel(), f"trial/parameter/{number}")
+    wide = parameter.ndim > 1 and parameter.numel() > 0
+    values = draws / math.sqrt(parameter.numel() / len(parameter)) if wide else 0.5 + 0.1 * draws
+    _put(parameter, torch.from_numpy(values.reshape(parameter.shape)))
+
+
+def _put(parameter: torch.nn.Parameter, values: torch.Tensor) -> None:
+    with torch.no_grad():
+        parameter.copy_(values)
+
+
+def _unchanged(value: torch.Tensor, before: tuple[torch.Tensor, torch.Tensor] | None) -> bool:
+    return before is not None and value is before[0] and torch.equal(value, before[1])
+
+
+def _is_part(together: torch.Tensor, alone: torch.Tensor, row: int, count: int) -> bool:
+    """Whether what was computed of a row alone is that row's part of what was computed of all."""
+    if together.shape == alone.shape:
+        return _close(together, alone)
+    if together.ndim != alone.ndim:
+        return False
+    axes = [axis for axis in range(together.ndim) if together.shape[axis] != alone.shape[axis]]
+    if len(axes) != 1 or (together.shape[axes[0]], alone.shape[axes[0]]) != (count, 1):
+        return False
+    return _close(together.select(axes[0], row), alone.select(axes[0], 0))
+
+
+def _close(one: torch.Tensor, other: torch.Tensor) -> bool:
+    return torch.allclose(one.double(), other.double(), rtol=TOLERANCE, atol=TOLERANCE, equal_nan=True)
+
+
+def _asked_at(frame: FrameType | None) -> str:
+    """The innermost line of the task's own code on the stack; empty where there is none."""
+    while frame is not None:
+        if _is_the_tasks(Path(frame.f_code.co_filename)):
+            return _line(Path(frame.f_code.co_filename), frame.f_lineno)
+        frame = frame.f_back
+    return ""
+
+
+def _raised_at(error: BaseException) -> str:
+    """ " (file:line)" of the task's own code from which it was raised, or nothing."""
+    for frame in reversed(traceback.extract_tb(error.__traceback__)):
+        if _is_the_tasks(Path(frame.filename)):
+            return f" ({_line(Path(frame.filename), frame.lineno or 0)})"
+    return ""
+
+
+def _code_of(function: Any) -> CodeType | None:
+    """Of a function of the task's own; None of any other."""
+    code = getattr(getattr(function, "__func__", function), "__code__", None)
+    return code if isinstance(code, CodeType) and _is_the_tasks(Path(code.co_filename)) else None
+
+
+def _is_the_tasks(file: Path) -> bool:
+    """Whether a file is neither torch's, nor one of ours, nor made up."""
+    libraries = (Path(torch.__file__).parent, Path(np.__file__).parent)
+    ours = file.parent == Path(__file__).parent
+    return file.suffix == ".py" and not ours and not any(library in file.parents for library in libraries)
+
+
+def _line(file: Path, number: int) -> str:
+    return f"{file.name}:{number}"
