@@ -10,11 +10,12 @@ Rows and parameters are public numbers: what an aggregator sends has no say in w
 
 from __future__ import annotations
 
+import contextlib
 import math
 import sys
 import traceback
+import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import zip_longest
 from pathlib import Path
@@ -89,7 +90,10 @@ def try_out(
             for kind in _KINDS:
                 rows = _public_rows(kind, shape, label_dtype)
                 try:
-                    if trial.run(rows):
+                    with warnings.catch_warnings():
+                        warnings.simplefilter("ignore")  # what torch has to say of one row says the error, if any
+                        works = trial.run(rows)
+                    if works:
                         return PublicRow(rows[0][:1].clone(), rows[1][:1].clone())
                 except InvalidInput:
                     raise
@@ -120,7 +124,7 @@ class _Trial:
     def __init__(self, model: torch.nn.Module, loss: Loss, parameters: Sequence[torch.nn.Parameter]) -> None:
         self._model, self._loss, self._parameters = model, loss, parameters
 
-    @contextmanager
+    @contextlib.contextmanager
     def parameters(self, *, own: bool) -> Iterator[None]:
         """Parameters are public numbers inside, or (`own`) what they are; afterwards what they were."""
         before = [parameter.detach().clone() for parameter in self._parameters]
@@ -139,7 +143,8 @@ class _Trial:
         with self._nothing_drawn(), self._nothing_kept():
             alone = self._alone(rows)
             again = self._of(rows, [0])
-        if not all(torch.isfinite(values).all() for found in alone for values in found):
+        if not all(map(_is_finite, alone)):
+            self._never_finite_alone(rows)
             return False
         if not all(torch.equal(*pair) for pair in zip(alone[0], again, strict=True)):
             raise InvalidInput(
@@ -150,6 +155,19 @@ class _Trial:
             self._compare(rows, count, alone)
         return True
 
+    def _never_finite_alone(self, rows: tuple[torch.Tensor, torch.Tensor]) -> None:
+        """Refuses what is a number for rows together and none for each by itself, as a deviation over the batch is."""
+        everybody = list(range(_ROWS))
+        try:
+            together = self._of(rows, everybody)
+        except Exception:
+            return
+        if _is_finite(together):
+            raise InvalidInput(
+                "DP-SGD cannot train this model: the loss of a row depends on the rows beside it, and is no finite "
+                f"number without them{self._where(rows, everybody)}"
+            )
+
     def _alone(self, rows: tuple[torch.Tensor, torch.Tensor]) -> list[tuple[torch.Tensor, torch.Tensor]]:
         """Loss, shape (1,), and gradient, shape (d,), of each row by itself."""
         return [self._by_itself(rows, row) for row in range(_ROWS)]
@@ -158,13 +176,14 @@ class _Trial:
         try:
             return self._of(rows, [row])
         except Exception as error:
+            pair = [row, (row + 1) % _ROWS]
             try:
-                self._of(rows, [row, (row + 1) % _ROWS])
+                self._of(rows, pair)
             except Exception:
                 raise error from None
             raise InvalidInput(
                 f"a row cannot be computed by itself, though two together can: {type(error).__name__}: {error}"
-                f"{_raised_at(error) or self._somewhere()}; squeeze() without an axis, for one, drops the axis of rows "
+                f"{self._where(rows, pair)}; squeeze() without an axis, for one, drops the axis of rows "
                 "where there is one row: squeeze(-1) keeps it"
             ) from error
 
@@ -199,10 +218,10 @@ class _Trial:
         if not same or not off <= TOLERANCE * reach:
             raise InvalidInput(
                 f"DP-SGD cannot train this model: the {'gradient' if same else 'loss'} of a row depends on the rows "
-                f"beside it ({count} rows){self._where(rows, count)}"
+                f"beside it ({count} rows){self._where(rows, list(range(count)))}"
             )
 
-    @contextmanager
+    @contextlib.contextmanager
     def _nothing_drawn(self) -> Iterator[None]:
         """Refuses what is drawn from torch's generator inside."""
         before = torch.get_rng_state()
@@ -216,7 +235,7 @@ class _Trial:
                 f"DP-SGD cannot train this model: it draws random numbers as it computes, as dropout does{layers}"
             )
 
-    @contextmanager
+    @contextlib.contextmanager
     def _nothing_kept(self) -> Iterator[None]:
         """Refuses buffers that change inside, and puts them back."""
         before = {name: (value, value.clone()) for name, value in self._model.named_buffers()}
@@ -230,22 +249,19 @@ class _Trial:
                 f"(buffer {', '.join(changed[:3])}): track_running_stats=False, where that is what it is"
             )
 
-    def _where(self, rows: tuple[torch.Tensor, torch.Tensor], count: int) -> str:
+    def _where(self, rows: tuple[torch.Tensor, torch.Tensor], which: list[int]) -> str:
         """The first operation of which a row's part is another one in company."""
-        try:
-            company, *alone = (self._trace(rows, which) for which in (list(range(count)), [0], [1]))
-            for step, *own in zip_longest(company, *alone):
-                if step is None or None in own:
-                    break
-                if not all(_is_part(step[1], each[1], row, count) for row, each in enumerate(own)):
-                    return f": {step[0]}" if step[0] else self._somewhere()
-        except Exception:  # noqa: S110  # a hint that cannot be had
-            pass
+        company, *alone = (self._trace(rows, each) for each in (which, which[:1], which[1:2]))
+        for step, *own in zip_longest(company, *alone):
+            if step is None or None in own:
+                break
+            if not all(_is_part(step[1], each[1], row, len(which)) for row, each in enumerate(own)):
+                return f": {step[0]}" if step[0] else self._somewhere()
         return self._somewhere()
 
     def _trace(self, rows: tuple[torch.Tensor, torch.Tensor], which: list[int]) -> list[tuple[str, torch.Tensor]]:
         features, labels = (each[which].clone() for each in rows)
-        with torch.no_grad(), _Steps() as steps:
+        with torch.no_grad(), _Steps() as steps, contextlib.suppress(Exception):  # as far as it comes
             self._loss(self._model(features), labels)
         return list(steps.seen)
 
@@ -268,6 +284,10 @@ class _Steps(TorchFunctionMode):
         if isinstance(result, torch.Tensor):
             self.seen.append((_asked_at(sys._getframe(1)), result.detach().clone()))
         return result
+
+
+def _is_finite(found: tuple[torch.Tensor, torch.Tensor]) -> bool:
+    return all(bool(torch.isfinite(values).all()) for values in found)
 
 
 def _refuse_layers(model: torch.nn.Module) -> None:

@@ -153,6 +153,9 @@ MIXING: dict[str, tuple[Build, Any, tuple[int, ...], Any, str]] = {
     "standardised by the batch": (
         made(lambda m, x: m.b((x - x.mean(0)) / (x.square().mean(0) + 1.0))), default_loss, (6,), np.int64, ".mean"
     ),
+    "standardised by the batch's own deviation": (
+        made(lambda m, x: m.b((x - x.mean(0)) / x.std(0))), default_loss, (6,), np.int64, ".mean"
+    ),
     "softmax over the batch": (
         made(lambda m, x: functional.log_softmax(m.b(x), dim=0)), default_loss, (6,), np.int64, "softmax"
     ),
@@ -213,7 +216,7 @@ def square(outputs: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
 
 
 OTHER: dict[str, tuple[Build, Any, tuple[int, ...], Any, str]] = {
-    "squeeze": (Squeezed, default_loss, (6,), np.int64, r"by itself.*squeeze\(-1\)"),
+    "squeeze": (Squeezed, default_loss, (6,), np.int64, r"by itself.*: test_trial\.py:\d+; .*squeeze\(-1\)"),
     "squeeze in the task's loss": (
         linear(1), lambda o, y: (o.squeeze() - y)[: len(y)] ** 2 if len(y) > 1 else (o.squeeze()[0] - y) ** 2,
         (6,), np.float32, r"by itself.*test_trial\.py:\d+",
