@@ -1,0 +1,59 @@
+"""What a step of DP-SGD costs, each row by itself, beside an ordinary step on the same rows and bare autograd."""
+
+from __future__ import annotations
+
+import copy
+from typing import Final
+
+import numpy as np
+import torch
+
+from src.learning.dpsgd import noised_sum
+from src.learning.per_example import ClippedSums
+from src.learning.task import Dataset, default_loss
+from src.privacy.entropy import SystemEntropy
+
+from .measure import Figures, cpu_s, say
+
+ROWS: Final = 500
+WIDTHS: Final = {"177": (9, 16), "10k": (100, 100), "100k": (784, 128)}
+"""Inputs and hidden units of models with so many parameters."""
+
+REACH: Final[dict[str, tuple[str, float]]] = {"row_vs_bare_autograd_177": ("≤", 2)}
+"""What is to be reached: at least, or at most."""
+
+
+def run() -> Figures:
+    """For each model: microseconds a row; a step of DP-SGD over an ordinary float32 step; over one row's autograd."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    figures: Figures = {}
+    for name, widths in WIDTHS.items():
+        say(f"DP-SGD of {name} parameters, {ROWS} rows a step")
+        figures |= _of_model(name, *widths)
+    torch.set_num_threads(threads)
+    return figures
+
+
+def _of_model(name: str, inputs: int, hidden: int) -> Figures:
+    model = torch.nn.Sequential(torch.nn.Linear(inputs, hidden), torch.nn.Tanh(), torch.nn.Linear(hidden, 1))
+    generator = np.random.default_rng(0)
+    dataset = Dataset(
+        generator.normal(size=(ROWS, inputs)).astype(np.float32), generator.integers(0, 2, ROWS), "generated"
+    )
+    working, entropy, chosen = copy.deepcopy(model).double().train(), SystemEntropy(), np.arange(ROWS)
+    sums = ClippedSums(working, dataset, loss=default_loss, parameters=list(working.parameters()), max_grad_norm=1.0)
+    private = cpu_s(lambda: noised_sum(sums.over(dataset, chosen), 1.0, entropy=entropy))
+    features, labels = torch.from_numpy(dataset.features), torch.from_numpy(dataset.labels)
+    plain = cpu_s(lambda: _gradient(model, features, labels))
+    twin, wide = copy.deepcopy(model).double(), features.double()
+    bare = cpu_s(lambda: [_gradient(twin, wide[i : i + 1].clone(), labels[i : i + 1].clone()) for i in range(ROWS)])
+    return {
+        f"dp_sgd_row_us_{name}": private / ROWS * 1e6,
+        f"dp_sgd_vs_plain_step_{name}": private / plain,
+        f"row_vs_bare_autograd_{name}": private / bare,
+    }
+
+
+def _gradient(model: torch.nn.Module, features: torch.Tensor, labels: torch.Tensor) -> object:
+    return torch.autograd.grad(default_loss(model(features), labels).sum(), list(model.parameters()))
