@@ -10,42 +10,19 @@ one row. The divisor of a step is public (`sampling_rate * declared_rows`), so t
 from __future__ import annotations
 
 import copy
-import math
 from collections.abc import Iterator
-from typing import Final
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
 from ..privacy.entropy import Entropy
+from ..privacy.normals import secure_normals
 from ..privacy.sampling import poisson_sample
 from .per_example import ClippedSums
 from .settings import LocalTraining
 from .task import Dataset, Loss
 from .trial import checked_losses
-
-NORMALS_PER_DRAW: Final = 4
-"""Normals summed for one noise value, so that its low bits tell nothing of it: Holohan & Braghin 2021, "Secure Random
-Sampling in Differential Privacy", section 5.1, with n = 2."""
-
-_MANTISSA_BITS: Final = 53
-_WORD_BITS: Final = 64
-
-
-def secure_normals(count: int, entropy: Entropy) -> NDArray[np.float64]:
-    """`count` standard normals, float64, shape (count,).
-
-    Box & Muller 1958 from 53-bit uniforms; each value is the sum of `NORMALS_PER_DRAW` normals over its root. A single
-    normal is at most sqrt(2 · 53 · ln 2) = 8.57 in magnitude: what lies beyond has probability below 2⁻⁵³.
-    """
-    pairs = (count * NORMALS_PER_DRAW + 1) // 2
-    uniforms = (entropy.words(2 * pairs) >> np.uint64(_WORD_BITS - _MANTISSA_BITS)).astype(np.float64)
-    radius = np.sqrt(-2.0 * np.log((uniforms[:pairs] + 1.0) * 2.0**-_MANTISSA_BITS))  # the uniform is in (0, 1]
-    angle = uniforms[pairs:] * (2.0 * math.pi * 2.0**-_MANTISSA_BITS)
-    normals = np.concatenate((radius * np.cos(angle), radius * np.sin(angle)))[: count * NORMALS_PER_DRAW]
-    total: NDArray[np.float64] = normals.reshape(NORMALS_PER_DRAW, count).sum(axis=0) / math.sqrt(NORMALS_PER_DRAW)
-    return total
 
 
 def train_dpsgd(

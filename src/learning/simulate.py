@@ -19,10 +19,11 @@ from ..errors import ConfigError
 from ..privacy.clipping import clip
 from ..privacy.entropy import Entropy
 from ..privacy.noise import discrete_gaussian
+from ..privacy.normals import secure_normals
 from ..privacy.rounding import least_resolution_bits, project, round_to_nearest
 from ..privacy.sampling import poisson_sample
 from ..protocol.derive import Derived, derive_gradient_sum
-from .dpsgd import secure_normals, train_dpsgd
+from .dpsgd import train_dpsgd
 from .evaluation import evaluate
 from .flatten import flatten, load_tensors, model_to_tensors, unflatten
 from .gradients import clipped_gradient_sum

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from src.errors import ConfigError, InvalidInput
 from src.learning import dpsgd, per_example, trial
-from src.learning.dpsgd import secure_normals, train_dpsgd, train_plain
+from src.learning.dpsgd import train_dpsgd, train_plain
 from src.learning.flatten import flatten, model_to_tensors
 from src.learning.settings import LocalTraining
 from src.learning.task import Dataset, default_loss
@@ -141,19 +141,6 @@ def test_steps_draw_fresh_noise(data: MakeData, training: MakeTraining, entropy:
         for steps in (9, 1)
     ]
     assert 2.8 < ratio[0] / ratio[1] < 3.2
-
-
-def test_normals_pass_a_distribution_test(entropy: MakeEntropy) -> None:
-    """Kolmogorov–Smirnov against the normal, and lag-free: odd counts, neighbours and halves are uncorrelated."""
-    values = np.sort(secure_normals(200_001, entropy("normals")))
-    cdf = np.array([0.5 * math.erfc(-v / math.sqrt(2)) for v in values])
-    ranks = np.arange(1, len(values) + 1) / len(values)
-    assert np.abs(cdf - ranks).max() < 2.2 / math.sqrt(len(values))  # K > 2.2 has probability 1.3e-4; seeded
-    fresh = secure_normals(200_000, entropy("normals"))
-    limit = 4.5 / math.sqrt(100_000)
-    assert abs(np.mean(fresh[::2] * fresh[1::2])) < limit
-    assert abs(np.mean(fresh[:100_000] * fresh[100_000:])) < limit
-    assert secure_normals(0, entropy("none")).shape == (0,)
 
 
 def test_sampling_is_poisson(data: MakeData, training: MakeTraining, entropy: MakeEntropy) -> None:
