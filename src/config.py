@@ -15,9 +15,9 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Final, Literal
 
-from pydantic import BaseModel, Field
+from pydantic import BaseModel, Field, ValidationInfo, model_validator
 
-from .config_reader import ConfigPath, Loading, Model, override, validate
+from .config_reader import ConfigPath, Loading, Model, finish, loading, override, validate
 from .config_sections import (
     AggregatorKeys,
     AggregatorLimits,
@@ -112,6 +112,24 @@ class PartyConfig(_RoleDocument):
     limits: PartyLimits = section("what the aggregator may ask of this party")
     workers: WorkersSection = section("processes for CPU work")
     logging: LoggingSection = section("the log on stderr")
+
+    @model_validator(mode="after")
+    def _check_shared(self, info: ValidationInfo) -> PartyConfig:
+        state = loading(info)
+        for name, dataset in self.datasets.items():
+            other = self.datasets.get(dataset.budget_of or name)
+            problem = ""
+            if dataset.budget_of is not None and (other is None or other is dataset):
+                others = ", ".join(sorted(set(self.datasets) - {name})) or "there is none"
+                problem = f"must name another dataset of this file ({others})"
+            elif dataset.budget_of is not None and other is not None and other.budget_of is not None:
+                problem = f"must name a dataset with a budget of its own; {dataset.budget_of} spends another's"
+            elif dataset.budget_of is not None and dataset.budget is not None:
+                problem = f"must not stand beside a budget of its own: set that of {dataset.budget_of}"
+            if problem:
+                state.problems.append(f"datasets.{name}.budget_of: {problem}")
+        finish(info, state)
+        return self
 
     @property
     def database_path(self) -> Path:

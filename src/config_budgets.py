@@ -2,6 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
+import os
+from collections.abc import Mapping
+from contextlib import suppress
+from pathlib import Path
+
 from .config import AggregatorConfig, PartyConfig
 from .config_sections import AggregatorPrivacy, Budget
 from .privacy.budget import ANY, Account, Limits, subject_of
@@ -49,7 +55,8 @@ def party_limits(config: PartyConfig) -> Limits:
             },
             ("example", subject_of("job", ANY)): ("privacy.budgets.per_job.example", budgets.per_job.example),
             ("party", subject_of("job", ANY)): ("privacy.budgets.per_job.party", budgets.per_job.party),
-        }
+        },
+        datasets={task: subject_of("dataset", each.budget_of or task) for task, each in config.datasets.items()},
     )
 
 
@@ -72,15 +79,61 @@ def enforced(config: AggregatorConfig | PartyConfig | None) -> dict[Unit, dict[s
     if isinstance(config, AggregatorConfig):
         return {"party": {"federation": own, "party": None, "job": None}}
     return {
-        "example": {"dataset": frozenset({*config.datasets, ANY}), "user": None, "job": None},
+        "example": {"dataset": frozenset({*_spent_by_datasets(config), ANY}), "user": None, "job": None},
         "party": {"federation": own, "job": None},
     }
 
 
-def _limits(sections: dict[Account, tuple[str, Budget | None]]) -> Limits:
-    """Args: sections: each with its path in the configuration."""
+def _spent_by_datasets(config: PartyConfig) -> set[str]:
+    """The datasets whose budgets are spent: all that do not spend another's."""
+    return {each.budget_of or task for task, each in config.datasets.items()}
+
+
+def apart(config: PartyConfig) -> list[str]:
+    """A warning for datasets that may hold the same rows or people, and have no budget in common.
+
+    What their options name alike is said first; the values of options are private, and not said.
+    """
+    alone = sorted(_spent_by_datasets(config))
+    if len(alone) < 2:
+        return []
+    found = []
+    for one, other in itertools.combinations(alone, 2):
+        alike = _alike(config.datasets[one].options, config.datasets[other].options)
+        if alike:
+            found.append(
+                f"datasets {one} and {other} have the same {alike}: a row that both hold has two budgets, and is "
+                f"protected by neither. One budget for both: datasets.{other}.budget_of: {one}"
+            )
+    return found or [
+        f"datasets {', '.join(alone)} have a budget each: whoever has rows in several of them spends several budgets. "
+        f"Where they hold the same rows or people, set budget_of, such as datasets.{alone[1]}.budget_of: {alone[0]}"
+    ]
+
+
+def _alike(one: Mapping[str, object], other: Mapping[str, object]) -> str:
+    """Which options name the same data: all of them, or any that is the same file; "" for none."""
+    if one and one == other:
+        return "options"
+    for name, value in one.items():
+        same = [key for key, its in other.items() if _is_same_file(value, its)]
+        if same:
+            return f"file ({name})" if same[0] == name else f"file ({name}, {same[0]})"
+    return ""
+
+
+def _is_same_file(one: object, other: object) -> bool:
+    if not isinstance(one, str) or not isinstance(other, str) or not one or not other:
+        return False
+    with suppress(OSError, ValueError):
+        return Path(one).samefile(other)
+    return os.sep in one and os.path.normpath(one) == os.path.normpath(other)
+
+
+def _limits(sections: dict[Account, tuple[str, Budget | None]], *, datasets: dict[str, str] | None = None) -> Limits:
+    """Args: sections: each with its path in the configuration. datasets: as in `Limits`."""
     rows = {account: limit_of(section) for account, (_, section) in sections.items() if section is not None}
-    return Limits(rows, keys={account: sections[account][0] for account in rows})
+    return Limits(rows, keys={account: sections[account][0] for account in rows}, datasets=datasets or {})
 
 
 def limit_of(section: Budget) -> Limit:

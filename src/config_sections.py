@@ -11,7 +11,7 @@ import re
 from pathlib import Path
 from typing import Annotated, Any, Final, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationInfo, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
 
 from .config_reader import ConfigPath, finish, loading
 
@@ -263,6 +263,16 @@ class Budget(Section):
         return self
 
 
+def _with_default(kind: type[Section], name: str | None, data: Any) -> Any:
+    """A budget as written, with its default for what is not: a limit in rounds takes away none in ε, only null does.
+
+    What limits nothing is left as it is, to be refused.
+    """
+    if not isinstance(data, dict) or all(data.get(quantity) is None for quantity in ("max_rounds", "epsilon")):
+        return data
+    return {**kind.model_fields[name or ""].get_default(call_default_factory=True), **data}
+
+
 class AggregatorPrivacy(Section):
     """The aggregator's rules about noise, and the federation's party-level budget."""
 
@@ -278,8 +288,13 @@ class AggregatorPrivacy(Section):
         "of any one party inside that budget, such as {max_rounds: 100}: counts rounds that invite it; null: none",
     )
     parties: dict[PartyName, Budget] = Field(
-        default_factory=dict, description="of single parties, by name, such as a: {max_rounds: 50}; else per_party"
+        default_factory=dict, description="of single parties inside per_party, by name, such as a: {max_rounds: 50}"
     )
+
+    @field_validator("budget", mode="before")
+    @classmethod
+    def _keep_default(cls, data: Any, info: ValidationInfo) -> Any:
+        return _with_default(cls, info.field_name, data)
 
 
 class JobQuotas(Section):
@@ -296,7 +311,7 @@ class PartyBudgets(Section):
     """
 
     example: Budget = section(
-        "for one row of a dataset, spent by DP-SGD; a dataset may have a budget of its own", epsilon=4.0
+        "for one row of any dataset, spent by DP-SGD; a dataset may have a budget of its own inside it", epsilon=4.0
     )
     party: Budget = section("for this party as a whole, spent by every sum it contributes to", max_rounds=200)
     per_job: JobQuotas = section("quotas of any one job inside these")
@@ -305,9 +320,14 @@ class PartyBudgets(Section):
         description="quotas of users (whose data is trained on), by name, such as ada: {epsilon: 2.0}",
     )
     default_user_epsilon: float | None = setting(
-        None, "of a user who is not named above; null: such a user is refused", gt=0
+        None, "of any user, named above or not; null: one who is not named is refused", gt=0
     )
     default_user_delta: float = setting(1e-5, "the δ at which that ε is measured", gt=0, lt=1)
+
+    @field_validator("example", "party", mode="before")
+    @classmethod
+    def _keep_default(cls, data: Any, info: ValidationInfo) -> Any:
+        return _with_default(cls, info.field_name, data)
 
 
 class PartyPrivacy(Section):
@@ -324,7 +344,9 @@ class PartyPolicy(Section):
     min_quorum: int = setting(2, "smallest number of updates in a sum that hides this party's", ge=2)
     min_parties_noise_multiplier: float = setting(0.0, "least multiplier of the noise that the parties draw", ge=0)
     disclose_epsilon: bool = setting(True, "tell the aggregator the ε spent here; it depends on no data")
-    allow_without_dp: bool = setting(False, "true lets training here go without privacy; its ledger says so")
+    allow_without_dp: bool = setting(
+        False, "true allows training whose ε for a row is infinite: without noise, or with next to none; budgets hold"
+    )
 
 
 class DatasetSection(Section):
@@ -332,7 +354,12 @@ class DatasetSection(Section):
 
     declared_rows: int = Field(ge=1, description="a number of rows this party is willing to make public")
     user: UserName | None = setting(None, "whose data it is: it counts against their quota too; null: nobody's")
-    budget: Budget | None = setting(None, "of its rows, such as {epsilon: 2.0}; null: privacy.budgets.example")
+    budget: Budget | None = setting(
+        None, "of its rows, such as {epsilon: 2.0}, inside privacy.budgets.example; null: that alone"
+    )
+    budget_of: str | None = setting(
+        None, "another dataset, which has the same rows or people: both spend the budget of that one; null: its own"
+    )
     options: dict[str, Option] = Field(default_factory=dict, description="passed to the task as they are")
 
 

@@ -15,6 +15,7 @@ from ..jobs.states import utc
 from ..privacy.budget import ANY, Account, check_affordable, subject_of
 from ..privacy.entries import Entry
 from ..privacy.events import Event
+from ..privacy.in_force import in_force, without_effect
 from ..storage.books import Books, Cost
 from ..storage.heads import Head, HeadStore, check_heads
 from ..storage.ledger import LedgerStore
@@ -45,6 +46,12 @@ class Accounts:
             LedgerError: the chain is broken, or an entry is not signed by this aggregator; names the first bad entry.
         """
         return self._books.open(connection, at=utc(now))
+
+    def in_force(self, connection: Connection) -> tuple[list[str], list[str]]:
+        """(which limits are in force for the federation, each party and job that has one, warnings), in words."""
+        entries, limits = self._store.entries(connection), self._books.limits
+        lines = [in_force(limits, entries, account) for account in dict.fromkeys((self._account, *limits.rows))]
+        return lines, without_effect(limits)
 
     def check(self, connection: Connection, planned: Sequence[Planned]) -> None:
         """Raises BudgetError unless `planned` fits beside what is spent.

@@ -18,7 +18,7 @@ from ..communication.generated import budget_pb2_grpc, federation_pb2_grpc, jobs
 from ..communication.grpc_server import GrpcServer
 from ..communication.tls import TlsFiles
 from ..config import AggregatorConfig
-from ..config_budgets import limit_of, limits_of
+from ..config_budgets import limits_of
 from ..config_sections import split_address
 from ..jobs.admission import JobSettings
 from ..jobs.executors.pool import WorkerPool
@@ -159,6 +159,7 @@ class App:
         await self._database.open()
         for warning in await self._database.run(lambda c: self._accounts.open(c, now=time.time())):
             LOG.warning("%s", warning)
+        await self._log_limits()
         self._server.try_address()  # before the workers start, which takes seconds
         await self._coordinator.restore()
         await self._pool.start()
@@ -170,6 +171,13 @@ class App:
         if self.config.server.address_file is not None:
             _write_address(self.config.server.address_file, address)
         return address
+
+    async def _log_limits(self) -> None:
+        lines, warnings = await self._database.run(self._accounts.in_force)
+        for line in lines:
+            LOG.info("in force for %s", line)
+        for warning in warnings:
+            LOG.warning("%s", warning)
 
     async def stop(self) -> None:
         """Take nothing more, let what runs come to its end for a while, and leave the rest to the rows, from which the
@@ -214,12 +222,7 @@ def log_start(config: AggregatorConfig, federation: Federation, address: str) ->
         federation.roster.threshold,
         len(federation.roster.holders),
     )
-    LOG.info(
-        "noise by %s, %d colluders tolerated, party-level budget: %s",
-        privacy.noise_by,
-        privacy.colluders,
-        limit_of(privacy.budget),
-    )
+    LOG.info("noise by %s, %d colluders tolerated", privacy.noise_by, privacy.colluders)
     LOG.info(
         "%d to %d workers, %s at the start; state in %s",
         config.workers.min_size,

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from ..privacy.accounting import Estimate
     from ..privacy.budget import Account, Budget, Limits
     from ..privacy.events import Event, Unit
-    from ..privacy.ledger import Entry
+    from ..privacy.ledger import Entry, Limit
     from .budget_source import Source
 
 app = typer.Typer(
@@ -54,7 +54,7 @@ class Row:
     periods; `epsilon_at` is the ε spent at the δ that was asked for, converted from the mechanisms. `against` is from
     whom `epsilon_spent` (and `epsilon_at`) protects, `assumption` what it rests on; the same events against the
     aggregator, and if all others collude, are beside it; so they are for all periods together. `estimates` are None
-    unless they were asked for.
+    unless they were asked for. `sources` are all limits that hold, by who says so.
     """
 
     unit: Unit
@@ -80,6 +80,7 @@ class Row:
     assumption_against_aggregator: str
     epsilon_if_all_others_collude: float | None
     estimates: list[Estimate] | None
+    sources: dict[str, Limit]
 
 
 @app.callback()
@@ -104,6 +105,8 @@ def show(
 
     Reads beside the running role and writes nothing. A job's quota is shown when it is asked for: --subject job:ID.
     """
+    from ..privacy.in_force import in_force
+
     source = load(config, name=name, state_dir=state_dir)
     subject = as_entered(source, subject)
     role, entries, rows, warnings = read(source, unit=unit, subject=subject, delta=delta, estimates=estimates)
@@ -119,7 +122,9 @@ def show(
         typer.echo(json.dumps(body, ensure_ascii=False))
         return
     _print_table(role, rows, delta=delta)
-    accounts: list[Account] = [(row.unit, row.subject) for row in rows]
+    accounts: list[Account] = [*dict.fromkeys((row.unit, row.subject) for row in rows)]
+    for account in accounts:
+        say(f"in force for {in_force(source.limits, entries, account)}", hang="    ")
     if strangers := [account[1] for account in accounts if _is_stranger(source.limits, entries, account)]:
         say(f"{', '.join(strangers)}: refused, as not known here ({MAKES_KNOWN})")
     if subject is not None:
@@ -155,23 +160,39 @@ def read(
     if asked is None:
         asked = [account for account in _accounts(source.limits, entries) if unit in (None, account[0])]
     rows = [
-        _row(entries, budget, delta=delta, estimates=estimates)
+        replace(
+            _row(entries, budget, delta=delta, estimates=estimates), sources=source.limits.sources(entries, account)
+        )
         for account in asked
         for budget in _in_force(source.limits, entries, account)
     ]
     differ = source.limits.differences(entries)
     warnings = [difference(each, *both, key=source.limits.key(each)) for each, both in differ.items()]
-    return source.role, entries, rows, warnings
+    return source.role, entries, rows, [*warnings, *_cautions(source, entries, asked)]
+
+
+def _cautions(source: Source, entries: list[Entry], asked: Sequence[Account]) -> list[str]:
+    """What a start would warn of: rows whose ε nothing limits, limits without effect, datasets that share no budget."""
+    from ..config import PartyConfig
+    from ..config_budgets import apart
+    from ..privacy.in_force import without_effect, without_epsilon
+
+    kind = "user:" if source.config is None else "dataset:"
+    of_rows = [account for account in asked if account[1].startswith(kind)]
+    shared = apart(source.config) if isinstance(source.config, PartyConfig) else []
+    return [*without_epsilon(source.limits, entries, of_rows), *without_effect(source.limits), *shared]
 
 
 def _accounts(limits: Limits, entries: list[Entry]) -> Iterator[Account]:
-    """Every account that has a limit of its own or an entry; "kind:*" only where it stands for datasets not seen yet.
+    """Every account that has a limit of its own or an entry, and that of every dataset of the configuration; "kind:*"
+    only where it stands for datasets not seen yet.
 
     Those at example level first.
     """
     from ..privacy.budget import any_of
 
     seen: dict[Account, None] = dict.fromkeys(limits.rows)
+    seen |= dict.fromkeys(limits.dataset(name) for name in limits.datasets)
     for entry in entries:
         seen[entry.unit, entry.subject] = None
         if entry.user:
@@ -234,6 +255,7 @@ def _row(entries: list[Entry], budget: Budget, *, delta: float | None, estimates
         assumption_against_aggregator=aggregator.assumes,
         epsilon_if_all_others_collude=finite(others.epsilon),
         estimates=_estimates(found.events, budget.delta) if estimates else None,
+        sources={},
     )
 
 

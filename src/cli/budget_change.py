@@ -252,6 +252,7 @@ async def _write(
 
 def _report(source: Source, account: Account, *, entry: Entry, entries: list[Entry], as_json: bool) -> None:
     from ..privacy.budget import balance, resets
+    from ..privacy.in_force import in_force, without_epsilon
     from ..storage.books import difference
 
     budgets = source.limits.budgets(entries, account)
@@ -260,15 +261,18 @@ def _report(source: Source, account: Account, *, entry: Entry, entries: list[Ent
     warnings = [difference(each, *both, key=key) for each, both in differs.items() if each == account]
     warnings += _what_a_reset_means(entries, account, budgets) if resets(entry, account) else []
     warnings += _whom_it_admits(source, account, entry=entry, entries=entries)
+    if account[1].startswith(("dataset:", "user:" if source.config is None else "dataset:")):
+        warnings += without_epsilon(source.limits, entries, [account])
     if as_json:
-        in_force = [{**asdict(budget.limit), "rounds_left": _left(entries, budget)} for budget in budgets]
-        body = {"role": source.role, "entry": as_object(entry), "in_force": in_force, "warnings": warnings}
+        left = [{**asdict(budget.limit), "rounds_left": _left(entries, budget)} for budget in budgets]
+        body = {"role": source.role, "entry": as_object(entry), "in_force": left, "warnings": warnings}
         typer.echo(json.dumps(body, ensure_ascii=False))
         return
     say(describe(entry), hang=HANG)
     for budget in budgets:
         found = balance(entries, budget)
         say(f"in force: {budget.limit}; spent {counted(found.rounds_spent, 'round')}, ε {real(found.epsilon_spent)}")
+    say(f"by {in_force(source.limits, entries, account)}", hang=HANG)
     for warning in warnings:
         warn(warning)
 

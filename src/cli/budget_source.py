@@ -117,10 +117,13 @@ def _without_configuration(state_dir: Path | None) -> Source:
 
 
 def as_entered(source: Source, subject: str | None) -> str | None:
-    """A subject as this ledger has it: without a configuration job:ID is the job of that ID of `sotto train`."""
+    """A subject as this ledger has it: a dataset that spends another's budget stands for that one, and without a
+    configuration job:ID is the job of that ID of `sotto train`."""
     from .train_ledger import ledger_job_id
 
     kind, colon, name = (subject or "").partition(":")
+    if kind == "dataset" and name in source.limits.datasets:
+        return source.limits.datasets[name]
     if source.config is not None or kind != "job" or not colon or "/" in name or name in ("", "*"):
         return subject
     return f"job:{ledger_job_id(name)}"

@@ -201,12 +201,13 @@ def _purse(node: Node, plan: Plan, user: str, key: SigningKey) -> LedgerPurse:
     from .train_ledger import LedgerPurse
 
     dataset = plan.source.dataset
-    subject = subject_of("dataset", dataset) if dataset in node.datasets else subject_of("user", user)
+    own = dataset in node.datasets
     return LedgerPurse(
         node.location,
         key=key,
         limits=node.limits,
-        account=("example", subject),
+        account=node.limits.dataset(dataset) if own else ("example", subject_of("user", user)),
+        dataset=dataset if own else "",
         user=user,
         stated_delta=plan.job.delta,
     )

@@ -15,9 +15,11 @@ from sqlalchemy import URL, Connection, MetaData
 from ..errors import BudgetError, ConflictError, StateError
 from ..jobs.states import utc
 from ..privacy import ledger
-from ..privacy.budget import ANY, Account, Budget, Limits, balance, check_affordable, entered, subject_of
+from ..privacy.budget import ANY, Account, Limits, balance, check_affordable, entered, subject_of
 from ..privacy.events import Event, NonPrivate
+from ..privacy.in_force import limits_epsilon, without_epsilon
 from ..privacy.ledger import Entry, Limit, charges
+from ..privacy.moved import reason_of
 from ..protocol.ledger import EntrySigner
 from ..protocol.signing import SigningKey
 from ..storage.books import Books, Cost, reservation_id
@@ -39,10 +41,13 @@ class DefaultLimits(Limits):
 
     __slots__ = ()
 
-    def budgets(self, entries: Iterable[Entry], account: Account) -> tuple[Budget, ...]:
-        """The account's limit."""
-        limit = entered(entries, account) or self.configured(account)
-        return () if limit is None else (Budget.of(account, limit),)
+    def sources(self, entries: Iterable[Entry], account: Account) -> dict[str, Limit]:
+        """The account's limit alone."""
+        limit = entered(entries, account)
+        if limit is not None:
+            return {f"entered for {account[1]}": limit}
+        limit = self.configured(account)
+        return {} if limit is None else {"the default of a node without a configuration": limit}
 
     def differences(self, entries: Sequence[Entry]) -> dict[Account, tuple[Limit | None, Limit]]:
         """None: nothing else says anything."""
@@ -92,6 +97,7 @@ class LedgerPurse:
         key: of the role; signs every entry.
         limits: of the node.
         account: that is charged: of a dataset, or of the user where the rows are nobody's.
+        dataset: whose rows are trained on; "" where they are nobody's.
         user: whose data it is; their quota counts as well.
         stated_delta: the job's δ.
         clock: seconds since the epoch.
@@ -106,17 +112,19 @@ class LedgerPurse:
         account: Account,
         user: str,
         stated_delta: float,
+        dataset: str = "",
         clock: Callable[[], float] = time.time,
     ) -> None:
         self._location = location
         self._books = Books(LedgerStore(MetaData(), signer=EntrySigner(key)), limits, name_users=True)
         self._account = account
         self._user = user
+        self._dataset = dataset
         self._stated_delta = stated_delta
         self._clock = clock
         self._charged: tuple[str, int] | None = None
         self.warnings: list[str] = []
-        """Where configuration and ledger say something else of a budget."""
+        """Where configuration and ledger say something else of a budget, or nothing limits ε."""
 
     def reserve(self, job_id: str, event: Event) -> None:
         """As `Purse` says. A job_id that ran before is charged again, as another of its rounds.
@@ -140,10 +148,17 @@ class LedgerPurse:
         return self._run(self._spent)
 
     async def _reserve(self, job_id: str, event: Event) -> None:
-        cost = Cost(account=self._account, event=event, user=self._user, stated_delta=self._stated_delta)
+        cost = Cost(
+            account=self._account,
+            event=event,
+            user=self._user,
+            stated_delta=self._stated_delta,
+            reason=self._reason("" if not isinstance(event, NonPrivate) else "policy.allow_without_dp"),
+        )
         database = await self._open()
         try:
             self.warnings = await database.run(lambda connection: self._books.open(connection, at=self._now()))
+            self.warnings += await database.run(self._without_limit)
             number = await database.run(lambda connection: self._next_run(connection, job_id))
             try:
                 await database.run(lambda connection: self._charge(connection, job_id, number, cost=cost))
@@ -158,6 +173,17 @@ class LedgerPurse:
         finally:
             await database.close()
         self._charged = (job_id, number)
+
+    def _reason(self, further: str) -> str:
+        return reason_of(self._dataset, self._account, further=further) if self._dataset else further
+
+    def _without_limit(self, connection: Connection) -> list[str]:
+        """A warning where neither what is charged nor the user has a limit in ε."""
+        entries, limits = self._books.store.entries(connection), self._books.limits
+        owner: Account = (self._account[0], subject_of("user", self._user))
+        if any(limits_epsilon(limits, entries, account) for account in (self._account, owner)):
+            return []
+        return without_epsilon(limits, entries, [self._account])
 
     def _charge(self, connection: Connection, job_id: str, number: int, *, cost: Cost) -> None:
         if not isinstance(cost.event, NonPrivate):
@@ -177,7 +203,7 @@ class LedgerPurse:
             subject=subject,
             reservation_id=reservation_id(job_id, number, cost.account),
             event=cost.event,
-            reason="policy.allow_without_dp",
+            reason=cost.reason,
             user=cost.user,
         )
         self._books.store.add(connection, entry)

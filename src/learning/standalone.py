@@ -15,11 +15,12 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Final, Protocol
 
-from ..errors import ConfigError, InvalidInput, JobFailed, LimitError, PolicyError, Refused, SottoError, meaning
+from ..errors import ConfigError, InvalidInput, JobFailed, LimitError, Refused, SottoError, meaning
 from ..logs import muted, type_and_place
 from ..privacy.accounting import calibrate_dp_sgd, epsilon
 from ..privacy.entropy import Entropy
 from ..privacy.events import DpSgdSteps, Event, NonPrivate
+from ..privacy.guarantee import check_guarantee, guarantees_nothing
 from .settings import LocalTraining
 from .standalone_job import SYNTHETIC, TrainJob, default
 from .synthetic import ROWS, SyntheticTask
@@ -246,16 +247,16 @@ def run_plan(plan: Plan, *, purse: Purse, entropy: Entropy, max_model_bytes: int
 
 def _event(job: TrainJob, rate: float, steps: int, *, allow_without_dp: bool) -> Event:
     if not job.private:
-        if not allow_without_dp:
-            raise PolicyError("this node does not train without differential privacy (policy.allow_without_dp)")
-        return NonPrivate(unit="example", reason="dp.enabled: false")
+        without = NonPrivate(unit="example", reason="dp.enabled: false")
+        check_guarantee(without, delta=job.delta, allow_without_dp=allow_without_dp)
+        return without
     multiplier = job.noise_multiplier
     if multiplier is None:
         assert job.epsilon is not None  # the schema has one of them
         multiplier = calibrate_dp_sgd(epsilon=job.epsilon, delta=job.delta, sampling_rate=rate, steps=steps)
     event = DpSgdSteps(sampling_rate=rate, noise_multiplier=multiplier, steps=steps)
     costs = epsilon([event], delta=job.delta)
-    if math.isinf(costs):
+    if guarantees_nothing(event, delta=job.delta):
         raise _unusable(**{"dp.noise_multiplier": "so little noise gives no finite epsilon"})
     if job.epsilon is not None and costs > job.epsilon:
         raise Refused(

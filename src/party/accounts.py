@@ -8,10 +8,13 @@ from typing import NamedTuple
 from sqlalchemy import Connection, MetaData
 
 from ..config import PartyConfig
-from ..config_budgets import party_limits
+from ..config_budgets import apart, party_limits
 from ..errors import BudgetError
 from ..jobs.states import utc
 from ..privacy.budget import Account, Budget, balance, subject_of
+from ..privacy.guarantee import check_guarantee
+from ..privacy.in_force import in_force, without_effect, without_epsilon
+from ..privacy.moved import reason_of
 from ..protocol.derive import example_event, party_event
 from ..storage.books import Books, Cost
 from ..storage.heads import Head, HeadStore, check_heads
@@ -50,14 +53,28 @@ class PartyAccounts:
         """
         return self._books.open(connection, at=utc(now))
 
+    def in_force(self, connection: Connection) -> tuple[list[str], list[str]]:
+        """(which limits are in force for every dataset and for the party, warnings), in words."""
+        entries, limits = self._store.entries(connection), self._books.limits
+        rows: list[Account] = [*dict.fromkeys(limits.dataset(task) for task in self._config.datasets)]
+        party: Account = ("party", subject_of("federation", self._config.federation))
+        lines = [in_force(limits, entries, account) for account in (*rows, party)]
+        return lines, [*without_epsilon(limits, entries, rows), *without_effect(limits), *apart(self._config)]
+
     def reserve(self, connection: Connection, checked: CheckedPlan, *, now: float) -> None:
         """Charge a round to every account, once the rounds that the job is still priced for are affordable.
 
         Raises:
+            PolicyError: it would train without a guarantee for a row, and the policy does not allow that.
             BudgetError: one of the budgets does not allow the whole plan; nothing is charged. The transaction is
                 undone: `refuse` enters it in another one.
         """
-        plan = checked.plan
+        plan, config = checked.plan, self._config
+        check_guarantee(
+            example_event(plan),
+            delta=min(float(plan.local.delta), config.privacy.budgets.example.delta),
+            allow_without_dp=config.policy.allow_without_dp,
+        )
         self._books.reserve(connection, plan.job_id, plan.round, self._costs(connection, checked), at=utc(now))
 
     def refuse(self, connection: Connection, checked: CheckedPlan, error: BudgetError, *, now: float) -> None:
@@ -84,7 +101,7 @@ class PartyAccounts:
     def example_balance(self, connection: Connection, task: str, *, delta: float) -> ExampleBalance:
         """What a dataset's rows have spent, at `delta`, and what is left, at the δ of its limit."""
         entries = self._store.entries(connection)
-        account: Account = ("example", subject_of("dataset", task))
+        account = self._books.limits.dataset(task)
         everything = Budget(unit=account[0], subject=account[1], max_rounds=None, epsilon=None, delta=delta)
         limits = [each for each in self._books.limits.budgets(entries, account) if each.epsilon is not None]
         spent = balance(entries, everything).epsilon_spent
@@ -120,7 +137,7 @@ class PartyAccounts:
 
     def _costs(self, connection: Connection, checked: CheckedPlan) -> list[Cost]:
         plan = checked.plan
-        example: Account = ("example", subject_of("dataset", plan.task))
+        example = self._books.limits.dataset(plan.task)
         party: Account = ("party", subject_of("federation", plan.federation))
         dataset = self._config.datasets.get(plan.task)
         return [
@@ -129,6 +146,7 @@ class PartyAccounts:
                 event=example_event(plan),
                 rounds=self._rounds(connection, checked, example),
                 user=(dataset.user or "") if dataset else "",
+                reason=reason_of(plan.task, example),
                 stated_delta=float(plan.local.delta),
             ),
             Cost(

@@ -16,7 +16,6 @@ from ..communication.grpc_client import connect
 from ..communication.identity import Identity
 from ..communication.tls import TlsFiles
 from ..config import PartyConfig
-from ..config_budgets import limit_of
 from ..jobs.executors.pool import WorkerPool
 from ..jobs.executors.settings import PoolSettings
 from ..protocol.ledger import EntrySigner
@@ -90,9 +89,10 @@ class App:
         try:
             for warning in await self._database.run(lambda c: self._accounts.open(c, now=time.time())):
                 LOG.warning("%s", warning)
+            lines, warnings = await self._database.run(self._accounts.in_force)
             keep = await self._database.run(self._memory.blobs)
             await asyncio.to_thread(self._blobs.collect, keep)
-            self._log_start()  # before the workers start, which takes seconds: whoever started this wants to see it
+            self._log_start(lines, warnings)  # before the workers start, which takes seconds: somebody waits to see it
             await self._pool.start()
             await self._node.run()
         finally:
@@ -100,13 +100,16 @@ class App:
             await self._database.close()
             LOG.info("stopped")
 
-    def _log_start(self) -> None:
-        config, budgets = self.config, self.config.privacy.budgets
+    def _log_start(self, in_force: list[str], warnings: list[str]) -> None:
+        config = self.config
         LOG.info("Sotto %s, party %r of federation %r", __version__, config.name, config.federation)
         LOG.info("aggregator %s, custody %s, state in %s", config.server.address, config.keys.custody, config.state_dir)
-        LOG.info("budget for a row: %s; for this party: %s", limit_of(budgets.example), limit_of(budgets.party))
-        for warning in config.exposed():
+        for line in in_force:
+            LOG.info("in force for %s", line)
+        for warning in (*warnings, *config.exposed()):
             LOG.warning("%s", warning)
+        if config.policy.allow_without_dp:
+            LOG.warning("rows may be trained on without differential privacy (policy.allow_without_dp)")
         if config.keys.custody == "aggregator":
             LOG.warning("custody aggregator: the aggregator holds the key and can read this party's updates")
         if config.server.insecure:

@@ -87,6 +87,8 @@ def _check_ranges(plan: RoundPlan) -> None:
         "local.steps": 1 <= plan.local.steps <= MAX_LOCAL_STEPS,
         "local.sampling_rate": 0 < float(plan.local.sampling_rate) <= 1,
         "local.max_grad_norm": MIN_NORM <= float(plan.local.max_grad_norm) < math.inf,
+        "local.noise_multiplier": 0 <= float(plan.local.noise_multiplier) < math.inf,
+        "local.delta": 0 < float(plan.local.delta) < 1,
     }
     for field, holds in checks.items():
         if not holds:

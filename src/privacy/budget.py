@@ -6,7 +6,8 @@ are quotas inside it: a charge is written once, and counts on every account that
 the charge of a round is the federation's, and counts on every party that the round invited ("party:a").
 
 A limit comes from the configuration, and is entered into the ledger as a correction when it is first seen. From then on
-only a correction by an operator changes it: where the configuration says something else, both hold.
+only a correction by an operator changes it: where the configuration says something else, both hold. So do limits of one
+subject and of all of its kind, in the ledger as in the configuration: whatever says something, no other takes it back.
 """
 
 from __future__ import annotations
@@ -170,14 +171,20 @@ def balance(entries: Iterable[Entry], budget: Budget, *, ever: bool = False) -> 
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """What a role's configuration says. A subject "kind:*" stands for all of that kind without a row of their own.
+    """What a role's configuration says. A subject "kind:*" stands for all of that kind.
 
     Attributes:
         keys: where in the configuration each row is, for people: "privacy.budgets.party".
+        datasets: on which subject the rows of each dataset of the configuration are charged, by its name.
     """
 
     rows: Mapping[Account, Limit]
     keys: Mapping[Account, str] = field(default_factory=dict)
+    datasets: Mapping[str, str] = field(default_factory=dict)
+
+    def dataset(self, name: str) -> Account:
+        """On which the rows of a dataset are charged: its own, or that of another whose budget it shares."""
+        return "example", self.datasets.get(name, subject_of("dataset", name))
 
     def configured(self, account: Account) -> Limit | None:
         """By the configuration; None where it says nothing about it."""
@@ -199,14 +206,23 @@ class Limits:
         by_name = account[1] != any_of(account[1])
         return by_name and any((entry.unit, entry.subject) == account for entry in entries if _sets(entry))
 
-    def budgets(self, entries: Iterable[Entry], account: Account) -> tuple[Budget, ...]:
-        """What an account has to stay within: the smaller of the configuration's limit and that of the ledger.
+    def sources(self, entries: Iterable[Entry], account: Account) -> dict[str, Limit]:
+        """Every limit that an account has to stay within, by who says so, for people."""
+        unit, subject = account
+        kind: Account = (unit, any_of(subject))
+        by_ledger = _corrected(entries)
+        found = {f"entered for {each[1]}": by_ledger.get(each) for each in (account, kind)}
+        found |= {self.keys.get(each) or f"configured for {each[1]}": self.rows.get(each) for each in (account, kind)}
+        return {source: limit for source, limit in found.items() if limit is not None}
 
-        Two, where these are ε at two δ, which cannot be compared: each holds by itself. None where neither says
+    def budgets(self, entries: Iterable[Entry], account: Account) -> tuple[Budget, ...]:
+        """What an account has to stay within: of each quantity the smallest limit that anything says.
+
+        Several, where there is ε at several δ, which cannot be compared: each holds by itself. None where nothing says
         anything.
         """
-        limits = (entered(entries, account), self.configured(account))
-        return tuple(Budget.of(account, limit) for limit in _smaller(*limits))
+        limits = self.sources(entries, account).values()
+        return tuple(Budget.of(account, limit) for limit in intersected(limits))
 
     def invited(self, entries: Sequence[Entry]) -> list[Account]:
         """The parties with a budget that rounds have invited so far."""
@@ -260,21 +276,20 @@ def binds(one: Limit, other: Limit) -> bool:
     return any(mine is not None and (theirs is None or mine < theirs) for mine, theirs in pairs)
 
 
-def _smaller(one: Limit | None, other: Limit | None) -> tuple[Limit, ...]:
-    """What both allow."""
-    given = [limit for limit in (one, other) if limit is not None]
-    if len(given) < 2 or one == other:
-        return tuple(given[:1])
-    first, second = given
+def intersected(limits: Iterable[Limit]) -> tuple[Limit, ...]:
+    """What all of these allow: the fewest rounds, and at each δ the smallest ε. None of no limits."""
+    given = list(limits)
     rounds = min((limit.max_rounds for limit in given if limit.max_rounds is not None), default=None)
-    if first.epsilon is not None and second.epsilon is not None and first.delta != second.delta:
-        return (
-            Limit(max_rounds=rounds, epsilon=first.epsilon, delta=first.delta),
-            Limit(max_rounds=None, epsilon=second.epsilon, delta=second.delta),
-        )
-    epsilon = min((limit.epsilon for limit in given if limit.epsilon is not None), default=None)
-    delta = second.delta if first.epsilon is None else first.delta
-    return (Limit(max_rounds=rounds, epsilon=epsilon, delta=delta),)
+    epsilons: dict[float, float] = {}
+    for limit in given:
+        if limit.epsilon is not None:
+            epsilons[limit.delta] = min(limit.epsilon, epsilons.get(limit.delta, math.inf))
+    if not epsilons:
+        return tuple(Limit(max_rounds=rounds, epsilon=None, delta=limit.delta) for limit in given[-1:])
+    return tuple(
+        Limit(max_rounds=rounds if number == 0 else None, epsilon=epsilon, delta=delta)
+        for number, (delta, epsilon) in enumerate(epsilons.items())
+    )
 
 
 # --- what is refused --------------------------------------------------------------------------------------------------
@@ -346,7 +361,7 @@ def check_affordable(
         return
     additional = [event.repeated(rounds) for rounds, event in planned]
     together = composed_epsilon([*events, *additional], delta=budget.delta)
-    if together > budget.epsilon:
+    if not together <= budget.epsilon:
         spent = composed_epsilon(events, delta=budget.delta)
         asked = composed_epsilon(additional, delta=budget.delta)
         elsewhere = ""

@@ -17,6 +17,7 @@ from ..privacy import ledger
 from ..privacy.budget import ANY, Account, Budget, Limits, binds, check_affordable, subject_of
 from ..privacy.events import Event
 from ..privacy.ledger import LONGEST_TEXT, Charge, Entry, Limit, charges
+from ..privacy.moved import moved
 from .ledger import LedgerStore
 
 REFUSALS_A_DAY: Final = 200
@@ -34,6 +35,7 @@ class Cost:
         user: whose data it is; "" for nobody who is named.
         parties: whom the round invites; each has a budget of its own. Of a party's own ledger: nobody.
         stated_delta: the δ that the job counts with; None: it names none at this unit.
+        reason: of the charge, for who reads the ledger; what there is to say.
     """
 
     account: Account
@@ -42,6 +44,7 @@ class Cost:
     user: str = ""
     parties: tuple[str, ...] = ()
     stated_delta: float | None = None
+    reason: str = ""
 
 
 class Books:
@@ -61,7 +64,8 @@ class Books:
     # --- budgets ------------------------------------------------------------------------------------------------------
 
     def open(self, connection: Connection, *, at: str) -> list[str]:
-        """Verify the ledger, and enter the limits that it has seen none for; returns warnings for the operator.
+        """Verify the ledger, enter the limits that it has seen none for, and what datasets were charged on accounts
+        that they have no more; returns warnings for the operator.
 
         Raises:
             LedgerError: the chain is broken, or an entry is not signed as it must be; names the first bad entry.
@@ -70,7 +74,27 @@ class Books:
         for (unit, subject), limit in self.limits.unentered(self.store.entries(connection)).items():
             self.correct(connection, (unit, subject), action="configured", limit=limit, at=at, reason="")
         found = self.limits.differences(self.store.entries(connection))
-        return [difference(account, *both, key=self.limits.key(account)) for account, both in found.items()]
+        warnings = [difference(account, *both, key=self.limits.key(account)) for account, both in found.items()]
+        return [*warnings, *self._move(connection, at=at)]
+
+    def _move(self, connection: Connection, *, at: str) -> list[str]:
+        """Enter what datasets were charged on other accounts than theirs on theirs; says what."""
+        said = []
+        for each in moved(self.store.entries(connection), self.limits.datasets):
+            unit, subject = each.account
+            entry = ledger.open_balance(
+                self.store.entries(connection),
+                at=at,
+                unit=unit,
+                subject=subject,
+                reservation_id=each.reservation_id,
+                event=each.event,
+                charged_rounds=each.charged_rounds,
+                reason=each.reason,
+            )
+            self.store.add(connection, entry)
+            said.append(f"{each.charged_rounds} rounds count on {subject} from now on: {each.reason}")
+        return said
 
     def correct(
         self,
@@ -143,6 +167,7 @@ class Books:
                 subject=subject,
                 reservation_id=reservation_id(job_id, number, cost.account),
                 event=cost.event,
+                reason=cost.reason,
                 user=cost.user,
                 parties=cost.parties,
             )

@@ -228,7 +228,7 @@ def test_what_is_disclosed_names_its_delta_and_mixes_none(
     with engine.begin() as connection:
         both = again.accounts.example_balance(connection, "randhie", delta=1e-7)
         assert both == (found.spent, None, None)
-        free = make_books(example={"max_rounds": 9}, party={"max_rounds": 9}).accounts
+        free = make_books(example={"max_rounds": 9, "epsilon": None}, party={"max_rounds": 9}).accounts
         assert free.example_balance(connection, "other", delta=1e-5) == (0.0, 9.0, 1e-3)
 
 

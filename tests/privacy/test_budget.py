@@ -412,9 +412,10 @@ def in_force(limits: Limits, entries: list[Entry], account: Account = RANDHIE) -
     return [each.limit for each in limits.budgets(entries, account)]
 
 
-def test_a_limit_of_its_own_goes_before_that_of_its_kind() -> None:
+def test_a_limit_of_its_own_holds_beside_that_of_its_kind() -> None:
     limits = Limits({ANY_DATASET: limit(5), RANDHIE: limit(3)})
     assert in_force(limits, []) == [limit(3)]
+    assert in_force(Limits({ANY_DATASET: limit(5), RANDHIE: limit(8)}), []) == [limit(5)]
     assert in_force(limits, [], ("example", "dataset:other")) == [limit(5)]
     assert in_force(limits, [], ("example", "user:ada")) == []
     assert in_force(limits, [], ("party", "dataset:randhie")) == []
@@ -454,12 +455,15 @@ def test_of_ledger_and_configuration_the_smaller_counts_and_epsilons_at_two_delt
 
 
 def test_an_operator_raises_a_limit_by_an_entry_and_a_reset_leaves_it() -> None:
+    """That of all of its kind holds too, and is raised by an entry of its own."""
     limits, entries = Limits({ANY_DATASET: limit(9)}), list[Entry]()
     enter(entries, ANY_DATASET, limit(3), action="configured")
     assert in_force(limits, entries) == [limit(3)]
     enter(entries, RANDHIE, limit(7))
+    assert in_force(limits, entries) == [limit(3)]
+    enter(entries, ANY_DATASET, limit(8))
     assert in_force(limits, entries) == [limit(7)]
-    assert in_force(limits, entries, ("example", "dataset:other")) == [limit(3)]
+    assert in_force(limits, entries, ("example", "dataset:other")) == [limit(8)]
     enter(entries, RANDHIE, None, action="reset")
     assert in_force(limits, entries) == [limit(7)]
 
@@ -487,3 +491,47 @@ def test_known_is_who_is_configured_or_was_set_by_name() -> None:
     assert [Limits({}).knows(entries, each) for each in (ada, bob, eve, stranger)] == [False, True, False, False]
     assert [Limits({ada: limit(5)}).knows([], each) for each in (ada, bob, eve)] == [True, False, False]
     assert all(Limits({stranger: limit(5)}).knows([], each) for each in (ada, bob, eve))
+
+
+LIMITS = st.builds(
+    limit,
+    st.none() | st.integers(0, 6),
+    st.none() | st.sampled_from([0.0, 0.3, 0.6, 1.0, 1.4]),
+    st.sampled_from([1e-6, 1e-3]),
+)
+SOURCES = st.fixed_dictionaries(
+    {}, optional={"own row": LIMITS, "row of all": LIMITS, "own entry": LIMITS, "entry of all": LIMITS}
+)
+
+
+@settings(deadline=None, max_examples=150)
+@given(said=SOURCES, spent=st.integers(0, 4), asked=st.integers(1, 3))
+def test_what_is_allowed_is_what_every_source_allows_by_itself(said: dict[str, Limit], spent: int, asked: int) -> None:
+    """No limit, wherever it is written, is taken away by another: of its kind or its own, in file or ledger."""
+    one = NoisySum(noise_multiplier=10.0)
+    account: Account = ("party", "dataset:x")
+    kind: Account = ("party", "dataset:*")
+    limits = Limits({place: said[name] for place, name in ((account, "own row"), (kind, "row of all")) if name in said})
+    entries: list[Entry] = []
+    for place, name in ((kind, "entry of all"), (account, "own entry")):
+        if name in said:
+            enter(entries, place, said[name])
+    for _ in range(spent):
+        spend(entries, Budget.of(account, limit()), one)
+
+    def allows(budget: Budget) -> bool:
+        try:
+            check_affordable(entries, budget, [(asked, one)])
+        except BudgetError:
+            return False
+        return True
+
+    together = all(allows(budget) for budget in limits.budgets(entries, account))
+    assert together == all(allows(Budget.of(account, each)) for each in said.values())
+    assert set(limits.sources(entries, account).values()) == set(said.values())
+
+
+def test_an_epsilon_that_is_not_a_number_is_within_no_limit(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("src.privacy.budget.composed_epsilon", lambda *_, **__: math.nan)
+    with pytest.raises(BudgetError):
+        check_affordable([], budget(epsilon=1e9), [(1, NoisySum(noise_multiplier=1.0))])
