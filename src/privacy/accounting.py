@@ -18,7 +18,8 @@ from dataclasses import dataclass, replace
 from typing import Any, Final, Literal, TypeGuard
 
 from ..errors import InvalidInput
-from .events import DpSgdSteps, Event, NoisySum, NonPrivate, Relation, SampledNoisySum
+from .events import DpSgdSteps, Event, NoisySum, NonPrivate, Relation, SampledNoisySum, real
+from .renyi import loses_digits, sampled_gaussian
 
 ACCOUNTANT: Final = "RDP (dp-accounting)"
 """How a manifest names the accountant."""
@@ -26,7 +27,8 @@ ACCOUNTANT: Final = "RDP (dp-accounting)"
 MULTIPLIER_STEPS: Final = 10_000
 """Calibrated noise multipliers are whole multiples of 1/10 000, rounded up: short in a manifest, and close enough."""
 
-_MAX_TICKS: Final = 10_000 * MULTIPLIER_STEPS
+_MAX_MULTIPLIER: Final = 10_000_000
+_MAX_TICKS: Final = _MAX_MULTIPLIER * MULTIPLIER_STEPS
 
 _USABLE_MULTIPLIER: Final = (2.0**-20, 2.0**40)
 """What is charged for: less noise counts as none (its ε would exceed 10^11), more as this much, so that no square
@@ -34,6 +36,8 @@ leaves float64."""
 
 _USABLE_TAU: Final = 2.0**60
 """More than this times the dimension counts as no noise."""
+
+_LARGEST_OF_DP_ACCOUNTING: Final = 1024.0
 
 _DEFAULT_ORDERS: Final = tuple(1.0 + tenth / 10.0 for tenth in range(1, 100)) + tuple(
     float(order) for order in (*range(11, 64), 128, 256, 512, 1024)
@@ -48,12 +52,18 @@ _INTEGER_ORDERS: Final = tuple(
 _ORDERS: Final = tuple(
     sorted({1.0 + 2.0 ** (step / 16.0) for step in range(-104, 321)} | set(_DEFAULT_ORDERS) | set(_INTEGER_ORDERS))
 )
-"""The orders of every composition: from 1.011 (the conversion needs more than 1.01) to 2^20, which serves ε from 1e-3
+"""The orders of every composition: from 1.011 (the conversion needs more than 1.01) to 2^20, which serves ε from 1e-5
 to 1e4. Unsampled sums have a closed form at every order, so a fine grid costs nothing. It holds the other two, whose
 events are charged in between at the next order of their own: so a further event never makes ε smaller."""
 
+_LARGE_ORDERS: Final = tuple(order for order in _ORDERS if order > _LARGEST_OF_DP_ACCOUNTING)
+"""At which an ε below 0.0035 (at δ = 1e-5) is found: sampled releases of either kind are bounded there by `renyi`."""
+
+_OF_STEPS: Final = _DEFAULT_ORDERS + _LARGE_ORDERS
+_OF_SAMPLED_SUMS: Final = _INTEGER_ORDERS + _LARGE_ORDERS
+
 _NEXT: Final = {
-    own: tuple(bisect_left(own, order) for order in _ORDERS) for own in (_ORDERS, _DEFAULT_ORDERS, _INTEGER_ORDERS)
+    own: tuple(bisect_left(own, order) for order in _ORDERS) for own in (_ORDERS, _OF_STEPS, _OF_SAMPLED_SUMS)
 }
 """For each of `_ORDERS` the position of the first order of their own that is not below it; past the end, none is."""
 
@@ -62,7 +72,7 @@ SAMPLED_TAU_FACTOR: Final = 1.5
 (docs/accounting.md)."""
 
 _KEPT_RELEASES: Final = 1024
-"""Different sampled releases whose divergences are kept, at 1 KiB each: a ledger is composed again at every check, and
+"""Different sampled releases whose divergences are kept, at 3 KiB each: a ledger is composed again at every check, and
 an order that is not whole takes a fraction of a millisecond each time."""
 
 MEANINGLESS_EPSILON: Final = 20.0
@@ -70,17 +80,27 @@ MEANINGLESS_EPSILON: Final = 20.0
 
 
 def _usable(multiplier: float) -> float:
-    return min(multiplier, _USABLE_MULTIPLIER[1])
+    return min(real("noise_multiplier", multiplier), _USABLE_MULTIPLIER[1])
+
+
+def _gaussian(multiplier: float) -> Any:
+    """The only place that makes one: of a multiplier that is no `float` dp-accounting drops compositions."""
+    import dp_accounting as dp
+
+    return dp.GaussianDpEvent(_usable(multiplier))
 
 
 def _sampled_gaussian(event: DpSgdSteps | SampledNoisySum) -> Any:
     import dp_accounting as dp
 
-    return dp.PoissonSampledDpEvent(event.sampling_rate, dp.GaussianDpEvent(_usable(event.noise_multiplier)))
+    rate = real("sampling_rate", event.sampling_rate, upper=1.0)
+    return dp.PoissonSampledDpEvent(rate, _gaussian(event.noise_multiplier))
 
 
 def to_dp_event(event: Event) -> Any:
     """`event` as a `dp_accounting.DpEvent`. That of a sampled sum is a bound at integer orders ≥ 2 only.
+
+    dp-accounting's own figure of it may be rounding where noise is large (`renyi.loses_digits`); ours is not.
 
     It is the sampled Gaussian, and `SAMPLED_TAU_FACTOR` · τ · d for its being a sum of draws.
     """
@@ -162,8 +182,8 @@ def _drop_excluded_orders(record: logging.LogRecord) -> bool:
 def _own_orders(event: Event) -> tuple[float, ...]:
     """Where `event` has a bound of its own, sorted: a key of `_NEXT`."""
     if isinstance(event, DpSgdSteps):
-        return _DEFAULT_ORDERS
-    return _INTEGER_ORDERS if _is_sampled(event) else _ORDERS
+        return _OF_STEPS
+    return _OF_SAMPLED_SUMS if _is_sampled(event) else _ORDERS
 
 
 def _parts(events: Sequence[Event]) -> tuple[list[Any], list[Any]]:
@@ -184,9 +204,22 @@ def _renyi(dp_event: Any, relation: Relation, *, orders: Sequence[float]) -> Any
 
 
 @functools.lru_cache(maxsize=_KEPT_RELEASES)
-def _renyi_of_one(event: Event) -> Any:
-    """Of one sampled release, at its own orders; the array is shared: not to be written to."""
-    return _renyi(to_dp_event(event), event.relation, orders=_own_orders(event))
+def _renyi_of_one(event: DpSgdSteps | SampledNoisySum) -> Any:
+    """Of one sampled release, at its own orders; the array is shared: not to be written to.
+
+    By dp-accounting up to its largest order, unless it would lose digits; by `renyi` else. What is not a number, or
+    negative, is no bound.
+    """
+    import numpy as np
+
+    rate, multiplier, orders = event.sampling_rate, _usable(event.noise_multiplier), _own_orders(event)
+    known = 0 if loses_digits(rate, multiplier) else len(orders) - len(_LARGE_ORDERS)
+    bounds = sampled_gaussian(rate, multiplier, orders[known:])
+    if isinstance(event, SampledNoisySum):
+        bounds += SAMPLED_TAU_FACTOR * event.tau * event.dimension
+    if known:
+        bounds = np.concatenate((_renyi(to_dp_event(event), event.relation, orders=orders[:known]), bounds))
+    return np.where(bounds >= 0.0, bounds, np.inf)
 
 
 def _divergences(events: Sequence[Event]) -> Any:
@@ -207,16 +240,17 @@ def _divergences(events: Sequence[Event]) -> Any:
             own = own + _count(event) * _renyi_of_one(_once(event))
         from_there_on = np.minimum.accumulate(np.append(own, np.inf)[::-1])[::-1]
         total += from_there_on[list(position)]
-    return total
+    return np.where(total >= 0.0, total, np.inf)  # of what is not a number dp-accounting makes an epsilon of 0
 
 
-def _checked(events: Iterable[Event], delta: float) -> list[Event]:
+def _checked(events: Iterable[Event], delta: float) -> tuple[list[Event], float]:
+    """The composition, and δ as a Python float."""
+    composed, delta = merged(events), real("delta", delta)
     if not 0.0 < delta < 1.0:
         raise InvalidInput("delta must lie strictly between 0 and 1")
-    composed = merged(events)
     if len({event.unit for event in composed}) > 1:
         raise InvalidInput("events at example level and at party level are never added up")
-    return composed
+    return composed, delta
 
 
 def _failure(events: Sequence[Event]) -> float:
@@ -238,7 +272,7 @@ def epsilon(events: Iterable[Event], *, delta: float) -> float:
     Raises:
         InvalidInput: δ out of range, or events of different units, whose guarantees do not add up.
     """
-    composed = _checked(events, delta)
+    composed, delta = _checked(events, delta)
     if not composed:
         return 0.0
     if any(map(_is_infinite, composed)):
@@ -313,7 +347,7 @@ def epsilon_estimates(events: Iterable[Event], *, delta: float) -> tuple[Estimat
     Raises:
         InvalidInput: as `epsilon`.
     """
-    composed = _checked(events, delta)
+    composed, delta = _checked(events, delta)
     charged = epsilon(composed, delta=delta)
     bound = Estimate(accountant=ACCOUNTANT, epsilon=charged, standing="bound", note="an upper bound: what is charged")
     if charged > PLD_LIMIT:
@@ -337,20 +371,21 @@ def _pld(events: Sequence[Event], *, delta: float) -> float:
     whole, sampled = _parts(events)
     if whole:
         squares = math.fsum(_count(event) / _usable(event.noise_multiplier) ** 2 for event in whole)
-        accountant.compose(dp.GaussianDpEvent(1.0 / math.sqrt(squares)))
+        accountant.compose(_gaussian(1.0 / math.sqrt(squares)))
     for event in sampled:
         accountant.compose(_sampled_gaussian(event), _count(event))
     return _with_failure(lambda left: float(accountant.get_epsilon(left)), delta=delta, failure=_failure(events))
 
 
-_UNREACHABLE: Final = "no noise multiplier up to 10 000 reaches this epsilon"
+_UNREACHABLE: Final = f"no noise multiplier up to {_MAX_MULTIPLIER:_} reaches this epsilon".replace("_", " ")
 
 
 def _reaches(event_of: Callable[[float], Event], *, target: float, delta: float) -> Callable[[int], bool]:
     """Whether the event of a noise multiplier, in units of 1/`MULTIPLIER_STEPS`, stays within (`target`, `delta`)."""
-    if not (math.isfinite(target) and target > 0.0):
+    highest = real("the target epsilon", target)
+    if highest == 0.0:
         raise InvalidInput("the target epsilon must be positive and finite")
-    return lambda tick: epsilon([event_of(tick / MULTIPLIER_STEPS)], delta=delta) <= target
+    return lambda tick: epsilon([event_of(tick / MULTIPLIER_STEPS)], delta=delta) <= highest
 
 
 def _smallest_multiplier(event_of: Callable[[float], Event], *, target: float, delta: float) -> float:
@@ -377,7 +412,7 @@ def calibrate_dp_sgd(*, epsilon: float, delta: float, sampling_rate: float, step
         steps: ≥ 1.
 
     Raises:
-        InvalidInput: an argument out of range, or a target that even a noise multiplier of 10 000 does not reach.
+        InvalidInput: an argument out of range, or a target that even a noise multiplier of 10 000 000 does not reach.
     """
 
     event_of = _dp_sgd_of(sampling_rate, steps)
@@ -417,7 +452,7 @@ def calibrate_sampled_sum(
         failure_probability: of one round, as in `SampledNoisySum`.
 
     Raises:
-        InvalidInput: an argument out of range, or a target that even a noise multiplier of 10 000 does not reach.
+        InvalidInput: an argument out of range, or a target that even a noise multiplier of 10 000 000 does not reach.
     """
 
     def event_of(multiplier: float) -> Event:

@@ -59,8 +59,8 @@ class Limit:
     delta: float
 
     def __post_init__(self) -> None:
-        if self.max_rounds is not None and self.max_rounds < 0:
-            raise InvalidInput("max_rounds must not be negative")
+        if self.max_rounds is not None and (type(self.max_rounds) is not int or self.max_rounds < 0):
+            raise InvalidInput("max_rounds must be a whole number, and not negative")
         if self.epsilon is not None and not (math.isfinite(self.epsilon) and self.epsilon >= 0.0):
             raise InvalidInput("the epsilon of a budget must be finite and not negative; leave it out for no limit")
         if not 0.0 < self.delta < 1.0:

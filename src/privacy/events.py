@@ -2,15 +2,18 @@
 
 An event is versioned and canonical: the same event has one JSON text, reals are decimal strings (the shortest that give
 the float back), unknown types, versions and fields are refused. ε is recomputed from events by `accounting`. A value
-out of its range raises InvalidInput wherever an event is made.
+out of its range raises InvalidInput wherever an event is made; numbers of other types become Python's there.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import math
+import numbers
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, replace
+from decimal import Decimal
 from typing import ClassVar, Final, Literal, get_args
 
 from ..errors import InvalidInput
@@ -32,28 +35,46 @@ _MAX_COUNT: Final = 1 << 53
 _MAX_REASON: Final = 200
 
 
-def _check_count(name: str, value: int) -> None:
-    if type(value) is not int or not 1 <= value <= _MAX_COUNT:
-        raise InvalidInput(f"{name} must be an integer in [1, 2^53]")
+def real(name: str, value: object, *, upper: float = math.inf) -> float:
+    """A real that an event may hold, as a Python float: the only kind with which accountants are to be trusted.
+
+    dp-accounting takes what is no `float` for something that it need not compose. A whole number, a fraction, a decimal
+    and numpy's scalars become the nearest float here; a truth value or a text is none.
+
+    Raises:
+        InvalidInput: another type, not finite, negative, or above `upper`; names `name`.
+    """
+    found = math.nan
+    if not isinstance(value, bool) and isinstance(value, numbers.Real | Decimal):
+        with suppress(OverflowError, ValueError):
+            found = float(value)
+    if not (math.isfinite(found) and 0.0 <= found <= upper):
+        raise InvalidInput(f"{name} must be a finite number in [0, {upper}]")
+    return found
 
 
-def _check_real(name: str, value: float, *, upper: float = math.inf) -> None:
-    if type(value) is not float or not math.isfinite(value) or not 0.0 <= value <= upper:
-        raise InvalidInput(f"{name} must be a finite float in [0, {upper}]")
+def count(name: str, value: object, *, least: int = 1) -> int:
+    """A count that an event may hold, as a Python int: numpy's overflow silently.
+
+    Raises:
+        InvalidInput: another type, below `least`, or above 2^53; names `name`.
+    """
+    if isinstance(value, bool) or not isinstance(value, numbers.Integral) or not least <= int(value) <= _MAX_COUNT:
+        raise InvalidInput(f"{name} must be an integer in [{least}, 2^53]")
+    return int(value)
 
 
-def _check_sampling_rate(value: float) -> None:
-    _check_real("sampling_rate", value, upper=1.0)
-    if value == 0.0:
+def _convert(record: Event | Shares) -> None:
+    """Check the numbers of a new record, and put Python's in their place."""
+    for field in dataclasses.fields(record):
+        value = getattr(record, field.name)
+        if field.name in _REALS:
+            upper = 1.0 if field.name in _AT_MOST_1 else math.inf
+            object.__setattr__(record, field.name, real(field.name, value, upper=upper))
+        elif field.name in _COUNTS:
+            object.__setattr__(record, field.name, count(field.name, value, least=int(field.name != "colluders")))
+    if getattr(record, "sampling_rate", 1.0) == 0.0:
         raise InvalidInput("sampling_rate must be above 0")
-
-
-def _check_sum(event: NoisySum | SampledNoisySum) -> None:
-    _check_real("noise_multiplier", event.noise_multiplier)
-    _check_real("tau", event.tau)
-    _check_real("failure_probability", event.failure_probability, upper=1.0)
-    _check_count("rounds", event.rounds)
-    _check_count("dimension", event.dimension)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -76,14 +97,11 @@ class DpSgdSteps:
     steps: int
 
     def __post_init__(self) -> None:
-        _check_sampling_rate(self.sampling_rate)
-        _check_real("noise_multiplier", self.noise_multiplier)
-        _check_count("steps", self.steps)
+        _convert(self)
 
-    def repeated(self, count: int) -> DpSgdSteps:
-        """The same `count` times over."""
-        _check_count("count", count)
-        return replace(self, steps=self.steps * count)
+    def repeated(self, times: int) -> DpSgdSteps:
+        """The same `times` over."""
+        return replace(self, steps=self.steps * count("times", times))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -107,11 +125,9 @@ class Shares:
     def __post_init__(self) -> None:
         if self.noise_by not in get_args(NoiseBy):
             raise InvalidInput("noise_by must be both, parties or aggregator")
-        _check_count("quorum", self.quorum)
-        if type(self.colluders) is not int or not 0 <= self.colluders < self.quorum:
+        _convert(self)
+        if not self.colluders < self.quorum:
             raise InvalidInput("colluders must be an integer in [0, quorum)")
-        _check_real("share_multiplier", self.share_multiplier)
-        _check_real("shares_tau", self.shares_tau)
         if (self.noise_by == "aggregator") != (self.share_multiplier == 0.0):
             raise InvalidInput("parties draw a share unless the aggregator draws all the noise")
         if not self.share_multiplier and self.shares_tau:
@@ -151,12 +167,11 @@ class NoisySum:
     shares: Shares | None = None
 
     def __post_init__(self) -> None:
-        _check_sum(self)
+        _convert(self)
 
-    def repeated(self, count: int) -> NoisySum:
-        """The same `count` times over."""
-        _check_count("count", count)
-        return replace(self, rounds=self.rounds * count)
+    def repeated(self, times: int) -> NoisySum:
+        """The same `times` over."""
+        return replace(self, rounds=self.rounds * count("times", times))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -188,13 +203,11 @@ class SampledNoisySum:
     shares: Shares | None = None
 
     def __post_init__(self) -> None:
-        _check_sampling_rate(self.sampling_rate)
-        _check_sum(self)
+        _convert(self)
 
-    def repeated(self, count: int) -> SampledNoisySum:
-        """The same `count` times over."""
-        _check_count("count", count)
-        return replace(self, rounds=self.rounds * count)
+    def repeated(self, times: int) -> SampledNoisySum:
+        """The same `times` over."""
+        return replace(self, rounds=self.rounds * count("times", times))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -216,9 +229,9 @@ class NonPrivate:
         """The relation of its unit."""
         return RELATIONS[self.unit]
 
-    def repeated(self, count: int) -> NonPrivate:
+    def repeated(self, times: int) -> NonPrivate:
         """Itself: it cannot get worse."""
-        _check_count("count", count)
+        count("times", times)
         return self
 
 
@@ -234,6 +247,7 @@ _TYPES: Final[dict[str, type[DpSgdSteps] | type[NoisySum] | type[SampledNoisySum
 _OF_A_SHARE: Final = frozenset({"share_multiplier", "shares_tau"})
 """Absent where parties draw none."""
 _REALS: Final = frozenset({"sampling_rate", "noise_multiplier", "tau", "failure_probability"}) | _OF_A_SHARE
+_AT_MOST_1: Final = frozenset({"sampling_rate", "failure_probability"})
 _COUNTS: Final = frozenset({"steps", "rounds", "dimension", "quorum", "colluders"})
 
 

@@ -14,7 +14,7 @@ from typing import Final, get_args
 
 from ..errors import InvalidInput
 from .accounting import epsilon
-from .events import Event, NoiseBy, NoisySum, NonPrivate, SampledNoisySum, Shares, Unit
+from .events import Event, NoiseBy, NoisySum, NonPrivate, SampledNoisySum, Shares, Unit, real
 from .figures import AGAINST, REASONS, Against, Figure, assumption, not_above_root
 from .noise import MAX_SIGMA2, sum_divergence
 
@@ -225,9 +225,9 @@ def plan_noise(
     """
     if noise_by not in get_args(NoiseBy):
         raise InvalidInput("noise_by must be both, parties or aggregator")
-    if not (math.isfinite(noise_multiplier) and noise_multiplier >= 0.0):
-        raise InvalidInput("noise_multiplier must be finite and not negative")
-    if not (math.isfinite(sensitivity) and sensitivity > 0.0):
+    noise_multiplier = real("noise_multiplier", noise_multiplier)
+    sensitivity = real("sensitivity", sensitivity)
+    if sensitivity == 0.0:
         raise InvalidInput("sensitivity must be finite and positive")
     if colluders < 0 or quorum - colluders < 1:
         raise InvalidInput("at least one party of the quorum must be honest: quorum - colluders ≥ 1")
@@ -238,8 +238,8 @@ def plan_noise(
     parties = parts[noise_by]
     plan = NoisePlan(
         noise_by=noise_by,
-        noise_multiplier=float(noise_multiplier),
-        sensitivity=float(sensitivity),
+        noise_multiplier=noise_multiplier,
+        sensitivity=sensitivity,
         quorum=quorum,
         colluders=colluders,
         aggregator_sigma2=_ceil_to_grid(total * (1 - parties)),
