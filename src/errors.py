@@ -30,6 +30,7 @@ row.
     ├── AuthenticationError         who is calling is not known
     ├── AccessError                 the caller's role may not do this
     ├── LimitError                  larger or more than a configured limit
+    │   └── BusyError               more calls at a time than one caller may have
     ├── UnavailableError            a peer or service cannot be reached now
     ├── DeadlineError               it did not end in time
     ├── AbandonedError              it was cancelled
@@ -167,6 +168,10 @@ class LimitError(SottoError):
     """Larger, longer or more than a configured limit."""
 
 
+class BusyError(LimitError):
+    """More calls at a time than one caller may have; it goes when one of them has ended."""
+
+
 class UnavailableError(SottoError):
     """A peer or service cannot be reached now; trying again later may help."""
 
@@ -246,6 +251,7 @@ CATALOGUE: Final[dict[type[SottoError], Meaning]] = {
     AuthenticationError: Meaning("UNAUTHENTICATED", "UNAUTHENTICATED", 9),
     AccessError: Meaning("PERMISSION_DENIED", "PERMISSION_DENIED", 9),
     LimitError: Meaning("RESOURCE_EXHAUSTED", "LIMIT_EXCEEDED", 4),
+    BusyError: Meaning("RESOURCE_EXHAUSTED", "TOO_MANY_CALLS", 10),
     UnavailableError: Meaning("UNAVAILABLE", "UNAVAILABLE", 10),
     DeadlineError: Meaning("DEADLINE_EXCEEDED", "DEADLINE_EXCEEDED", 11),
     AbandonedError: Meaning("CANCELLED", "CANCELLED", 12),

@@ -2,22 +2,37 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import errno
 import os
 import socket
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any, Final
 
 import grpc
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
-from ..errors import ConfigError, StateError
+from ..descriptors import room_for_connections
+from ..errors import AuthenticationError, ConfigError, StateError
+from .bounds import BoundedCalls, Bounds
+from .connections import hang_up
 from .errors import ServerErrors
 from .identity import Gate
-from .options import DEFAULT_MAX_MESSAGE_BYTES, server_options
+from .options import DEFAULT_MAX_MESSAGE_BYTES, Options, server_options
 from .tls import TlsFiles, check_transport, server_credentials
 
+OPEN_STREAM_S: Final = 3600.0
+"""Of a stream that anybody with a certificate may open and nothing else ends: of health and reflection."""
+_OPEN_STREAMS: Final = (
+    "/grpc.health.v1.Health/Watch",
+    "/grpc.reflection.v1.ServerReflection/ServerReflectionInfo",
+    "/grpc.reflection.v1alpha.ServerReflection/ServerReflectionInfo",
+)
+NOT_SERVING_S: Final = 1.0
+"""How long a stopping server tries to say so to those who watch its health: one that does not read would keep it."""
 _IN_USE: Final = "is another process listening there?"
 
 
@@ -33,6 +48,7 @@ class GrpcServer:
         reflection: describe the services to clients that ask.
         heartbeat_interval_s: how often a silent client is asked whether it is there.
         max_message_bytes: of one message, both ways.
+        bounds: what one caller may hold.
 
     Raises:
         ConfigError: neither TLS nor plaintext on loopback.
@@ -49,13 +65,20 @@ class GrpcServer:
         reflection: bool = False,
         heartbeat_interval_s: float = 10.0,
         max_message_bytes: int = DEFAULT_MAX_MESSAGE_BYTES,
+        bounds: Bounds | None = None,
     ) -> None:
         check_transport("server.listen", listen, tls=tls, insecure=insecure)
         self._listen = listen
         self._tls = tls
         self._gate = Gate(federation, roles, insecure=insecure)
         self._reflection = reflection
-        self._options = server_options(max_message_bytes, ping_interval_s=heartbeat_interval_s)
+        bounds = bounds or Bounds()
+        self._bounds = replace(
+            bounds, lifetimes_s={**dict.fromkeys(_OPEN_STREAMS, OPEN_STREAM_S), **bounds.lifetimes_s}
+        )
+        self._max_message_bytes = max_message_bytes
+        self._ping_interval_s = heartbeat_interval_s
+        self._port = 0
         self._services: list[tuple[str, Callable[[Any, Any], None], Any]] = []
         self._server: Any = None
         self._health = health.aio.HealthServicer()  # type: ignore[attr-defined]  # the stubs lack it
@@ -113,7 +136,8 @@ class GrpcServer:
             raise StateError("the server was started already")
         self.try_address()
         credentials = server_credentials(self._tls) if self._tls is not None else None
-        server = grpc.aio.server(interceptors=(ServerErrors(), self._gate), options=self._options)
+        bounded = BoundedCalls(self._bounds, who=self._who, hang_up=lambda peer: hang_up(peer, port=self._port))
+        server = grpc.aio.server(interceptors=(ServerErrors(), self._gate, bounded), options=self._options())
         names = [health.SERVICE_NAME, *(service for service, _, _ in self._services)]
         health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
         for _, add_servicer, servicer in self._services:
@@ -127,14 +151,32 @@ class GrpcServer:
                 port = server.add_secure_port(self._listen, credentials)
         except RuntimeError as error:
             raise self._cannot_bind(_IN_USE, error) from error
+        self._port = int(port)
         await server.start()
         self._server = server
         for name in names:
             await self._health.set(name, health_pb2.HealthCheckResponse.SERVING)
-        return int(port)
+        return self._port
+
+    def _options(self) -> Options:
+        return server_options(
+            self._max_message_bytes,
+            ping_interval_s=self._ping_interval_s,
+            max_concurrent_streams=self._bounds.concurrent_streams,
+            max_connections=room_for_connections(),
+        )
+
+    def _who(self, context: Any) -> str:
+        """Whose calls are counted together: whoever the certificate names; all others count as one."""
+        try:
+            return str(self._gate.identify(context))
+        except AuthenticationError:
+            return "whoever has no identity in this federation"
 
     async def stop(self, grace_s: float = 5.0) -> None:
         """Says NOT_SERVING, takes no new calls, gives those under way `grace_s` and then cancels them."""
         if self._server is not None:
-            await self._health.enter_graceful_shutdown()
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(NOT_SERVING_S):
+                    await self._health.enter_graceful_shutdown()
             await self._server.stop(grace_s)

@@ -41,7 +41,7 @@ def around(handler: Handler, enter: Callable[[Any], AbstractAsyncContextManager[
     def parsed(request: Any) -> Any:
         if deserializer is None:  # a handler inside this one parses
             return request
-        return _parse_each(deserializer, request) if handler.request_streaming else _parse(deserializer, request)
+        return _parse_each(deserializer, request) if handler.request_streaming else parse(deserializer, request)
 
     if inspect.isasyncgenfunction(function):
 
@@ -61,7 +61,8 @@ def around(handler: Handler, enter: Callable[[Any], AbstractAsyncContextManager[
     return build(wrapped, request_deserializer=None, response_serializer=handler.response_serializer)
 
 
-def _parse(deserializer: Callable[[bytes], Any], data: bytes) -> Any:
+def parse(deserializer: Callable[[bytes], Any], data: bytes) -> Any:
+    """The message in `data`. Raises InvalidInput."""
     try:
         return deserializer(data)
     except (DecodeError, UnicodeDecodeError):
@@ -70,4 +71,4 @@ def _parse(deserializer: Callable[[bytes], Any], data: bytes) -> Any:
 
 async def _parse_each(deserializer: Callable[[bytes], Any], stream: AsyncIterator[bytes]) -> AsyncIterator[Any]:
     async for data in stream:
-        yield _parse(deserializer, data)
+        yield parse(deserializer, data)

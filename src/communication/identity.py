@@ -140,12 +140,15 @@ class Gate(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]  # generic in 
             return handler
         return around(handler, lambda context: self._admit(method, context))
 
+    def identify(self, context: Any) -> Identity:
+        """Who calls, for an RPC's context. Raises AuthenticationError."""
+        if self._insecure:
+            return _from_metadata(context.invocation_metadata() or ())
+        return _from_certificate(context.auth_context(), self._federation)
+
     @contextlib.asynccontextmanager
     async def _admit(self, method: str, context: Any) -> AsyncIterator[None]:
-        if self._insecure:
-            identity = _from_metadata(context.invocation_metadata() or ())
-        else:
-            identity = _from_certificate(context.auth_context(), self._federation)
+        identity = self.identify(context)
         if identity.role not in self._roles.get(method, frozenset()):
             raise AccessError(f"a {identity.role} may not call {method}", role=identity.role, method=method)
         # Every RPC is answered in a task of its own, so that there is nothing to reset.

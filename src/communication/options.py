@@ -17,6 +17,14 @@ clients with GOAWAY "too_many_pings"."""
 PING_TIMEOUT_S: Final = 10
 """After a ping without an answer the connection counts as lost."""
 
+HANDSHAKE_S: Final = 20
+"""Within it a new connection has to be ready for calls: some round trips and 5 KB, on any line that can be worked with.
+gRPC's own is two minutes, in which whoever connects and says nothing holds a descriptor."""
+
+IDLE_CONNECTION_S: Final = 300
+"""After so long without a call a server lets a connection go; its client dials again when it needs one. A party's has
+its stream of assignments, a watcher's its watch: they stay. There is no longest age, which would end these too."""
+
 LONGEST_RECONNECT_PAUSE_S: Final = 5
 """gRPC's own two minutes are longer than anybody here waits for an aggregator that restarts."""
 
@@ -44,10 +52,22 @@ def client_options(max_message_bytes: int) -> Options:
     ]
 
 
-def server_options(max_message_bytes: int, *, ping_interval_s: float) -> Options:
-    """Channel arguments of a server, which pings its clients every `ping_interval_s`."""
+def server_options(
+    max_message_bytes: int, *, ping_interval_s: float, max_concurrent_streams: int, max_connections: int
+) -> Options:
+    """Channel arguments of a server, which pings its clients every `ping_interval_s`.
+
+    Args:
+        max_concurrent_streams: of one connection; a client keeps further calls back by itself.
+        max_connections: at a time; a further one is closed as soon as it is made.
+    """
     return [
         *_common(max_message_bytes),
+        ("grpc.max_concurrent_streams", max_concurrent_streams),
+        ("grpc.max_allowed_incoming_connections", max_connections),
+        ("grpc.server_handshake_timeout_ms", HANDSHAKE_S * 1000),
+        ("grpc.http2.settings_timeout", HANDSHAKE_S * 1000),
+        ("grpc.max_connection_idle_ms", IDLE_CONNECTION_S * 1000),
         ("grpc.keepalive_time_ms", int(ping_interval_s * 1000)),
         ("grpc.http2.min_recv_ping_interval_without_data_ms", MIN_PING_INTERVAL_S * 1000),
         # Else a second server binds the same port, and every other call ends up there.

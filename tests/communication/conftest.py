@@ -182,6 +182,7 @@ class Running:
 
     port: int
     behaviour: Behaviour
+    server: GrpcServer
 
     @property
     def address(self) -> str:
@@ -209,7 +210,7 @@ async def start_server(tmp_path: Path) -> AsyncIterator[StartServer]:
             federation_pb2_grpc.add_FederationServiceServicer_to_server, federation, "sotto.v1.FederationService"
         )
         servers.append(server)
-        return Running(await server.start(), behaviour)
+        return Running(await server.start(), behaviour, server)
 
     yield start
     for server in servers:

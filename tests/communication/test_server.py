@@ -107,7 +107,8 @@ async def test_a_client_that_stops_listening_hangs_up(plain: Any, scientist: grp
 
 def test_clients_ping_no_more_often_than_the_server_tolerates_and_nothing_is_retried() -> None:
     """Else the server ends the connection with GOAWAY "too_many_pings"."""
-    client, server = dict(client_options(1000)), dict(server_options(2000, ping_interval_s=7))
+    client = dict(client_options(1000))
+    server = dict(server_options(2000, ping_interval_s=7, max_concurrent_streams=5, max_connections=6))
     assert client["grpc.keepalive_time_ms"] >= 2 * server["grpc.http2.min_recv_ping_interval_without_data_ms"]
     assert client["grpc.keepalive_permit_without_calls"] == server["grpc.keepalive_permit_without_calls"] == 1
     assert server["grpc.keepalive_time_ms"] == 7000

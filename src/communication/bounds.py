@@ -1,0 +1,179 @@
+"""What one caller may hold of a server, and for how long.
+
+Every method is served through here: calls are counted for whoever makes them, from before the first byte of a request
+is read; a stream that brings nothing and an answer that nobody takes are ended. On the wire nothing changes.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import inspect
+import logging
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Final
+
+import grpc
+
+from ..errors import DeadlineError, InvalidInput, UnavailableError
+from .calls import Call, CallCounts
+from .handlers import Handler, parse
+
+LOG: Final = logging.getLogger("sotto.communication")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Bounds:
+    """What a server lets one caller have.
+
+    Attributes:
+        streams: calls at a time that stream. A party needs three; a scientist who follows as many jobs as may wait and
+            run, some fifty.
+        requests: other calls at a time.
+        silence_s: how long a stream may bring no further message, and a message to the caller may take: 4 MiB, the
+            largest by default, within a minute is 0.6 Mbit/s. It is progress that counts; a whole stream may take as
+            long as what it is for.
+        lifetimes_s: of streams that nothing else ends, by full method name; their callers open them again.
+    """
+
+    streams: int = 64
+    requests: int = 64
+    silence_s: float = 60.0
+    lifetimes_s: Mapping[str, float] = field(default_factory=dict)
+
+    @property
+    def concurrent_streams(self) -> int:
+        """For HTTP/2, of one connection: more than the calls above, so that who has too many hears of it. What is
+        beyond this waits at the caller, in silence."""
+        return 2 * (self.streams + self.requests)
+
+
+class BoundedCalls(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]  # generic in the stubs only
+    """Serves every method within its bounds. To be the innermost interceptor: who calls is known by then.
+
+    Args:
+        bounds: for each caller.
+        who: calls, for an RPC's context; the text says it to people too.
+        hang_up: on the connection of a peer, as gRPC names it.
+    """
+
+    def __init__(self, bounds: Bounds, *, who: Callable[[Any], str], hang_up: Callable[[str], bool]) -> None:
+        self._bounds = bounds
+        self._who = who
+        self._hang_up = hang_up
+        self._counts = CallCounts(streams=bounds.streams, requests=bounds.requests)
+
+    async def intercept_service(self, continuation: Any, handler_call_details: Any) -> Handler:
+        """Makes the method one that streams both ways: then its handler begins before a request is there."""
+        handler: Handler = await continuation(handler_call_details)
+        if handler is None:
+            return None
+        method: str = handler_call_details.method
+
+        async def serve(requests: Any, context: Any) -> None:
+            who = self._who(context)
+            streams = handler.request_streaming or handler.response_streaming
+            with self._counts.held(who, streams=streams):
+                call = Call()
+                with call.running():
+                    await self._within_its_lifetime(
+                        method, _Answer(handler, requests, self._writer(context, call, who))
+                    )
+
+        return grpc.stream_stream_rpc_method_handler(
+            serve, request_deserializer=None, response_serializer=handler.response_serializer
+        )
+
+    async def _within_its_lifetime(self, method: str, answer: _Answer) -> None:
+        lifetime_s = self._bounds.lifetimes_s.get(method)
+        lifetime = asyncio.timeout(lifetime_s)
+        try:
+            async with lifetime:
+                await answer.give(self._bounds.silence_s)
+        except TimeoutError:
+            if not lifetime.expired():
+                raise
+            raise UnavailableError(f"a stream of this kind lasts {lifetime_s:g} s; open it again") from None
+
+    def _writer(self, context: Any, call: Call, who: str) -> _Writer:
+        return _Writer(context, call, who, silence_s=self._bounds.silence_s, hang_up=self._hang_up)
+
+
+class _Writer:
+    """An RPC's context whose messages have to be taken in time. The rest is the context's own."""
+
+    def __init__(self, context: Any, call: Call, who: str, *, silence_s: float, hang_up: Callable[[str], bool]) -> None:
+        self._context = context
+        self._call = call
+        self._who = who
+        self._silence_s = silence_s
+        self._hang_up = hang_up
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._context, name)
+
+    async def write(self, message: Any) -> None:
+        """Sends one message. A caller that does not take it loses the connection: see `connections.hang_up`."""
+        taking = asyncio.timeout(self._silence_s)
+        try:
+            with self._call.writing():
+                async with taking:
+                    await self._context.write(message)
+        except grpc.aio.InternalError:  # the caller is gone: whoever cancels this task has not come to it yet
+            raise asyncio.CancelledError from None
+        except TimeoutError:
+            if not taking.expired():
+                raise
+            peer = self._context.peer()
+            LOG.warning("%s at %s takes nothing of what it asked for; hanging up", self._who, peer)
+            if not await asyncio.to_thread(self._hang_up, peer):
+                raise DeadlineError(f"the answer was not taken within {self._silence_s:g} s") from None
+            raise asyncio.CancelledError from None
+
+
+class _Answer:
+    """One method's handler, applied to the messages of one call."""
+
+    def __init__(self, handler: Handler, messages: AsyncIterator[bytes], context: _Writer) -> None:
+        self._handler = handler
+        self._messages = messages
+        self._context = context
+
+    async def give(self, silence_s: float) -> None:
+        """Reads what the method takes, and writes what it gives."""
+        handler, context = self._handler, self._context
+        kinds = ["stream" if each else "unary" for each in (handler.request_streaming, handler.response_streaming)]
+        function = getattr(handler, "_".join(kinds))
+        async with contextlib.aclosing(self._requests(silence_s)) as requests:
+            request = requests if handler.request_streaming else await _only(requests)
+            if not handler.response_streaming:
+                await context.write(await function(request, context))
+            elif inspect.isasyncgenfunction(function):
+                async with contextlib.aclosing(function(request, context)) as responses:
+                    async for response in responses:
+                        await context.write(response)
+            else:
+                await function(request, context)
+
+    async def _requests(self, silence_s: float) -> AsyncGenerator[Any]:
+        iterator = aiter(self._messages)
+        while True:
+            waiting = asyncio.timeout(silence_s)
+            try:
+                async with waiting:
+                    data = await anext(iterator)
+            except StopAsyncIteration:
+                return
+            except TimeoutError:
+                if not waiting.expired():
+                    raise
+                raise DeadlineError(f"nothing came for {silence_s:g} s") from None
+            yield parse(self._handler.request_deserializer, data)
+
+
+async def _only(requests: AsyncIterator[Any]) -> Any:
+    """The request of a method that takes one."""
+    async for request in requests:
+        return request
+    raise InvalidInput("the call has no request")
