@@ -372,6 +372,9 @@ class AggregatorLimits(Section):
     max_jobs_pending: int = setting(100, "jobs that wait; another is refused", ge=1)
     max_rounds: int = setting(1000, "of one job", ge=1)
     max_round_timeout_s: float = setting(86_400, "longest round deadline a job may set", gt=0)
+    max_streams_per_caller: int = setting(64, "uploads, downloads and watches of one caller at a time", ge=8)
+    max_requests_per_caller: int = setting(64, "other calls of one caller at a time", ge=8)
+    idle_timeout_s: float = setting(60, "how long a stream may bring nothing, or an answer go unread", ge=1, le=3600)
 
 
 class PartyLimits(Section):

@@ -14,12 +14,14 @@ from google.longrunning import operations_pb2_grpc
 from sqlalchemy import MetaData
 
 from .. import __version__
+from ..communication.bounds import Bounds
 from ..communication.generated import budget_pb2_grpc, federation_pb2_grpc, jobs_pb2_grpc
 from ..communication.grpc_server import GrpcServer
 from ..communication.tls import TlsFiles
 from ..config import AggregatorConfig
 from ..config_budgets import limits_of
 from ..config_sections import split_address
+from ..descriptors import descriptor_limit, room_for_connections
 from ..jobs.admission import JobSettings
 from ..jobs.executors.pool import WorkerPool
 from ..jobs.executors.settings import PoolSettings
@@ -42,6 +44,7 @@ from .servicers import budget as budget_servicer
 from .servicers import federation as federation_servicer
 from .servicers import jobs as jobs_servicer
 from .servicers import operations as operations_servicer
+from .servicers.ids import check_ids
 from .sessions import Sessions
 from .store import BlobNames, EnrolmentStore, RoundStore
 from .work import has_torch
@@ -133,6 +136,8 @@ class App:
             reflection=server.reflection,
             heartbeat_interval_s=server.heartbeat_interval_s,
             max_message_bytes=config.limits.max_message_bytes,
+            bounds=_bounds(config),
+            check=check_ids,
         )
         parties = federation_servicer.FederationServicer(
             config=config,
@@ -196,6 +201,16 @@ class App:
         LOG.info("stopped")
 
 
+def _bounds(config: AggregatorConfig) -> Bounds:
+    limits = config.limits
+    return Bounds(
+        streams=limits.max_streams_per_caller,
+        requests=limits.max_requests_per_caller,
+        silence_s=limits.idle_timeout_s,
+        lifetimes_s={jobs_servicer.WATCH: jobs_servicer.LONGEST_WATCH_S},
+    )
+
+
 def _settings(config: AggregatorConfig) -> JobSettings:
     limits, jobs = config.limits, config.jobs
     return JobSettings(
@@ -223,6 +238,7 @@ def log_start(config: AggregatorConfig, federation: Federation, address: str) ->
         len(federation.roster.holders),
     )
     LOG.info("noise by %s, %d colluders tolerated", privacy.noise_by, privacy.colluders)
+    LOG.info("%d descriptors, %d of them for connections", descriptor_limit(), room_for_connections())
     LOG.info(
         "%d to %d workers, %s at the start; state in %s",
         config.workers.min_size,

@@ -15,10 +15,12 @@ def run(config_path: Path) -> None:
     import asyncio
 
     from ..config import load_aggregator_config
+    from ..descriptors import raise_descriptor_limit
     from ..logs import configure
     from .app import serve
 
     config = load_aggregator_config(config_path)
+    raise_descriptor_limit()
     configure(level=config.logging.level, format=config.logging.format)
     asyncio.run(serve(config))
 

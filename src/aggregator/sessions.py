@@ -13,6 +13,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from ..communication.generated import federation_pb2
+from .flows import Flows
 from .offers import offer_for
 from .round_row import RoundRow
 
@@ -30,9 +31,11 @@ class Session:
 
 
 class Sessions:
-    """The open streams, at most one a party: a newer one ends the older."""
+    """The open streams of assignments, at most one a party: a newer one ends the older. And in `flows` those that carry
+    what is asked for."""
 
     def __init__(self) -> None:
+        self.flows = Flows()
         self._open: dict[str, Session] = {}
         self._refused: dict[str, str] = {}
         self._sequence = 0

@@ -377,8 +377,9 @@ class Trainings:
         self._tallies[job.job_id] = tally
 
     def _remember(self, row: RoundRow) -> None:
-        """Rounds that parties may still ask about: the latest of each job."""
+        """Rounds that parties may still ask about: the latest of each job. What flows for one that moved on ends."""
         self._recent[(row.job_id, row.number)] = row
+        self._sessions.flows.changed(row)
         for key in [key for key in self._recent if key[0] == row.job_id and key[1] < row.number - 1]:
             del self._recent[key]
         done = [key for key, each in self._recent.items() if each.state in AT_REST and key[0] != row.job_id]

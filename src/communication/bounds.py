@@ -56,12 +56,21 @@ class BoundedCalls(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]  # gen
         bounds: for each caller.
         who: calls, for an RPC's context; the text says it to people too.
         hang_up: on the connection of a peer, as gRPC names it.
+        check: whether a message may go on to its handler; raises where not.
     """
 
-    def __init__(self, bounds: Bounds, *, who: Callable[[Any], str], hang_up: Callable[[str], bool]) -> None:
+    def __init__(
+        self,
+        bounds: Bounds,
+        *,
+        who: Callable[[Any], str],
+        hang_up: Callable[[str], bool],
+        check: Callable[[Any], None] = lambda _message: None,
+    ) -> None:
         self._bounds = bounds
         self._who = who
         self._hang_up = hang_up
+        self._check = check
         self._counts = CallCounts(streams=bounds.streams, requests=bounds.requests)
 
     async def intercept_service(self, continuation: Any, handler_call_details: Any) -> Handler:
@@ -77,9 +86,8 @@ class BoundedCalls(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]  # gen
             with self._counts.held(who, streams=streams):
                 call = Call()
                 with call.running():
-                    await self._within_its_lifetime(
-                        method, _Answer(handler, requests, self._writer(context, call, who))
-                    )
+                    writer = self._writer(context, call, who)
+                    await self._within_its_lifetime(method, _Answer(handler, requests, writer, check=self._check))
 
         return grpc.stream_stream_rpc_method_handler(
             serve, request_deserializer=None, response_serializer=handler.response_serializer
@@ -135,10 +143,13 @@ class _Writer:
 class _Answer:
     """One method's handler, applied to the messages of one call."""
 
-    def __init__(self, handler: Handler, messages: AsyncIterator[bytes], context: _Writer) -> None:
+    def __init__(
+        self, handler: Handler, messages: AsyncIterator[bytes], context: _Writer, *, check: Callable[[Any], None]
+    ) -> None:
         self._handler = handler
         self._messages = messages
         self._context = context
+        self._check = check
 
     async def give(self, silence_s: float) -> None:
         """Reads what the method takes, and writes what it gives."""
@@ -169,7 +180,9 @@ class _Answer:
                 if not waiting.expired():
                     raise
                 raise DeadlineError(f"nothing came for {silence_s:g} s") from None
-            yield parse(self._handler.request_deserializer, data)
+            message = parse(self._handler.request_deserializer, data)
+            self._check(message)
+            yield message
 
 
 async def _only(requests: AsyncIterator[Any]) -> Any:

@@ -49,6 +49,7 @@ class GrpcServer:
         heartbeat_interval_s: how often a silent client is asked whether it is there.
         max_message_bytes: of one message, both ways.
         bounds: what one caller may hold.
+        check: whether a message of a request may go on to its method; raises where not.
 
     Raises:
         ConfigError: neither TLS nor plaintext on loopback.
@@ -66,6 +67,7 @@ class GrpcServer:
         heartbeat_interval_s: float = 10.0,
         max_message_bytes: int = DEFAULT_MAX_MESSAGE_BYTES,
         bounds: Bounds | None = None,
+        check: Callable[[Any], None] = lambda _message: None,
     ) -> None:
         check_transport("server.listen", listen, tls=tls, insecure=insecure)
         self._listen = listen
@@ -76,6 +78,7 @@ class GrpcServer:
         self._bounds = replace(
             bounds, lifetimes_s={**dict.fromkeys(_OPEN_STREAMS, OPEN_STREAM_S), **bounds.lifetimes_s}
         )
+        self._check = check
         self._max_message_bytes = max_message_bytes
         self._ping_interval_s = heartbeat_interval_s
         self._port = 0
@@ -136,8 +139,13 @@ class GrpcServer:
             raise StateError("the server was started already")
         self.try_address()
         credentials = server_credentials(self._tls) if self._tls is not None else None
-        bounded = BoundedCalls(self._bounds, who=self._who, hang_up=lambda peer: hang_up(peer, port=self._port))
-        server = grpc.aio.server(interceptors=(ServerErrors(), self._gate, bounded), options=self._options())
+        calls = BoundedCalls(
+            self._bounds,
+            who=self._who,
+            hang_up=lambda peer: hang_up(peer, port=self._port),
+            check=self._check,
+        )
+        server = grpc.aio.server(interceptors=(ServerErrors(), self._gate, calls), options=self._options())
         names = [health.SERVICE_NAME, *(service for service, _, _ in self._services)]
         health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
         for _, add_servicer, servicer in self._services:

@@ -59,12 +59,21 @@ async def send_blob(
 async def blob_pieces(
     blobs: Blobs, sha256: str, *, offset: int = 0, piece_bytes: int = CHUNK_BYTES
 ) -> AsyncIterator[bytes]:
-    """The bytes of a stored blob from `offset` on, piece by piece, read in a thread. Raises NotFoundError."""
-    file = await asyncio.to_thread(blobs.open, sha256)
-    with file:
+    """The bytes of a stored blob from `offset` on, piece by piece, read in a thread. Between two of them no file is
+    open, however long whoever takes them takes.
+
+    Raises:
+        NotFoundError: no such blob, or none any more.
+    """
+    while piece := await asyncio.to_thread(_piece, blobs, sha256, offset=offset, piece_bytes=piece_bytes):
+        yield piece
+        offset += len(piece)
+
+
+def _piece(blobs: Blobs, sha256: str, *, offset: int, piece_bytes: int) -> bytes:
+    with blobs.open(sha256) as file:
         file.seek(offset)
-        while piece := await asyncio.to_thread(file.read, piece_bytes):
-            yield piece
+        return file.read(piece_bytes)
 
 
 async def receive_bytes(
@@ -135,22 +144,22 @@ async def receive(
     return BlobRef(announced.hex(), total)
 
 
-async def receive_pieces(
-    pieces: AsyncIterable[bytes], writer: BlobWriter, *, size: int, expected_sha256: str | None = None
-) -> BlobRef:
-    """Writes pieces of bytes whose total `size` both ends know, and commits them.
+async def receive_pieces(pieces: AsyncIterable[bytes], writer: BlobWriter, *, size: int) -> None:
+    """Writes pieces of bytes whose total `size` both ends know. They are still to be committed.
 
     Raises:
-        DigestError: another number of bytes, noticed before one too many is kept; or another digest.
+        DigestError: another number of bytes, noticed before one too many is kept.
+        InvalidInput: a piece is empty, which is no progress.
         StorageError: the writer cannot write.
     """
     async for piece in pieces:
+        if not piece:
+            raise InvalidInput("a piece is empty", violations={"body": "must not be empty"})
         if writer.size + len(piece) > size:
             raise DigestError(f"more than the {size} bytes that were to come were sent")
         await asyncio.to_thread(writer.write, piece)
     if writer.size < size:
         raise DigestError(f"{writer.size} of the {size} bytes that were to come were sent")
-    return await asyncio.to_thread(writer.commit, expected_sha256)
 
 
 def _announced(chunk: DataChunk, *, max_bytes: int, expected_sha256: str | None) -> tuple[int, bytes]:

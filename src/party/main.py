@@ -19,12 +19,14 @@ def run(config_path: Path, *, name: str | None = None) -> None:
     import asyncio
 
     from ..config import load_party_config
+    from ..descriptors import raise_descriptor_limit
     from ..extras import require
     from ..logs import configure
     from .app import work
 
     config = load_party_config(config_path, name=name)
     require("party", "a party")
+    raise_descriptor_limit()
     configure(level=config.logging.level, format=config.logging.format)
     asyncio.run(work(config))
 

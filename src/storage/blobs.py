@@ -13,6 +13,7 @@ import hashlib
 import os
 import re
 import secrets
+import threading
 from collections.abc import Iterable, Iterator, Set
 from dataclasses import dataclass
 from pathlib import Path
@@ -76,6 +77,9 @@ def flush_directory(path: Path) -> None:
 class BlobWriter:
     """A blob on its way in: `write` pieces, then `commit` or `abort`; leaving the `with` block uncommitted aborts.
 
+    There is a file from the first byte on: whoever only waits for bytes holds none. `abort` may be called while another
+    thread writes or commits: that one then leaves nothing.
+
     Raises:
         StorageError: of any method: the file system does not take it (full, read-only, …).
     """
@@ -86,10 +90,8 @@ class BlobWriter:
         self._size = 0
         self._path = store.root / f"{_TEMPORARY}{secrets.token_hex(16)}"
         self._file: BinaryIO | None = None
-        with _storing():
-            store.root.mkdir(mode=0o700, parents=True, exist_ok=True)
-            descriptor = os.open(self._path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
-            self._file = os.fdopen(descriptor, "wb")
+        self._over = self._abandoned = False
+        self._lock = threading.Lock()
 
     @property
     def size(self) -> int:
@@ -98,10 +100,11 @@ class BlobWriter:
 
     def write(self, chunk: bytes | bytearray | memoryview) -> None:
         """Appends `chunk`."""
-        with _storing():
-            self._open_file().write(chunk)
-        self._hash.update(chunk)
-        self._size += len(chunk)
+        with self._working():
+            if chunk:
+                self._open_file().write(chunk)
+                self._hash.update(chunk)
+                self._size += len(chunk)
 
     def commit(self, expected_sha256: str | None = None) -> BlobRef:
         """Stores what was written, durably, and returns its name. Storing the same bytes twice is one blob.
@@ -109,30 +112,31 @@ class BlobWriter:
         Raises:
             DigestError: it is not `expected_sha256`; nothing is stored.
         """
-        file = self._open_file()
-        digest = self._hash.hexdigest()
-        if expected_sha256 is not None and digest != check_digest(expected_sha256):
-            self.abort()
-            raise DigestError("the bytes do not have the announced SHA-256", expected=expected_sha256, found=digest)
         try:
-            with _storing():
+            with self._working():
+                digest = self._hash.hexdigest()
+                if expected_sha256 is not None and digest != check_digest(expected_sha256):
+                    text = "the bytes do not have the announced SHA-256"
+                    raise DigestError(text, expected=expected_sha256, found=digest)
+                file = self._open_file()
                 file.flush()
                 flush(file.fileno())
                 file.close()
                 self._store._adopt(self._path, digest)
+                self._file, self._over = None, True
         except BaseException:
             self.abort()
             raise
-        self._file = None
         return BlobRef(digest, self._size)
 
     def abort(self) -> None:
         """Forgets what was written. Does nothing after `commit`."""
-        if self._file is not None:
-            with contextlib.suppress(OSError):  # closing flushes what is buffered: a full disk says so once more
-                self._file.close()
-            self._file = None
-            self._path.unlink(missing_ok=True)
+        self._abandoned = True
+        if self._lock.acquire(blocking=False):  # else whoever holds it does this, once that is done
+            try:
+                self._discard()
+            finally:
+                self._lock.release()
 
     def __enter__(self) -> Self:
         return self
@@ -142,9 +146,30 @@ class BlobWriter:
     ) -> None:
         self.abort()
 
+    @contextlib.contextmanager
+    def _working(self) -> Iterator[None]:
+        try:
+            with self._lock, _storing():
+                if self._over:
+                    raise StateError("this blob is committed or aborted already")
+                yield
+        finally:
+            if self._abandoned:  # asked only now that whoever aborts would get the lock
+                self.abort()
+
+    def _discard(self) -> None:
+        self._over = True
+        if self._file is not None:
+            with contextlib.suppress(OSError):  # closing flushes what is buffered: a full disk says so once more
+                self._file.close()
+            self._file = None
+            self._path.unlink(missing_ok=True)
+
     def _open_file(self) -> BinaryIO:
         if self._file is None:
-            raise StateError("this blob is committed or aborted already")
+            self._store.root.mkdir(mode=0o700, parents=True, exist_ok=True)
+            descriptor = os.open(self._path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+            self._file = os.fdopen(descriptor, "wb")
         return self._file
 
 

@@ -165,7 +165,8 @@ class FederationProbe(federation_pb2_grpc.FederationServiceServicer):
                 yield request.body
 
         with self.blobs.writer() as writer:
-            ref = await receive_pieces(bodies(), writer, size=len(self.behaviour.data))
+            await receive_pieces(bodies(), writer, size=len(self.behaviour.data))
+            ref = writer.commit()
         return federation_pb2.UploadUpdateResponse(accepted=self.blobs.exists(ref.sha256))
 
 

@@ -198,8 +198,9 @@ async def test_bytes_that_are_no_message_are_invalid_input(
     with pytest.raises(InvalidInput, match="not a message of this method"):
         await unary(b"\xff\xff\xff", timeout=60)
     stream = party.stream_unary("/sotto.v1.FederationService/UploadUpdate", lambda data: data, lambda data: data)
+    first = federation_pb2.UploadUpdateRequest(body=b"x").SerializeToString()
     with pytest.raises(InvalidInput, match="not a message of this method"):
-        await stream(iter([b"", b"\xff\xff\xff"]), timeout=60)
+        await stream(iter([first, b"\xff\xff\xff"]), timeout=60)
 
 
 async def test_a_message_over_the_limit_is_a_limit_error(

@@ -7,14 +7,18 @@ import os
 import stat
 import subprocess
 import sys
+import threading
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from src.errors import DigestError, InvalidInput, NotFoundError, SottoError, StateError, StorageError
+from src.storage import blobs as blobs_module
 from src.storage.blobs import BlobRef, Blobs
 
 
@@ -148,3 +152,49 @@ def test_file_then_directories_are_flushed_before_commit_returns(blobs: Blobs, m
     monkeypatch.setattr(Path, "replace", spy_replace)
     blobs.write(b"durable")
     assert steps == ["flush file", "flush directory", "rename", "flush directory"]
+
+
+def test_a_writer_has_no_file_before_its_first_byte(blobs: Blobs) -> None:
+    with blobs.writer() as writer:
+        writer.write(b"")
+        assert not blobs.root.exists() or not any(blobs.root.iterdir())
+        writer.write(b"x")
+        assert len(list(blobs.root.iterdir())) == 1
+    assert not any(blobs.root.iterdir())
+    with blobs.writer() as writer:
+        empty = writer.commit()
+    assert blobs.read(empty.sha256) == b""
+
+
+@pytest.mark.parametrize("when", ["flush", "first byte"])
+def test_a_writer_that_is_given_up_while_a_thread_works_on_it_leaves_nothing(
+    blobs: Blobs, monkeypatch: pytest.MonkeyPatch, when: str
+) -> None:
+    """The caller of an upload leaves; whoever writes for it is in a thread that nobody can stop, wherever it is."""
+    at_work, go_on = threading.Event(), threading.Event()
+
+    def held(*arguments: Any, **options: Any) -> Any:
+        at_work.set()
+        assert go_on.wait(60)
+        return original(*arguments, **options)
+
+    writer = blobs.writer()
+    if when == "flush":
+        writer.write(b"x" * 1000)
+        original: Any = blobs_module.flush
+        monkeypatch.setattr(blobs_module, "flush", held)
+        work: Callable[[], object] = writer.commit
+    else:
+        original = os.open
+        monkeypatch.setattr(os, "open", held)
+        work = partial(writer.write, b"x")
+    thread = threading.Thread(target=work)
+    thread.start()
+    assert at_work.wait(60)
+    writer.abort()  # at once, not after the thread
+    go_on.set()
+    thread.join(60)
+    left = [path.name for path in blobs.root.iterdir() if path.name.startswith(".incoming")]
+    assert left == []
+    with pytest.raises(StateError):
+        writer.write(b"more")

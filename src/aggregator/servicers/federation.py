@@ -8,6 +8,7 @@ import logging
 import math
 import re
 from collections.abc import AsyncIterator
+from functools import partial
 from typing import Any, Final
 
 from ... import __version__
@@ -36,7 +37,7 @@ from ...protocol.canonical import canonical_bytes
 from ...protocol.merkle import MerkleHasher
 from ...protocol.plan import PROTOCOL_VERSION, ROOT_KIND, SHARES_KIND, RootStatement
 from ...protocol.signing import Signed, open_signed
-from ...storage.blobs import Blobs
+from ...storage.blobs import BlobRef, Blobs, BlobWriter, check_digest
 from ...storage.heads import Head
 from ..coordinator import Coordinator
 from ..federation import Federation
@@ -195,8 +196,9 @@ class FederationServicer(federation_pb2_grpc.FederationServiceServicer):
         self, request: federation_pb2.DownloadModelRequest, context: Any
     ) -> AsyncIterator[common_pb2.DataChunk]:
         row = await self._row(request.round, cohort=True)
-        async for chunk in send_blob(self._blobs, row.model_sha256):
-            yield chunk
+        with self._sessions.flows.open(row, _under_way):
+            async for chunk in send_blob(self._blobs, row.model_sha256):
+                yield chunk
 
     async def CommitRoot(  # noqa: N802
         self, request: federation_pb2.CommitRootRequest, context: Any
@@ -239,42 +241,62 @@ class FederationServicer(federation_pb2_grpc.FederationServiceServicer):
         if first is None or first.WhichOneof("part") != "header":
             raise InvalidInput("an upload begins with its header")
         row = await self._row(first.header.round, cohort=True)
-        signed = signed_from_proto(first.header.root)
+        if self._checked_update(row, name, first.header) is None:
+            return federation_pb2.UploadUpdateResponse(accepted=True)  # it was stored; the answer was lost
+        async with self._sessions.flows.upload(row, name, Work.REVEAL, _collecting) as upload:
+            row = await self._row(first.header.round, cohort=True)
+            statement = self._checked_update(row, name, first.header)
+            if statement is None:  # an older upload brought it meanwhile
+                return federation_pb2.UploadUpdateResponse(accepted=True)
+            await self._told(row, name, first.header.ledger_head)  # before a ciphertext of it is kept
+            header, counter = first.header.batch_header, _Counter(first.ByteSize())
+            hasher = _LeafHasher(statement, header, plan_of(row.plan).layout["ciphertext_bytes"])
+            writer = await self._received(hasher.through(counter.bodies(request_iterator)), statement.body_bytes)
+            await upload.settle(self._store_update(row, statement, header, writer=writer, counter=counter))
+        return federation_pb2.UploadUpdateResponse(accepted=True)
+
+    def _checked_update(self, row: RoundRow, name: str, header: federation_pb2.UpdateHeader) -> RootStatement | None:
+        """What the party committed to, once an upload that begins so can be taken; None for one that is there."""
+        signed = signed_from_proto(header.root)
         statement = self._root_statement(row, name, signed)
         committed = row.roots.get(name) == signed.to_json()
         if committed and name in row.batches:
-            return federation_pb2.UploadUpdateResponse(accepted=True)  # it was stored; the answer was lost
-        if row.state is not RoundState.COLLECTING or row.frozen_list is None:
+            return None
+        if not _collecting(row):
             raise StateError(f"round {row.number} takes no uploads now: it is {row.state.value}", party=name)
         if not committed:
             raise ConflictError(f"party {name} uploads what is not on the frozen list of this round", party=name)
-        header = first.header.batch_header
-        if len(header) > LARGEST_HEADER_BYTES:
+        if len(header.batch_header) > LARGEST_HEADER_BYTES:
             raise LimitError(f"a batch header has at most {LARGEST_HEADER_BYTES} bytes")
-        check_batch_header(plan_of(row.plan), row.plan_digest, name, header)
+        check_batch_header(plan_of(row.plan), row.plan_digest, name, header.batch_header)
         if statement.body_bytes > self._config.limits.max_update_bytes:
             raise LimitError(f"an update of {statement.body_bytes} bytes is larger than limits.max_update_bytes")
-        await self._told(row, name, first.header.ledger_head)  # before a ciphertext of it is kept
-        counter = _Counter(first.ByteSize())
-        ref = await self._receive_body(row, statement, header, counter.bodies(request_iterator))
-        await self._pipeline.check_body(row, ref, statement)
-        batch = Batch(header.hex(), ref, statement.body_bytes)
+        return statement
+
+    async def _received(self, pieces: AsyncIterator[bytes], size: int) -> BlobWriter:
+        """A body whose size is fixed before a byte is kept, not yet stored; there is a file from its first byte on."""
+        writer = self._blobs.writer()
+        try:
+            await receive_pieces(pieces, writer, size=size)
+        except BaseException:
+            writer.abort()
+            raise
+        return writer
+
+    async def _store_update(
+        self, row: RoundRow, statement: RootStatement, header: bytes, *, writer: BlobWriter, counter: _Counter
+    ) -> None:
+        name = statement.contributor
+        with writer:
+            ref = await asyncio.to_thread(writer.commit)
+        await self._pipeline.check_body(row, ref.sha256, statement)
+        batch = Batch(header.hex(), ref.sha256, statement.body_bytes)
         await self._trainings.happened(row.job_id, row.number, BatchStored(name, batch, counter.total))
-        return federation_pb2.UploadUpdateResponse(accepted=True)
 
     async def _told(self, row: RoundRow, party: str, digest: str) -> None:
         """Remember the head of a party's ledger; one that is not said is not known."""
         if digest:
             await self._coordinator.told(party, Head(digest, row.job_id, row.number))
-
-    async def _receive_body(
-        self, row: RoundRow, statement: RootStatement, header: bytes, pieces: AsyncIterator[bytes]
-    ) -> str:
-        """Store a body whose size is fixed before a byte is kept; nothing is stored unless it has its root."""
-        hasher = _LeafHasher(statement, header, plan_of(row.plan).layout["ciphertext_bytes"])
-        with await asyncio.to_thread(self._blobs.writer) as writer:
-            ref = await receive_pieces(hasher.through(pieces), writer, size=statement.body_bytes)
-        return ref.sha256
 
     async def DownloadContribution(  # noqa: N802
         self, request: federation_pb2.DownloadContributionRequest, context: Any
@@ -282,8 +304,9 @@ class FederationServicer(federation_pb2_grpc.FederationServiceServicer):
         row = await self._row(request.round, cohort=False)
         if request.contributor not in row.contributors or caller().name not in row.asked:
             raise NotFoundError(f"{request.contributor!r} contributed nothing that {caller().name} is asked to open")
-        async for chunk in send_blob(self._blobs, row.batches[request.contributor].sha256):
-            yield chunk
+        with self._sessions.flows.open(row, _under_way):
+            async for chunk in send_blob(self._blobs, row.batches[request.contributor].sha256):
+                yield chunk
 
     async def UploadShares(  # noqa: N802
         self, request_iterator: AsyncIterator[federation_pb2.UploadSharesRequest], context: Any
@@ -293,28 +316,40 @@ class FederationServicer(federation_pb2_grpc.FederationServiceServicer):
         if first is None or first.WhichOneof("part") != "header":
             raise InvalidInput("shares begin with their header")
         row = await self._row(first.header.round, cohort=False)
-        signed = signed_from_proto(first.header.shares)
+        if self._checked_shares(row, name, first.header) is None:
+            return federation_pb2.UploadSharesResponse(accepted=True)  # it was stored; the answer was lost
+        asked = partial(_asked_to_open, party=name)
+        async with self._sessions.flows.upload(row, name, Work.OPEN, asked) as upload:
+            row = await self._row(first.header.round, cohort=False)
+            announced = self._checked_shares(row, name, first.header)
+            if announced is None:
+                return federation_pb2.UploadSharesResponse(accepted=True)
+            writer = await self._received(_Counter(0).bodies(request_iterator), announced.size)
+            await upload.settle(self._store_shares(row, name, announced.sha256, writer=writer))
+        return federation_pb2.UploadSharesResponse(accepted=True)
+
+    def _checked_shares(self, row: RoundRow, name: str, header: federation_pb2.SharesHeader) -> BlobRef | None:
+        """What the holder announces, once it can be taken; None for what is there. Before a byte of it is kept."""
+        signed = signed_from_proto(header.shares)
         key = self._federation.roster.member(name).verify_key
         statement = open_signed(signed, SHARES_KIND, verify_key=key)
         expected = {"plan": row.plan_digest, "aggregate_root": row.aggregate_root, "party": name}
         if {field: statement.get(field) for field in expected} != expected:
             raise SignatureError(f"the shares of {name} are for another round, aggregate or party", party=name)
-        size = statement.get("bytes")
-        if wanted(row, name) is not Work.OPEN:  # before a byte of it is kept
+        if not _asked_to_open(row, party=name):
             if row.shares.get(name) == statement.get("sha256"):
-                return federation_pb2.UploadSharesResponse(accepted=True)  # it was stored; the answer was lost
+                return None
             raise StateError(f"party {name} is not asked for a share in round {row.number}", party=name)
-        layout = plan_of(row.plan).layout
+        layout, size = plan_of(row.plan).layout, statement.get("bytes")
         most = layout["ciphertext_count"] * layout["ciphertext_bytes"] + SHARE_OVERHEAD_BYTES
         if not isinstance(size, int) or not 0 < size <= most:
             raise LimitError(f"shares of this round have at most {most} bytes")
-        counter = _Counter(first.ByteSize())
-        with await asyncio.to_thread(self._blobs.writer) as writer:
-            ref = await receive_pieces(
-                counter.bodies(request_iterator), writer, size=size, expected_sha256=str(statement.get("sha256"))
-            )
+        return BlobRef(check_digest(str(statement.get("sha256"))), size)
+
+    async def _store_shares(self, row: RoundRow, name: str, sha256: str, *, writer: BlobWriter) -> None:
+        with writer:
+            ref = await asyncio.to_thread(writer.commit, sha256)
         await self._trainings.happened(row.job_id, row.number, ShareStored(name, ref.sha256))
-        return federation_pb2.UploadSharesResponse(accepted=True)
 
     async def ReportFailure(  # noqa: N802
         self, request: federation_pb2.ReportFailureRequest, context: Any
@@ -334,6 +369,21 @@ class FederationServicer(federation_pb2_grpc.FederationServiceServicer):
         if party not in row.cohort and (cohort or party not in row.holders):
             raise NotFoundError(f"no round {name.round} of job {name.job_id!r} for party {party}")
         return row
+
+
+def _under_way(row: RoundRow) -> bool:
+    """Whether what a round needs may still be fetched."""
+    return not row.at_rest
+
+
+def _collecting(row: RoundRow) -> bool:
+    """Whether a round takes updates."""
+    return row.state is RoundState.COLLECTING and row.frozen_list is not None
+
+
+def _asked_to_open(row: RoundRow, *, party: str) -> bool:
+    """Whether a round takes a share of this party."""
+    return wanted(row, party) is Work.OPEN
 
 
 class _Counter:

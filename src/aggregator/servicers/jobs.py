@@ -38,6 +38,10 @@ ROLES: Final[dict[str, frozenset[str]]] = {
 }
 """Who may call which method."""
 
+WATCH: Final = f"/{SERVICE}/WatchJob"
+LONGEST_WATCH_S: Final = 3600.0
+"""Whoever watches longer comes back after the last event seen, as after a lost connection; a watcher that is forgotten
+does not."""
 ENTRIES_AT_ONCE: Final = 100
 """More than that become messages in a thread: a thousand would keep everybody else waiting for tens of milliseconds."""
 

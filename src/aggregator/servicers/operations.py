@@ -23,6 +23,8 @@ ROLES: Final[dict[str, frozenset[str]]] = {
 """Who may call which method."""
 
 COLLECTION: Final = "operations"
+LONGEST_WAIT_S: Final = 300.0
+"""Whoever waits longer asks again (AIP-151: a service may wait for less than it is asked to)."""
 
 
 class OperationsServicer(operations_pb2_grpc.OperationsServicer):  # type: ignore[misc]  # ships no types
@@ -63,12 +65,13 @@ class OperationsServicer(operations_pb2_grpc.OperationsServicer):  # type: ignor
     async def WaitOperation(  # noqa: N802
         self, request: operations_pb2.WaitOperationRequest, context: Any
     ) -> operations_pb2.Operation:
-        """Without a timeout until the job is at rest, or the call's own deadline."""
+        """Until the job is at rest, the timeout is over, or `LONGEST_WAIT_S`: then as it is."""
         timeout_s = wire.seconds_of(request.timeout) if request.HasField("timeout") else None
         if timeout_s is not None and timeout_s < 0:
             raise InvalidInput("timeout is negative", violations={"timeout": f"at least 0 s (got {timeout_s:g})"})
         view = await self._find(request.name)
         if not view.row.at_rest:
+            timeout_s = LONGEST_WAIT_S if timeout_s is None else min(timeout_s, LONGEST_WAIT_S)
             view = await self._service.wait(caller(), view.row.job_id, timeout_s=timeout_s)
         return wire.operation_to_proto(view)
 
