@@ -42,12 +42,23 @@ row.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Final
 
+from .text import brief, printable
+
+MAX_TEXT_CHARACTERS: Final = 8000
+"""Of a message, a private text, a problem, a violation, a value of metadata: what was wrong with a whole configuration
+fits, and a text of somebody else's does not pass through a process as long as they like."""
+MAX_DETAILS: Final = 100
+"""Values of metadata, and violations."""
+_MAX_KEY_CHARACTERS: Final = 500
+
 
 class SottoError(Exception):
-    """Base of all errors raised on purpose.
+    """Base of all errors raised on purpose. Its texts often quote somebody else's: each becomes one line of printable
+    characters of at most `MAX_TEXT_CHARACTERS` here, so that no log, terminal or peer is shown anything else.
 
     Args:
         message: public text: one sentence that says what is wrong and where; no private data.
@@ -56,10 +67,10 @@ class SottoError(Exception):
     """
 
     def __init__(self, message: str, *, private: str = "", **metadata: object) -> None:
-        super().__init__(message)
-        self.message = message
-        self.private = private
-        self.metadata: dict[str, str] = {key: str(value) for key, value in metadata.items()}
+        self.message = printable(message, MAX_TEXT_CHARACTERS)
+        super().__init__(self.message)
+        self.private = printable(private, MAX_TEXT_CHARACTERS)
+        self.metadata: dict[str, str] = public_texts(metadata)
 
 
 class ConfigError(SottoError):
@@ -67,7 +78,7 @@ class ConfigError(SottoError):
 
     def __init__(self, message: str, *, problems: tuple[str, ...] = (), private: str = "", **metadata: object) -> None:
         super().__init__(message, private=private, **metadata)
-        self.problems = problems
+        self.problems = tuple(printable(each, MAX_TEXT_CHARACTERS) for each in problems)
 
 
 class InvalidInput(SottoError):
@@ -77,7 +88,7 @@ class InvalidInput(SottoError):
         self, message: str, *, violations: dict[str, str] | None = None, private: str = "", **metadata: object
     ) -> None:
         super().__init__(message, private=private, **metadata)
-        self.violations = dict(violations or {})
+        self.violations = public_texts(violations or {})
 
 
 class BatchError(InvalidInput):
@@ -202,6 +213,12 @@ class StorageError(SottoError):
 
 class WorkerError(SottoError):
     """A unit of CPU work died, or failed for a reason of its own."""
+
+
+def public_texts(values: Mapping[str, object]) -> dict[str, str]:
+    """Details as an error carries them, whoever named them: at most `MAX_DETAILS`, each printable and not too long."""
+    kept = list(values.items())[:MAX_DETAILS]
+    return {printable(key, _MAX_KEY_CHARACTERS): brief(value, MAX_TEXT_CHARACTERS) for key, value in kept}
 
 
 @dataclass(frozen=True, slots=True)

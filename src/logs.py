@@ -5,27 +5,61 @@
 
 What is in `extra` becomes `key=value` in text and a field in JSON. Public text and the private text of a `SottoError`
 belong here; keys, shares, updates and anything computed from private rows do not.
+
+Whatever it is given, a record is one line of printable characters, and not a long one: names, reasons and versions come
+from others, who choose their length and their characters. So this is done here and nowhere else (`text`), for message,
+arguments, fields and exceptions alike, and before a huge value is rendered. What one caller causes is bounded as well:
+see `on_behalf_of`.
 """
 
 from __future__ import annotations
 
 import json
 import logging
+import math
 import sys
 import traceback
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
 from datetime import UTC, datetime
+from itertools import islice
 from pathlib import Path
 from typing import Any, Final, Literal, TextIO
 
 from .errors import SottoError, meaning
+from .text import CUT, brief, printable
 
 ROOT: Final = "sotto"
+
+MAX_MESSAGE_CHARACTERS: Final = 2000
+"""Of a record's message, its arguments filled in: the longest of our own, a budget's warning, has about 600."""
+MAX_FIELD_CHARACTERS: Final = 1000
+"""Of an argument, and of the value of a field."""
+MAX_LINE_CHARACTERS: Final = 8000
+"""Of a line without its traceback; fields that do not fit any more are left out."""
+MAX_TRACE_CHARACTERS: Final = 16_000
+"""Of a traceback, in all."""
+
+LINES_AT_ONCE: Final = 100
+"""That one caller may cause, and as many errors: a party that joins and takes part in a round causes five."""
+LINES_A_SECOND: Final = 2.0
+"""That a caller may cause in the long run."""
+
 _PACKAGE: Final = __name__.partition(".")[0]  # "sotto", or "src" in a checkout
 _ORDINARY: Final = frozenset(vars(logging.makeLogRecord({}))) | {"message", "asctime", "taskName"}
-_CONTROL: Final = {code: f"\\x{code:02x}" for code in [*range(32), 127]} | {10: "\\n", 13: "\\r", 9: "\\t"}
+_MAX_NAME_CHARACTERS: Final = 100  # of a logger, a level, a field
+_MAX_TRACE_LINE_CHARACTERS: Final = 500
+_MAX_FIELDS: Final = 40
+_MAX_FRAMES: Final = 15  # of each exception, the innermost ones
+_MAX_CHAIN: Final = 4  # exceptions that led to one another, the last ones
+_MAX_NOTES: Final = 4
+_MAX_CALLERS: Final = 1024  # whose lines are counted at a time; without TLS anybody has as many names as they like
+_MAX_NUMBER: Final = 2**63
+_TRACE_MARGIN: Final = "  | "
+_TRACE_FIELD: Final = "traceback"
 
 
 def get_logger(name: str) -> logging.Logger:
@@ -41,7 +75,7 @@ def configure(*, level: str = "INFO", format: Literal["text", "json"] = "text", 
         format: "text", one line a record for people; "json", one object a line for machines.
         stream: where to; stderr by default.
     """
-    handler = logging.StreamHandler(stream or sys.stderr)
+    handler = _Handler(stream or sys.stderr)
     handler.setFormatter(JsonFormatter() if format == "json" else TextFormatter())
     root = logging.getLogger()
     for old in list(root.handlers):
@@ -81,7 +115,86 @@ def muted() -> Iterator[None]:
 
 def _canonical(name: str) -> str:
     root, dot, rest = name.partition(".")
-    return f"{ROOT}{dot}{rest}" if root == _PACKAGE else name
+    return printable(f"{ROOT}{dot}{rest}" if root == _PACKAGE else name, _MAX_NAME_CHARACTERS)
+
+
+# --- whose lines ------------------------------------------------------------------------------------------------------
+
+_caller: ContextVar[str] = ContextVar("sotto_log_caller", default="")
+
+
+def on_behalf_of(caller: str) -> None:
+    """What this task logs from here on, and the tasks and threads that it starts, is counted as caused by `caller`.
+
+    Who asks for refused things as fast as they can would fill a disk with lines, each of them short. So a caller has an
+    allowance: `LINES_AT_ONCE`, and `LINES_A_SECOND` afterwards; errors (ERROR and above) have one of their own, so that
+    refusals do not hide them. Of what goes beyond it is said that and how much is left out, until the half has come
+    back.
+    """
+    _caller.set(caller)
+
+
+@dataclass(slots=True)
+class _Allowance:
+    """Lines that are left to a caller, as of a time of the log's clock; how many were left out since they were used
+    up."""
+
+    lines: float
+    at_s: float
+    left_out: int = 0
+
+    def take(self, now_s: float) -> bool:
+        """Whether there is one more."""
+        self.lines = min(float(LINES_AT_ONCE), self.lines + max(0.0, now_s - self.at_s) * LINES_A_SECOND)
+        self.at_s = now_s
+        if self.lines < (LINES_AT_ONCE / 2 if self.left_out else 1):
+            self.left_out += 1
+            return False
+        self.lines -= 1
+        return True
+
+
+class _Handler(logging.StreamHandler[TextIO]):
+    """Leaves out what a caller causes beyond their allowance, and says so."""
+
+    def __init__(self, stream: TextIO) -> None:
+        super().__init__(stream)
+        self._allowances: dict[tuple[str, bool], _Allowance] = {}
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Write a record, or count it. Called under the handler's lock."""
+        caller = _caller.get()
+        if not caller:
+            super().emit(record)
+            return
+        errors = record.levelno >= logging.ERROR
+        allowance = self._allowance((caller, errors), record.created)
+        before = allowance.left_out
+        taken = allowance.take(record.created)
+        if taken and before:
+            self._say("%d %s on behalf of %s were left out", before, _kind(errors), caller)
+            allowance.left_out = 0
+        if taken:
+            super().emit(record)
+        elif not before:
+            self._say("%s causes too many %s: more of them are left out for a while", caller, _kind(errors))
+
+    def _allowance(self, key: tuple[str, bool], now_s: float) -> _Allowance:
+        found = self._allowances.pop(key, None) or _Allowance(float(LINES_AT_ONCE), now_s)
+        self._allowances[key] = found  # the one that was used last is the last: the first has rested longest
+        if len(self._allowances) > _MAX_CALLERS:
+            del self._allowances[next(iter(self._allowances))]
+        return found
+
+    def _say(self, text: str, *args: object) -> None:
+        super().emit(logging.LogRecord(f"{ROOT}.logs", logging.WARNING, __file__, 0, text, args, None))
+
+
+def _kind(errors: bool) -> str:
+    return "errors" if errors else "lines"
+
+
+# --- one record, one line ---------------------------------------------------------------------------------------------
 
 
 def _time(record: logging.LogRecord) -> str:
@@ -90,32 +203,114 @@ def _time(record: logging.LogRecord) -> str:
     return stamp.strftime("%Y-%m-%dT%H:%M:%S.") + f"{stamp.microsecond // 1000:03d}Z"
 
 
-def _fields(record: logging.LogRecord) -> dict[str, Any]:
-    """What the caller passed as `extra`, and what an error says about itself."""
-    fields = {key: value for key, value in vars(record).items() if key not in _ORDINARY}
+def _message(record: logging.LogRecord) -> str:
+    """The message, its arguments filled in: none of them is rendered beyond what is left of it."""
+    text = record.msg if isinstance(record.msg, str) else brief(record.msg, MAX_MESSAGE_CHARACTERS)
+    args: Any = record.args
+    if args:
+        many = isinstance(args, tuple)
+        given = tuple(map(_argument, args)) if many else {key: _argument(value) for key, value in args.items()}
+        try:
+            text = text[:MAX_MESSAGE_CHARACTERS] % given
+        except Exception:  # a mistake of whoever logs must not cost the line
+            text = f"{text[:MAX_MESSAGE_CHARACTERS]} {brief(given, MAX_FIELD_CHARACTERS)}"
+    return printable(text, MAX_MESSAGE_CHARACTERS)
+
+
+def _argument(value: object) -> object:
+    """As `%d` and `%s` take it."""
+    return value if _is_number(value) else brief(value, MAX_FIELD_CHARACTERS)
+
+
+def _is_number(value: object) -> bool:
+    if isinstance(value, int):
+        return -_MAX_NUMBER < value < _MAX_NUMBER
+    return isinstance(value, float)
+
+
+def _fields(record: logging.LogRecord) -> Iterator[tuple[str, Any]]:
+    """What the caller passed as `extra`, and what an error says about itself: texts, numbers, truths and nothings."""
+    given: dict[str, Any] = {key: value for key, value in vars(record).items() if key not in _ORDINARY}
     error = record.exc_info[1] if record.exc_info else None
     if isinstance(error, SottoError):
-        fields |= {"reason": meaning(error).reason}
-        fields |= {"private": error.private} if error.private else {}
-    return fields
+        given |= {"reason": meaning(error).reason}
+        given |= {"private": error.private} if error.private else {}
+    for key, value in islice(given.items(), _MAX_FIELDS):
+        finite = value is None or (_is_number(value) and math.isfinite(value))
+        yield printable(key, _MAX_NAME_CHARACTERS), value if finite else brief(value, MAX_FIELD_CHARACTERS)
 
 
-def _trace(record: logging.LogRecord) -> str:
-    if not record.exc_info or record.exc_info[1] is None:
-        return ""
-    return "".join(traceback.format_exception(record.exc_info[1])).rstrip()
+def _trace(record: logging.LogRecord) -> list[str]:
+    """The exception of a record with what led to it, line by line; and the stack, where one was asked for."""
+    lines: list[str] = []
+    error = record.exc_info[1] if record.exc_info else None
+    if error is not None:
+        lines += trace_lines(error)
+    if record.stack_info:
+        lines += record.stack_info[:MAX_TRACE_CHARACTERS].splitlines()
+    kept: list[str] = []
+    room = MAX_TRACE_CHARACTERS
+    for line in lines:
+        cut = printable(line, _MAX_TRACE_LINE_CHARACTERS)
+        room -= len(cut) + 1
+        if room <= 0:
+            return [*kept, CUT]
+        kept.append(cut)
+    return kept
+
+
+def trace_lines(error: BaseException) -> Iterator[str]:
+    """An exception and what led to it, about as the interpreter shows it; the lines are not printable yet. (`traceback`
+    would render the whole of what exceptions hold.)"""
+    chain: list[tuple[BaseException, str]] = [(error, "")]
+    while len(chain) < _MAX_CHAIN:
+        last = chain[-1][0]
+        if last.__cause__ is not None:
+            chain.append((last.__cause__, "the exception above led to this one:"))
+        elif last.__context__ is not None and not last.__suppress_context__:
+            chain.append((last.__context__, "while the exception above was handled, this one happened:"))
+        else:
+            break
+    for each, then in reversed(chain):
+        yield from _lines_of(each)
+        if then:
+            yield then
+
+
+def _lines_of(error: BaseException) -> Iterator[str]:
+    yield "Traceback (most recent call last):"
+    for frame in traceback.extract_tb(error.__traceback__, limit=-_MAX_FRAMES):
+        yield f'  File "{frame.filename}", line {frame.lineno}, in {frame.name}'
+        if frame.line:
+            yield f"    {frame.line}"
+    kind = type(error)
+    yield f"{kind.__module__}.{kind.__qualname__}: {brief(error, MAX_FIELD_CHARACTERS)}"
+    for note in list(getattr(error, "__notes__", ()))[:_MAX_NOTES]:
+        yield f"  {brief(note, MAX_FIELD_CHARACTERS)}"
+    if isinstance(error, BaseExceptionGroup):
+        for each in error.exceptions[:_MAX_NOTES]:
+            yield f"  of which: {type(each).__name__}: {brief(each, MAX_FIELD_CHARACTERS)}"
 
 
 class TextFormatter(logging.Formatter):
-    """`time LEVEL logger: message key=value`; a traceback follows on lines of its own."""
+    """`time LEVEL logger: message key=value`, on one line. A traceback follows on lines of its own, each behind a bar,
+    as no record begins."""
 
     def format(self, record: logging.LogRecord) -> str:
-        """One line; line breaks in the message are escaped, so that nobody can forge a line."""
-        fields = "".join(f" {key}={value}" for key, value in _fields(record).items())
-        text = f"{record.getMessage()}{fields}".translate(_CONTROL)
-        line = f"{_time(record)} {record.levelname:<7} {_canonical(record.name)}: {text}"
-        trace = _trace(record)
-        return f"{line}\n{trace}" if trace else line
+        """The line, or the lines of a record with a traceback."""
+        level, name = printable(record.levelname, _MAX_NAME_CHARACTERS), _canonical(record.name)
+        line = f"{_time(record)} {level:<7} {name}: {_message(record)}"
+        for key, value in _fields(record):
+            field = f" {key}={_quoted(value)}"
+            line += field if len(line) + len(field) <= MAX_LINE_CHARACTERS else ""
+        return "\n".join([line, *(f"{_TRACE_MARGIN}{each}" for each in _trace(record))])
+
+
+def _quoted(value: object) -> str:
+    """As it is, or in quotes where it would not be seen where it ends."""
+    text = str(value)
+    plain = text and not any(each in text for each in ' "=')
+    return text if plain else json.dumps(text, ensure_ascii=False)
 
 
 class JsonFormatter(logging.Formatter):
@@ -125,10 +320,19 @@ class JsonFormatter(logging.Formatter):
         """The object on one line."""
         entry: dict[str, Any] = {
             "time": _time(record),
-            "level": record.levelname,
+            "level": printable(record.levelname, _MAX_NAME_CHARACTERS),
             "logger": _canonical(record.name),
-            "message": record.getMessage(),
+            "message": _message(record),
         }
-        entry |= {key: value for key, value in _fields(record).items() if key not in entry}
+        room = MAX_LINE_CHARACTERS - len(_json(entry))
+        for key, value in _fields(record):
+            size = len(_json({key: value}))
+            if key not in entry and key != _TRACE_FIELD and size <= room:
+                entry[key] = value
+                room -= size
         trace = _trace(record)
-        return json.dumps(entry | ({"traceback": trace} if trace else {}), ensure_ascii=False, default=str)
+        return _json(entry | ({_TRACE_FIELD: "\n".join(trace)} if trace else {}))
+
+
+def _json(entry: Mapping[str, Any]) -> str:
+    return json.dumps(entry, ensure_ascii=False)

@@ -4,6 +4,7 @@ pytest-xdist runs what."""
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import signal
 import socket
@@ -453,6 +454,18 @@ def make_processes() -> Iterator[Callable[[Path], Processes]]:
 def reserved_address() -> Callable[[], contextlib.AbstractContextManager[str]]:
     """`with reserved_address() as address`, see `reserve`."""
     return reserve
+
+
+@pytest.fixture
+def quiet() -> Iterator[None]:
+    """Leaves the process's logging as it was."""
+    loggers = [logging.getLogger(name) for name in ("", "sotto", "src")]
+    before = [(logger.level, list(logger.handlers)) for logger in loggers]
+    yield
+    logging.captureWarnings(False)
+    for logger, (level, handlers) in zip(loggers, before, strict=True):
+        logger.setLevel(level)
+        logger.handlers[:] = handlers
 
 
 @pytest.fixture

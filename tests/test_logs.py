@@ -6,24 +6,11 @@ import io
 import json
 import logging
 import warnings
-from collections.abc import Iterator
 
 import pytest
 
 from src import logs
 from src.errors import BudgetError
-
-
-@pytest.fixture
-def quiet() -> Iterator[None]:
-    """Leaves the process's logging as it was."""
-    loggers = [logging.getLogger(name) for name in ("", "sotto", "src")]
-    before = [(logger.level, list(logger.handlers)) for logger in loggers]
-    yield
-    logging.captureWarnings(False)
-    for logger, (level, handlers) in zip(loggers, before, strict=True):
-        logger.setLevel(level)
-        logger.handlers[:] = handlers
 
 
 @pytest.mark.usefixtures("quiet")

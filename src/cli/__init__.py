@@ -7,9 +7,7 @@ stderr and the exit code that the catalogue gives it; with `--json` it is one JS
 
 from __future__ import annotations
 
-import json
 import sys
-import traceback
 from collections.abc import Sequence
 from importlib import import_module
 from typing import Annotated, Any, Final, NamedTuple, NoReturn
@@ -18,8 +16,10 @@ import typer
 from typer.core import TyperGroup
 
 from .. import __version__
-from ..errors import CATALOGUE, UNEXPECTED, ConfigError, InvalidInput, SottoError, meaning
+from ..errors import CATALOGUE, MAX_TEXT_CHARACTERS, UNEXPECTED, ConfigError, InvalidInput, SottoError, meaning
+from ..text import brief
 from .quick import quicken
+from .screen import echo, echo_json
 
 USAGE_REASON: Final = "USAGE"
 """The reason of a command line that cannot be understood."""
@@ -105,7 +105,7 @@ app = typer.Typer(
 
 def _show_version(asked: bool) -> None:
     if asked:
-        typer.echo(f"sotto {__version__}")
+        echo(f"sotto {__version__}")
         raise typer.Exit
 
 
@@ -171,8 +171,7 @@ def _report(error: SottoError, *, as_json: bool) -> None:
     # A message that repeats its problems for readers of a log is cut here, where each gets a line of its own.
     headline = error.message.removesuffix("; ".join(lines)).removesuffix(": ") if lines else error.message
     headings, details = ([headline], lines) if headline else (lines, [])  # a message may be its problems, and no more
-    for line in [*headings, *(f"  {line}" for line in details)]:
-        typer.echo(f"sotto: {line}", err=True)
+    echo([f"sotto: {line}" for line in [*headings, *(f"  {line}" for line in details)]], err=True)
 
 
 def _report_usage(error: Any, *, as_json: bool) -> int:
@@ -184,13 +183,14 @@ def _report_usage(error: Any, *, as_json: bool) -> int:
 
 
 def _report_unexpected(error: Exception, *, as_json: bool) -> None:
-    summary = f"unexpected error: {type(error).__name__}: {error}"
+    summary = f"unexpected error: {type(error).__name__}: {brief(error, MAX_TEXT_CHARACTERS)}"
     if as_json:
         _report_json({"reason": UNEXPECTED.reason, "message": summary})
         return
-    traceback.print_exception(error)
-    typer.echo(f"sotto: {summary}", err=True)
+    from ..logs import trace_lines
+
+    echo([*trace_lines(error), f"sotto: {summary}"], err=True)
 
 
 def _report_json(body: dict[str, Any]) -> None:
-    typer.echo(json.dumps({"error": body}, ensure_ascii=False), err=True)
+    echo_json({"error": body}, err=True)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import sys
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Final
 import typer
 
 from .prose import say
+from .screen import echo_json
 
 if TYPE_CHECKING:
     from ..learning.standalone_artifact import Verified
@@ -76,7 +76,7 @@ def verify(
             signer=found.signer,
         )
     if as_json:
-        typer.echo(json.dumps(_as_object(found, vouched_by), ensure_ascii=False))
+        echo_json(_as_object(found, vouched_by))
     else:
         _tell(found, vouched_by)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from typing import TYPE_CHECKING, Annotated, Any, Literal, cast
 
@@ -10,6 +9,7 @@ import typer
 
 from ..errors import ConfigError, Refused
 from .prose import prose
+from .screen import echo, echo_json
 
 if TYPE_CHECKING:
     from ..learning.audit import AuditResult
@@ -86,9 +86,9 @@ def audit(
     if made_up_weights:
         tried = attack(model, rows, loss=loss_of(found), training=plan.training, delta=plan.delta, entropy=entropy)
     if as_json:
-        typer.echo(json.dumps(describe(task, result, expect_below=expect_below, made_up=tried), ensure_ascii=False))
+        echo_json(describe(task, result, expect_below=expect_below, made_up=tried))
     else:
-        typer.echo("\n".join([*_lines(task, result), *(["", *_made_up_lines(*tried)] if tried else [])]))
+        echo([*_lines(task, result), *(["", *_made_up_lines(*tried)] if tried else [])])
     _refuse(result, tried, expect_below)
 
 

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Annotated, Final
 
 import typer
 
+from ..text import printable
 from . import budget_change, budget_ledger
 from .budget_source import (
     MAKES_KNOWN,
@@ -25,6 +25,7 @@ from .budget_source import (
     read_entries,
 )
 from .prose import assuming, counted, prose, say, warn
+from .screen import echo, echo_json
 
 if TYPE_CHECKING:
     from ..privacy.accounting import Estimate
@@ -119,7 +120,7 @@ def show(
             "delta": delta,
             "warnings": warnings,
         }
-        typer.echo(json.dumps(body, ensure_ascii=False))
+        echo_json(body)
         return
     _print_table(role, rows, delta=delta)
     accounts: list[Account] = [*dict.fromkeys((row.unit, row.subject) for row in rows)]
@@ -278,7 +279,7 @@ def _print_table(role: str, rows: list[Row], *, delta: float | None) -> None:
     for row in rows:
         table.add_row(
             row.unit,
-            row.subject,
+            printable(row.subject),
             str(row.rounds_spent),
             "no limit" if row.rounds_left is None else str(row.rounds_left),
             _epsilon(row.epsilon_spent),
@@ -289,8 +290,7 @@ def _print_table(role: str, rows: list[Row], *, delta: float | None) -> None:
     Console().print(table)
     if any(row.epsilon_left and row.epsilon_spent for row in rows):
         say(ABOVE_LEFT)
-    for line in (*_what_they_say(rows), *(line for row in rows for line in _further(row, delta=delta))):
-        typer.echo(line)
+    echo([*_what_they_say(rows), *(line for row in rows for line in _further(row, delta=delta))])
 
 
 def _is_stranger(limits: Limits, entries: list[Entry], account: Account) -> bool:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import json
 import time
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Annotated, Any, Final
@@ -26,6 +25,7 @@ from .budget_source import (
 )
 from .plain import real
 from .prose import counted, say, warn
+from .screen import echo_json
 
 if TYPE_CHECKING:
     from ..config import AggregatorConfig, PartyConfig
@@ -266,7 +266,7 @@ def _report(source: Source, account: Account, *, entry: Entry, entries: list[Ent
     if as_json:
         left = [{**asdict(budget.limit), "rounds_left": _left(entries, budget)} for budget in budgets]
         body = {"role": source.role, "entry": as_object(entry), "in_force": left, "warnings": warnings}
-        typer.echo(json.dumps(body, ensure_ascii=False))
+        echo_json(body)
         return
     say(describe(entry), hang=HANG)
     for budget in budgets:

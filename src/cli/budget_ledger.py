@@ -24,6 +24,7 @@ from .budget_source import (
     verify_key_of,
 )
 from .prose import counted, say
+from .screen import echo, echo_json
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -74,7 +75,7 @@ def history(
             "found": len(found),
             "entries": [as_object(entry) for entry in shown],
         }
-        typer.echo(json.dumps(body, ensure_ascii=False))
+        echo_json(body)
         return
     for entry in shown:
         say(describe(entry), hang=HANG)
@@ -158,7 +159,7 @@ def export(
     entries = read_entries(load(config, name=name, state_dir=state_dir))
     text = "".join(f"{to_line(entry)}\n" for entry in entries)
     if out is None:
-        typer.echo(text, nl=False)
+        echo(text.splitlines())
         return
     try:
         descriptor = os.open(out, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
@@ -167,7 +168,7 @@ def export(
     except FileExistsError:
         raise ConflictError(f"{out} exists: an export does not overwrite") from None
     if as_json:
-        typer.echo(json.dumps({"file": str(out), "entries": len(entries), "head": head_of(entries)}))
+        echo_json({"file": str(out), "entries": len(entries), "head": head_of(entries)})
     else:
         say(f"{counted(len(entries), 'entry', 'entries')} in {out}, head {head_of(entries)}")
 
@@ -212,7 +213,7 @@ def verify(
             _name_signer(error, roster)
         raise
     if as_json:
-        typer.echo(json.dumps(report, ensure_ascii=False))
+        echo_json(report)
         return
     say(f"{counted(report['entries'], 'entry', 'entries')}, chain verified, head {report['head']}")
     for line in _about_signatures(report):

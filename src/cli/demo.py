@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Annotated
 
 import typer
+
+from .screen import echo_json
 
 app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
 
@@ -52,4 +53,4 @@ def demo(
     )
     result = asyncio.run(Demo(options, view).run())
     if as_json:
-        typer.echo(json.dumps(result, ensure_ascii=False))
+        echo_json(result)

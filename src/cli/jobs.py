@@ -10,6 +10,7 @@ import typer
 
 from . import connection, jobs_submit
 from .connection import DEFAULT_CONFIG, ConfigOption, JobId, JsonOption
+from .screen import echo
 
 if TYPE_CHECKING:
     from ..client import Job, JobEvent
@@ -69,7 +70,7 @@ def list_jobs(
         return
     from .jobs_view import jobs_table
 
-    typer.echo(jobs_table(jobs))
+    echo(jobs_table(jobs).split("\n"), styled=True)
 
 
 def _filter(text: str, state: str) -> str:
@@ -95,9 +96,9 @@ def show(job_id: JobId, config: ConfigOption = DEFAULT_CONFIG, as_json: JsonOpti
         return
     from .jobs_view import job_lines, rounds_table
 
-    typer.echo("\n".join(job_lines(job)))
+    echo(job_lines(job))
     if job.progress.rounds:
-        typer.echo("\n" + rounds_table(job.progress.rounds))
+        echo(["", *rounds_table(job.progress.rounds).split("\n")], styled=True)
 
 
 @app.command()
@@ -173,7 +174,7 @@ def _print_job(job: Job) -> None:
 def _print_state(job: Job) -> None:
     from .plain import state_name
 
-    typer.echo(f"{job.job_id} {state_name(job)}")
+    echo(f"{job.job_id} {state_name(job)}")
 
 
 def _print_event(event: JobEvent, *, as_json: bool) -> None:
@@ -184,4 +185,4 @@ def _print_event(event: JobEvent, *, as_json: bool) -> None:
         return
     from .jobs_view import event_line
 
-    typer.echo(event_line(event))
+    echo(event_line(event))

@@ -12,6 +12,7 @@ from typer.core import TyperCommand
 from . import connection
 from .connection import DEFAULT_CONFIG, ConfigOption, JsonOption
 from .prose import say
+from .screen import echo
 
 if TYPE_CHECKING:
     from ..client import Job, JobResult, SottoClient
@@ -216,11 +217,10 @@ def print_result(job_id: str, brought: JobResult, *, fetched: Fetched | None, as
         return
     from .jobs_view import result_lines
 
-    typer.echo("\n".join([f"job {job_id} succeeded", *result_lines(brought)]))
+    echo([f"job {job_id} succeeded", *result_lines(brought)])
     if fetched is None:
         return
-    for path in fetched.files.values():
-        typer.echo(f"wrote {path}")
+    echo(f"wrote {path}" for path in fetched.files.values())
     say(UNCHECKED if fetched.roster is None else f"signed by the aggregator, checked with {fetched.roster}")
 
 
@@ -241,7 +241,7 @@ def _hand_in(job: Job, config: Path, terms: dict[str, Any], *, and_wait: bool, o
 
         print_json(job_to_json(submitted))
     elif not as_json:
-        typer.echo(submitted.job_id)
+        echo(submitted.job_id)
         if job.HasField("federated_training"):
             from .jobs_view import asked
 

@@ -292,14 +292,14 @@ def live_view(job: Job, events: Sequence[JobEvent], *, trouble: str = "") -> Gro
     from rich.text import Text
 
     state = JobState.Name(job.state)
-    title = Text.assemble((state_name(job), f"bold {STYLES.get(state, '')}".strip()), f"  {job.job_id}  ")
-    title.append(safe(" ".join((about(job), job.display_name))))
+    title = Text.assemble((state_name(job), f"bold {STYLES.get(state, '')}".strip()), "  ")
+    title.append(safe(f"{job.job_id}  {about(job)} {job.display_name}"))
     parts: list[Any] = [title]
     if job.progress.rounds_planned:
         parts.append(_bar(job))
     facts = Table.grid(padding=(0, 2))
     for word, text in _facts(job):
-        facts.add_row(Text(word, style="dim"), Text(text))
+        facts.add_row(Text(word, style="dim"), Text(safe(text)))
     parts.append(facts)
     if job.progress.rounds:
         shown = job.progress.rounds[-SHOWN_ROUNDS:]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import shutil
 import sys
@@ -15,6 +14,7 @@ from google.protobuf.descriptor import FieldDescriptor
 from google.protobuf.timestamp_pb2 import Timestamp
 
 from ..communication.generated.jobs_pb2 import FederatedTraining, Job, JobPriority, JobState
+from .screen import echo_json
 
 STYLES: Final = {
     "SUCCEEDED": "green",
@@ -38,7 +38,7 @@ _UNITS: Final = ("B", "kB", "MB", "GB", "TB")
 
 def print_json(value: object) -> None:
     """One line of JSON."""
-    typer.echo(json.dumps(value, ensure_ascii=False, allow_nan=False))
+    echo_json(value)
 
 
 def job_to_json(job: Job) -> dict[str, Any]:

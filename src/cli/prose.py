@@ -6,7 +6,7 @@ import shutil
 import sys
 import textwrap
 
-import typer
+from .screen import echo
 
 WIDTH = 100
 """Columns of a line, where no terminal is narrower."""
@@ -57,11 +57,11 @@ def counted(number: int, one: str, many: str = "") -> str:
 
 def say(text: str, *, indent: str = "", hang: str = "  ", err: bool = False) -> None:
     """Print it, on stderr if asked to."""
-    typer.echo("\n".join(prose(text, indent=indent, hang=hang)), err=err)
+    echo(prose(text, indent=indent, hang=hang), err=err)
 
 
 def warn(text: str) -> None:
     """Print a warning on stderr; a command that it ends with has a line of its own, so that it can be copied."""
     words, run, command = text.partition(" run: ")
     lines = prose(f"sotto: warning: {words}{run}".rstrip())
-    typer.echo("\n".join([*lines, *([f"  {command}"] if command else [])]), err=True)
+    echo([*lines, *([f"  {command}"] if command else [])], err=True)

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from .prose import prose
+from .screen import echo, echo_json
 
 if TYPE_CHECKING:
     from ..provisioning import Summary
@@ -59,9 +59,12 @@ def provision(
         insecure_small=insecure_small_modulus,
         address=address,
         scientists=scientist or ["scientist"],
-        progress=None if as_json else lambda line: typer.echo(f"sotto: {line}", err=True),
+        progress=None if as_json else lambda line: echo(f"sotto: {line}", err=True),
     )
-    typer.echo(json.dumps(summary.to_json(), ensure_ascii=False) if as_json else describe(summary))
+    if as_json:
+        echo_json(summary.to_json())
+    else:
+        echo(describe(summary).split("\n"))
 
 
 def describe(summary: Summary) -> str:

@@ -7,6 +7,8 @@ from typing import Annotated
 
 import typer
 
+from .screen import echo
+
 aggregator_app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
 party_app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
 
@@ -50,10 +52,10 @@ def _check_data(config: Path, name: str | None) -> None:
 
     loaded = load_party_config(config, name=name)
     if not loaded.datasets:
-        typer.echo(f"{config} lists no datasets: this party trains nothing")
+        echo(f"{config} lists no datasets: this party trains nothing")
     found = []
     for line, fine in check_data(loaded):
-        typer.echo(line)
+        echo(line)
         found.append(fine)
     if not all(found):
         raise InvalidInput("not every row can be trained on")

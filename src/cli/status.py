@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 import typer
 
 from .connection import DEFAULT_CONFIG, ConfigOption, JsonOption, connected
+from .screen import echo
 
 if TYPE_CHECKING:
     from ..client import Status
@@ -25,7 +26,7 @@ def status(config: ConfigOption = DEFAULT_CONFIG, as_json: JsonOption = False) -
     if as_json:
         print_json(plain(found))
     else:
-        typer.echo("\n".join(status_lines(found)))
+        echo(status_lines(found), styled=True)
 
 
 def status_lines(found: Status) -> list[str]:
@@ -44,7 +45,7 @@ def status_lines(found: Status) -> list[str]:
     lines.append(f"jobs     {found.jobs_running} running, {found.jobs_pending} waiting")
     lines += _worker_lines(found.workers)
     rows = [(each.party, "connected" if each.connected else "away", each.waiting_for or "-") for each in found.parties]
-    return [*lines, "", columns(("party", "", "waiting for"), rows)] if rows else [*lines, "parties  none"]
+    return [*lines, "", *columns(("party", "", "waiting for"), rows).split("\n")] if rows else [*lines, "parties  none"]
 
 
 def _worker_lines(pool: PoolStatus) -> list[str]:
@@ -86,4 +87,4 @@ def _worker_lines(pool: PoolStatus) -> list[str]:
         for each in pool.units
     ]
     header = ("unit", "done", "failed", "mean", "median", "p95", "longest")
-    return [*lines, "", columns(header, rows, right=header[1:])]
+    return [*lines, "", *columns(header, rows, right=header[1:]).split("\n")]

@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Final
 
 import typer
 
+from .screen import echo, echo_json
+
 if TYPE_CHECKING:
     from sqlalchemy import URL
 
@@ -95,7 +97,7 @@ def train(
     text = json.dumps(artifact, ensure_ascii=False)
     if target is not None:
         target.write(text, model)
-    typer.echo(text)
+    echo_json(artifact)
 
 
 def _train(plan: Plan, node: Node, user: str, *, inline: bool, quiet: bool) -> tuple[dict[str, Any], bytes]:
@@ -254,4 +256,4 @@ def _balance(subject: str, epsilon: float, *, limit: float | None, delta: float)
 
 def _say(text: str, *, quiet: bool) -> None:
     if not quiet:
-        typer.echo(f"sotto: {text}", err=True)
+        echo(f"sotto: {text}", err=True)

@@ -37,6 +37,7 @@ from ..errors import (
     VersionError,
     WorkerError,
     meaning,
+    public_texts,
 )
 from .handlers import Handler, around
 
@@ -122,9 +123,9 @@ def from_status(status: status_pb2.Status) -> SottoError | None:
     if info.domain != DOMAIN:
         return None
     error = BY_REASON.get(info.reason, SottoError)(status.message)
-    error.metadata = dict(info.metadata)
+    error.metadata = public_texts(dict(info.metadata))
     if isinstance(error, InvalidInput):
-        error.violations = {each.field: each.description for each in bad.field_violations}
+        error.violations = public_texts({each.field: each.description for each in bad.field_violations})
     return error
 
 
@@ -138,7 +139,7 @@ def from_rpc_error(error: grpc.aio.AioRpcError, *, address: str) -> SottoError:
                 if found is not None:
                     return found
     code = error.code()
-    text = "".join(c if c.isprintable() else " " for c in _cut(error.details() or code.name, _MAX_TEXT_BYTES))
+    text = _cut(error.details() or code.name, _MAX_TEXT_BYTES)  # made printable by the error that quotes it
     verb = _VERBS.get(code, f"answered {code.name}")
     return _WITHOUT_DETAILS.get(code, SottoError)(f"{address} {verb}: {text}", address=address)
 

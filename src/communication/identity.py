@@ -16,6 +16,7 @@ from typing import Any, Final, Literal, cast, get_args
 import grpc
 
 from ..errors import AccessError, AuthenticationError, InvalidInput
+from ..logs import on_behalf_of
 from .handlers import Handler, around
 
 Role = Literal["party", "scientist", "operator", "aggregator"]
@@ -30,6 +31,9 @@ OPEN_SERVICES: Final = (
     "/grpc.reflection.v1alpha.ServerReflection/",
 )
 """For anyone who got through the handshake: they say nothing about the federation's work."""
+
+NOBODY: Final = "a caller who is not known"
+"""On whose behalf the log counts what is refused before it is known who called."""
 
 _NAME: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}")
 
@@ -148,7 +152,9 @@ class Gate(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]  # generic in 
 
     @contextlib.asynccontextmanager
     async def _admit(self, method: str, context: Any) -> AsyncIterator[None]:
+        on_behalf_of(NOBODY)
         identity = self.identify(context)
+        on_behalf_of(str(identity))
         if identity.role not in self._roles.get(method, frozenset()):
             raise AccessError(f"a {identity.role} may not call {method}", role=identity.role, method=method)
         # Every RPC is answered in a task of its own, so that there is nothing to reset.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import io
 import logging
 from typing import Any
 
@@ -12,6 +13,7 @@ from google.rpc import error_details_pb2, status_pb2
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from src import logs
 from src.communication.errors import DETAILS_KEY, MAX_STATUS_BYTES, from_rpc_error, from_status, to_status
 from src.communication.generated import federation_pb2, federation_pb2_grpc, jobs_pb2, jobs_pb2_grpc
 from src.communication.identity import Identity
@@ -257,3 +259,42 @@ def test_a_status_without_our_details_means_what_its_code_means(
     assert type(found) is cls
     assert "host:1" in found.message
     assert "\n" not in found.message
+
+
+async def test_refusals_of_one_caller_fill_no_log_and_hide_no_other_callers(plain: Any, quiet: None) -> None:
+    """As fast as they can, each refusal with another text; also who is not known, or may not call at all."""
+    stream = io.StringIO()
+    logs.configure(stream=stream)
+
+    async def ask(name: str, count: int, *, identity: str = "") -> None:
+        metadata = (("sotto-identity", identity or f"scientist/{name}"),)
+        async with grpc.aio.insecure_channel(plain.address) as channel:
+            get = jobs_pb2_grpc.JobServiceStub(channel).GetJob
+            for number in range(count):
+                plain.behaviour.raises(InvalidInput(f"refused for the {number}th time"))
+                with pytest.raises(grpc.RpcError):
+                    await get(jobs_pb2.GetJobRequest(), metadata=metadata)
+
+    for identity in ("scientist/eve", "party/eve", "eve"):
+        before = stream.getvalue().count("\n")
+        await ask("", 3 * logs.LINES_AT_ONCE, identity=identity)
+        assert stream.getvalue().count("\n") - before < 2 * logs.LINES_AT_ONCE
+        assert "causes too many lines" in stream.getvalue().splitlines()[-1]
+    await ask("bob", 1)
+    assert "refused for the 0th time" in stream.getvalue().splitlines()[-1]
+
+
+async def test_a_long_text_of_a_caller_s_becomes_a_short_line_and_a_short_answer(
+    plain: Any, scientist: grpc.aio.Channel, quiet: None
+) -> None:
+    stream = io.StringIO()
+    logs.configure(stream=stream)
+
+    huge = "\x9b" * 3_000_000
+    plain.behaviour.raises(InvalidInput(f"no job {huge!r}", private=huge, job_id=huge))
+    with pytest.raises(InvalidInput) as caught:
+        await jobs_pb2_grpc.JobServiceStub(scientist).GetJob(jobs_pb2.GetJobRequest(), timeout=60)
+    (line,) = stream.getvalue().splitlines()
+    assert line.isprintable()
+    assert len(line) < 3000
+    assert len(caught.value.message) < 1000
