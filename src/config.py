@@ -66,12 +66,15 @@ class _RoleDocument(_Document):
     def _secret_files(self) -> tuple[Path | None, ...]: ...
 
     def exposed(self) -> list[str]:
-        """A sentence for each secret file that others than its owner can read, by its mode; nothing without POSIX."""
+        """A sentence for each secret file that others than its owner can read or change, by its mode; nothing without
+        POSIX."""
         found = []
         for path in self._secret_files if os.name == "posix" else ():
             mode = stat.S_IMODE(path.stat().st_mode) if path is not None and path.is_file() else 0
-            if mode & (stat.S_IRGRP | stat.S_IROTH):
-                found.append(f"{path} is secret, and others than its owner can read it (mode {mode:04o}): chmod 600")
+            can = {"read": stat.S_IRGRP | stat.S_IROTH, "change": stat.S_IWGRP | stat.S_IWOTH}
+            what = " and ".join(word for word, bits in can.items() if mode & bits)
+            if what:
+                found.append(f"{path} is secret, and others than its owner can {what} it (mode {mode:04o}): chmod 600")
         return found
 
 

@@ -78,7 +78,7 @@ def _rendered(value: object, most: int, depth: int) -> str:
         found = f"{{{_listed(value.items(), most, depth, pair=': ')}}}"
     elif isinstance(value, list | tuple | Set):
         found = f"[{_listed(value, most, depth)}]"
-    elif dataclasses.is_dataclass(value) and not isinstance(value, type):
+    elif type(value).__str__ is object.__str__ and dataclasses.is_dataclass(value) and not isinstance(value, type):
         fields = ((each.name, getattr(value, each.name, None)) for each in dataclasses.fields(value) if each.repr)
         found = f"{type(value).__name__}({_listed(fields, most, depth, pair='=')})"
     elif callable(getattr(value, "ByteSize", None)):  # a message of the wire, whose text is many times its size

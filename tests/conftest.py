@@ -152,7 +152,12 @@ class Processes:
         self.running: dict[str, subprocess.Popen[bytes]] = {}
 
     def start(
-        self, name: str, *arguments: str, module: str = "src", settings: Mapping[str, str] | None = None
+        self,
+        name: str,
+        *arguments: str,
+        module: str = "src",
+        settings: Mapping[str, str] | None = None,
+        umask: int = -1,
     ) -> subprocess.Popen[bytes]:
         """`python -m MODULE ARGUMENTS`, with SOTTO__… from `settings` alone."""
         environ = {key: value for key, value in os.environ.items() if not key.startswith("SOTTO__")}
@@ -164,6 +169,7 @@ class Processes:
                 stderr=log,
                 cwd=ROOT,
                 env={**environ, **(settings or {})},
+                umask=umask,
             )
         return self.running[name]
 

@@ -26,9 +26,10 @@ LONG_FILES: dict[str, str] = {}
 MAY_KNOW = {
     "encryption": {"errors"},
     "privacy": {"errors"},
-    "protocol": {"errors", "encryption", "privacy"},
+    "protocol": {"errors", "files", "encryption", "privacy"},
 }
-"""Rooms that are pure: what of the package they may import besides themselves."""
+"""Rooms that are pure: what of the package they may import besides themselves. (`files` is how keys and rosters get on
+a disk.)"""
 
 MUST_NOT_KNOW_ROLES = {"storage", "jobs", "communication", "learning", "protocol", "encryption", "privacy"}
 

@@ -56,6 +56,12 @@ class _Row:
     content: bytes
 
 
+@dataclass
+class _Named(_Row):
+    def __str__(self) -> str:
+        return f"row {self.name}"
+
+
 class _Rude:
     def __str__(self) -> str:
         raise RuntimeError("no")
@@ -113,6 +119,7 @@ def test_what_cannot_be_rendered_is_named_by_its_type() -> None:
         (OSError(2, "No such file"), "[Errno 2] No such file"),
         ({"a": [1, "b"]}, "{'a': [1, 'b']}"),
         (_Row("n", b"x"), "_Row(name='n', content=b'x')"),
+        (_Named("n", b"x"), "row n"),
     ],
 )
 def test_an_ordinary_value_is_shown_as_one_expects(value: Any, text: str) -> None:

@@ -22,6 +22,7 @@ from ..config import AggregatorConfig
 from ..config_budgets import limits_of
 from ..config_sections import split_address
 from ..descriptors import descriptor_limit, room_for_connections
+from ..files import make_private_directory, open_state_directory, write_over
 from ..jobs.admission import JobSettings
 from ..jobs.executors.pool import WorkerPool
 from ..jobs.executors.settings import PoolSettings
@@ -61,7 +62,7 @@ class App:
     def __init__(self, config: AggregatorConfig) -> None:
         self.config = config
         state = config.state_dir
-        state.mkdir(parents=True, exist_ok=True)
+        self._changed = open_state_directory(state)
         self.federation = open_federation(config, now=time.time())
         metadata = MetaData()
         jobs, rounds, ledger, enrolments = (
@@ -162,7 +163,7 @@ class App:
     async def start(self) -> str:
         """Serve; returns the bound "host:port"."""
         await self._database.open()
-        for warning in await self._database.run(lambda c: self._accounts.open(c, now=time.time())):
+        for warning in [*self._changed, *await self._database.run(lambda c: self._accounts.open(c, now=time.time()))]:
             LOG.warning("%s", warning)
         await self._log_limits()
         self._server.try_address()  # before the workers start, which takes seconds
@@ -258,10 +259,8 @@ def log_start(config: AggregatorConfig, federation: Federation, address: str) ->
 
 
 def _write_address(path: Path, address: str) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(".partial")
-    partial.write_text(address + "\n")
-    partial.rename(path)
+    make_private_directory(path.parent)
+    write_over(path, f"{address}\n".encode(), secret=False)
 
 
 async def serve(config: AggregatorConfig) -> None:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 from collections.abc import Iterable, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
@@ -20,6 +19,7 @@ from ..encryption.dealer import make_key_pair
 from ..encryption.keys import PrivateKey
 from ..encryption.scheme import Scheme, SystemEntropy
 from ..errors import ConfigError, KeyMaterialError, PolicyError
+from ..files import is_there, make_private_directory, write_new
 from ..protocol.keyring import Keyring
 from ..protocol.roster import AGGREGATOR, Member, Roster, load_roster, sign_roster
 from ..protocol.signing import Signed, SigningKey
@@ -140,27 +140,16 @@ def _load_or_make_private_key(config: AggregatorConfig) -> PrivateKey:
     path = keys.private_key
     if path is None:  # the caller looked
         raise KeyMaterialError("keys.private_key is not set")
-    if path.exists():
+    if is_there(path):
         return PrivateKey.from_json(json.loads(path.read_text()), insecure_small=keys.insecure_small_modulus)
     LOG.info("making a Paillier key pair of %d bits (once)", keys.modulus_bits)
     private = make_key_pair(keys.modulus_bits, entropy=SystemEntropy(), insecure_small=keys.insecure_small_modulus)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    _write_secret(path, json.dumps(private.to_json()).encode())
+    make_private_directory(path.parent)
+    write_new(path, json.dumps(private.to_json()).encode(), secret=True)
     return private
 
 
 def _write_public(path: Path, keyring: Keyring) -> None:
-    if not path.exists():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(keyring.to_json(), indent=1) + "\n")
-
-
-def _write_secret(path: Path, content: bytes) -> None:
-    """A file that only its owner reads, written whole or not at all."""
-    partial = path.with_suffix(".partial")
-    descriptor = os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
-    with os.fdopen(descriptor, "wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    partial.rename(path)
+    if not is_there(path):
+        make_private_directory(path.parent)
+        write_new(path, json.dumps(keyring.to_json(), indent=1).encode() + b"\n", secret=False)

@@ -16,9 +16,12 @@ def run(config_path: Path) -> None:
 
     from ..config import load_aggregator_config
     from ..descriptors import raise_descriptor_limit
+    from ..hardening import forbid_core_dumps, keep_files_private
     from ..logs import configure
     from .app import serve
 
+    forbid_core_dumps()
+    keep_files_private()
     config = load_aggregator_config(config_path)
     raise_descriptor_limit()
     configure(level=config.logging.level, format=config.logging.format)

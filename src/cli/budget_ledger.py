@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, get_args
 
@@ -154,6 +153,7 @@ def export(
     Reads beside the running role and writes nothing to its database.
     """
     from ..errors import ConflictError
+    from ..files import write_new
     from ..privacy.ledger import to_line
 
     entries = read_entries(load(config, name=name, state_dir=state_dir))
@@ -162,9 +162,7 @@ def export(
         echo(text.splitlines())
         return
     try:
-        descriptor = os.open(out, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-        with os.fdopen(descriptor, "w", encoding="ascii") as file:
-            file.write(text)
+        write_new(out, text.encode("ascii"), secret=True)
     except FileExistsError:
         raise ConflictError(f"{out} exists: an export does not overwrite") from None
     if as_json:

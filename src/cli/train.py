@@ -96,7 +96,7 @@ def train(
         artifact, model = _train(plan, node, user, inline=target is None, quiet=as_json)
     text = json.dumps(artifact, ensure_ascii=False)
     if target is not None:
-        target.write(text, model)
+        target.write(text, model, secret=not job.private)  # without privacy a model may hold rows
     echo_json(artifact)
 
 
@@ -108,7 +108,6 @@ def _train(plan: Plan, node: Node, user: str, *, inline: bool, quiet: bool) -> t
     from ..privacy.entropy import SystemEntropy
     from ..protocol.signing import SigningKey
 
-    node.key_file.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
     key = SigningKey.load_or_make(node.key_file)
     purse = _purse(node, plan, user, key)
     limit = MAX_INLINE_BYTES if inline else None
@@ -234,18 +233,13 @@ class _Target:
             if path.exists():
                 raise ConflictError(f"{path} is there already: it is not overwritten")
 
-    def write(self, artifact: str, model: bytes | None) -> None:
+    def write(self, artifact: str, model: bytes | None, *, secret: bool) -> None:
         """The model first: an artifact that is there vouches for a model that is there."""
+        from ..files import write_over
+
         if model is not None:
-            _write(self._model, model)
-        _write(self._artifact, artifact.encode() + b"\n")
-
-
-def _write(path: Path, content: bytes) -> None:
-    """Whole or not at all."""
-    part = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
-    part.write_bytes(content)
-    part.replace(path)
+            write_over(self._model, model, secret=secret)
+        write_over(self._artifact, artifact.encode() + b"\n", secret=secret)
 
 
 def _balance(subject: str, epsilon: float, *, limit: float | None, delta: float) -> str:

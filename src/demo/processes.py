@@ -16,6 +16,7 @@ from typing import Final
 import psutil
 
 from ..errors import JobFailed
+from ..hardening import INSPECTION
 
 PACKAGE: Final = __name__.partition(".")[0]
 """The name this package goes by here: `sotto` where it is installed, `src` in a checkout."""
@@ -68,7 +69,7 @@ class Roles:
                 stdin=subprocess.DEVNULL,
                 stdout=file,
                 stderr=file,
-                env={**os.environ, **environment},
+                env={**os.environ, INSPECTION: "1", **environment},  # to be measured; its rows are public
                 start_new_session=True,  # Ctrl-C goes to the demonstration, which stops the roles in order
             )
         self.running[name] = Role(name, process, log)

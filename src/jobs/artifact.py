@@ -54,7 +54,7 @@ class Partial:
             whole = self.target.is_file() and _hash(self.target).digest() == self._sha256
             self.path = self.target if whole else self._part
             if not whole:
-                self._part.touch()
+                self._append(b"")
             self._hash = _hash(self.path)
             self.size = self.path.stat().st_size
         self.resumed = self.path is self._part and self.size > 0
@@ -72,8 +72,8 @@ class Partial:
         """
         if offset != self.size or self.size + len(data) > self.total:
             raise DigestError(f"{self.name}: {len(data)} bytes at {offset} do not follow {self.size} of {self.total}")
-        with _storing(self._part), self._part.open("ab") as file:
-            file.write(data)
+        with _storing(self._part):
+            self._append(data)
         self._hash.update(data)
         self.size += len(data)
 
@@ -87,8 +87,14 @@ class Partial:
         """Forget what is there."""
         self.discard()
         with _storing(self._part):
-            self._part.touch()
+            self._append(b"")
         self._hash, self.size, self.resumed = hashlib.sha256(), 0, False
+
+    def _append(self, data: bytes) -> None:
+        """The directory may be anybody's: a link that lies where the part is to be is not followed."""
+        flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
+        with os.fdopen(os.open(self._part, flags, 0o666), "wb") as file:
+            file.write(data)
 
     def discard(self) -> None:
         """Remove the part, never a file that was whole before."""

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import io
 import math
-import secrets
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 from ..errors import InvalidInput
+from ..files import write_over
 from ..privacy.accounting import MEANINGLESS_EPSILON
 
 if TYPE_CHECKING:
@@ -63,9 +63,7 @@ def write_report(
     figure.text(0.075, 0.035, _guarantees(rounds, budget, party_level), fontsize=9.5, color=_INK, linespacing=1.6)
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", facecolor=_PAPER)
-    partial = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
-    partial.write_bytes(buffer.getvalue())
-    partial.replace(path)
+    write_over(path, buffer.getvalue(), secret=False)
 
 
 def party_level_text(party_level: Mapping[str, float]) -> str:

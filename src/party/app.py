@@ -16,6 +16,7 @@ from ..communication.grpc_client import connect
 from ..communication.identity import Identity
 from ..communication.tls import TlsFiles
 from ..config import PartyConfig
+from ..files import open_state_directory
 from ..jobs.executors.pool import WorkerPool
 from ..jobs.executors.settings import PoolSettings
 from ..protocol.ledger import EntrySigner
@@ -39,7 +40,7 @@ class App:
     def __init__(self, config: PartyConfig) -> None:
         self.config = config
         state = config.state_dir
-        state.mkdir(parents=True, exist_ok=True)
+        self._changed = open_state_directory(state)
         home = Home(config)
         metadata = MetaData()
         self._memory = RoundMemory(metadata)
@@ -87,7 +88,8 @@ class App:
         """Work until cancelled."""
         await self._database.open()
         try:
-            for warning in await self._database.run(lambda c: self._accounts.open(c, now=time.time())):
+            found = await self._database.run(lambda c: self._accounts.open(c, now=time.time()))
+            for warning in [*self._changed, *found]:
                 LOG.warning("%s", warning)
             lines, warnings = await self._database.run(self._accounts.in_force)
             keep = await self._database.run(self._memory.blobs)

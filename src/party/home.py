@@ -14,6 +14,7 @@ from ..config import PartyConfig
 from ..encryption.keys import check_kit
 from ..encryption.scheme import Scheme
 from ..errors import AuthenticationError, ConfigError, KeyMaterialError, PolicyError, VersionError
+from ..files import is_there, write_new
 from ..protocol.canonical import parse_canonical
 from ..protocol.keyring import Keyring, load_share
 from ..protocol.plan import PROTOCOL_VERSION
@@ -132,8 +133,8 @@ class Home:
     def _acquaint(self, answer: federation_pb2.JoinResponse, keyring: Keyring) -> None:
         path = self.config.state_dir / ACQUAINTANCE_FILE
         met = {"aggregator_verify_key": answer.aggregator_verify_key.hex(), "key_id": keyring.key_id}
-        if not path.exists():
-            path.write_text(json.dumps(met, indent=1) + "\n")
+        if not is_there(path):
+            write_new(path, json.dumps(met, indent=1).encode() + b"\n", secret=True)
             LOG.warning("no kit: believing the aggregator at %s from now on", self.config.server.address)
             return
         known: dict[str, Any] = json.loads(path.read_text())

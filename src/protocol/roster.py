@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from ..errors import InvalidInput, KeyMaterialError, NotFoundError
+from ..files import write_new
 from .canonical import digest
 from .signing import Signed, SigningKey, open_signed
 
@@ -122,7 +123,7 @@ def sign_roster(roster: Roster, key: SigningKey, *, signer: str = OPERATOR) -> S
 def save_roster(path: Path, signed: Signed, *, operator_verify_key: bytes) -> None:
     """Write what a kit pins: the signed roster and the key that it verifies under."""
     content = {"roster": signed.to_json(), "operator_verify_key": operator_verify_key.hex()}
-    path.write_text(json.dumps(content, indent=1, sort_keys=True) + "\n")
+    write_new(path, json.dumps(content, indent=1, sort_keys=True).encode() + b"\n", secret=False)
 
 
 def load_roster(path: Path) -> tuple[Signed, Roster]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +12,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey,
 from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat, PublicFormat
 
 from ..errors import InvalidInput, KeyMaterialError, SignatureError
+from ..files import is_there, make_private_directory, write_new
 from .canonical import canonical_bytes, parse_canonical
 
 
@@ -62,20 +62,16 @@ class SigningKey:
 
     @classmethod
     def load_or_make(cls, path: Path) -> SigningKey:
-        """The key in a file; a new one, saved there, where there is none."""
-        if not path.exists():
-            path.parent.mkdir(parents=True, exist_ok=True)
+        """The key in a file; a new one, saved there, where there is none. Raises StorageError for a link to nothing."""
+        if not is_there(path):
+            make_private_directory(path.parent)
             cls.generate().save(path)
         return cls.load(path)
 
     def save(self, path: Path) -> None:
         """Write the 32-byte seed, readable by the owner only; refuses to overwrite (FileExistsError)."""
         seed = self._key.private_bytes(Encoding.Raw, PrivateFormat.Raw, NoEncryption())
-        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-        with os.fdopen(descriptor, "wb") as file:
-            file.write(seed)
-            file.flush()
-            os.fsync(file.fileno())
+        write_new(path, seed, secret=True)
 
     @property
     def verify_key(self) -> bytes:

@@ -29,6 +29,7 @@ from ..encryption.dealer import check_threshold, deal, default_threshold
 from ..encryption.keys import KeyShare, ThresholdKey, check_modulus_bits
 from ..encryption.primes import generate_safe_primes
 from ..errors import ConfigError, KeyMaterialError
+from ..files import make_private_directory, write_new
 from ..privacy.entropy import SystemEntropy
 from ..protocol.roster import AGGREGATOR, OPERATOR, Member, Roster, save_roster, sign_roster
 from ..protocol.signing import Signed, SigningKey
@@ -322,7 +323,7 @@ def _write(
 
 def _start_kit(place: Path, name: str, dealt: _Deal) -> Path:
     """A directory with what every kit has: the pinned roster."""
-    kit = kits.make_directory(place / name)
+    kit = make_private_directory(place / name)
     save_roster(kit / "roster.json", dealt.signed, operator_verify_key=dealt.signing[OPERATOR].verify_key)
     return kit
 
@@ -346,7 +347,7 @@ def _write_aggregator(
         parties=len(request.parties),
     )
     text = kits.render(AggregatorConfig, kits.merge(values, overrides))
-    kits.write_file(kit / "aggregator.yaml", text.encode(), secret=False)
+    write_new(kit / "aggregator.yaml", text.encode(), secret=False)
     return kit.name, "the aggregator's machine", "sotto aggregator --config aggregator.yaml"
 
 
@@ -369,7 +370,7 @@ def _write_party(
         small=request.insecure_small,
     )
     text = kits.render(PartyConfig, kits.merge(values, overrides))
-    kits.write_file(kit / "party.yaml", text.encode(), secret=False)
+    write_new(kit / "party.yaml", text.encode(), secret=False)
     return kit.name, f"party {name}, and nobody else", "sotto party --config party.yaml"
 
 
@@ -377,9 +378,9 @@ def _write_operator(place: Path, request: _Request, dealt: _Deal) -> tuple[str, 
     kit_name, _, _ = _write_client(place, request, dealt, role=OPERATOR, name=OPERATOR)
     kit = place / kit_name
     dealt.signing[OPERATOR].save(kit / "signing.key")
-    authority = kits.make_directory(kit / "ca")
-    kits.write_file(authority / "ca.pem", dealt.authority.certificate.pem, secret=False)
-    kits.write_file(authority / "ca-key.pem", dealt.authority.certificate.key_pem, secret=True)
+    authority = make_private_directory(kit / "ca")
+    write_new(authority / "ca.pem", dealt.authority.certificate.pem, secret=False)
+    write_new(authority / "ca-key.pem", dealt.authority.certificate.key_pem, secret=True)
     return kit_name, "the operator: keep it off line", "signs rosters and certificates of this federation"
 
 
@@ -387,5 +388,5 @@ def _write_client(place: Path, request: _Request, dealt: _Deal, *, role: str, na
     kit = _start_kit(place, role if name == role else f"{role}-{name}", dealt)
     kits.write_tls(kit, dealt.authority.client(role, name), authority=dealt.authority.certificate)
     values = kits.client_values(request.federation, request.address, role=role, name=name)
-    kits.write_file(kit / "client.yaml", kits.render(ClientConfig, values).encode(), secret=False)
+    write_new(kit / "client.yaml", kits.render(ClientConfig, values).encode(), secret=False)
     return kit.name, f"{role} {name}", "sotto jobs submit --config client.yaml …"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -15,11 +14,9 @@ from pydantic_core import PydanticUndefined
 from ..config import AggregatorConfig, ClientConfig, PartyConfig
 from ..config_sections import AggregatorLimits, DatasetSection, is_loopback, split_address
 from ..config_yaml import parse_yaml
+from ..files import make_private_directory, write_new
 from .certificates import Certificate
 
-SECRET_MODE: Final = 0o600
-PUBLIC_MODE: Final = 0o644
-DIRECTORY_MODE: Final = 0o700
 RANDHIE_PARTIES: Final = range(2, 21)  # what the demonstration's task can be split into
 RANDHIE_TRAINING_ROWS: Final = 16_152  # 20 190 person-years less the fifth that is held out
 DEFAULT_USER_EPSILON: Final = 10.0  # as in the shipped config/party.yaml: `sotto train` works with a kit as it is made
@@ -28,33 +25,17 @@ _PLAIN: Final = re.compile(r"[A-Za-z][A-Za-z0-9_./-]*")
 Values = dict[str, Any]
 
 
-def write_file(path: Path, content: bytes, *, secret: bool) -> None:
-    """Write a new file with exactly the mode it should have, whatever the umask; refuses to overwrite."""
-    mode = SECRET_MODE if secret else PUBLIC_MODE
-    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode)
-    with os.fdopen(descriptor, "wb") as file:
-        os.fchmod(file.fileno(), mode)
-        file.write(content)
-
-
-def make_directory(path: Path) -> Path:
-    """A new directory for its owner alone."""
-    path.mkdir(mode=DIRECTORY_MODE)
-    path.chmod(DIRECTORY_MODE)
-    return path
-
-
 def write_json(path: Path, value: Mapping[str, Any], *, secret: bool) -> None:
     """Indented JSON with sorted keys."""
-    write_file(path, (json.dumps(value, indent=1, sort_keys=True) + "\n").encode(), secret=secret)
+    write_new(path, (json.dumps(value, indent=1, sort_keys=True) + "\n").encode(), secret=secret)
 
 
 def write_tls(kit: Path, certificate: Certificate, *, authority: Certificate) -> None:
     """kit/tls/{cert,key,ca}.pem."""
-    tls = make_directory(kit / "tls")
-    write_file(tls / "cert.pem", certificate.pem, secret=False)
-    write_file(tls / "key.pem", certificate.key_pem, secret=True)
-    write_file(tls / "ca.pem", authority.pem, secret=False)
+    tls = make_private_directory(kit / "tls")
+    write_new(tls / "cert.pem", certificate.pem, secret=False)
+    write_new(tls / "key.pem", certificate.key_pem, secret=True)
+    write_new(tls / "ca.pem", authority.pem, secret=False)
 
 
 def merge(base: Mapping[str, Any], changes: Mapping[str, Any]) -> Values:

@@ -21,6 +21,7 @@ from types import TracebackType
 from typing import BinaryIO, Final, Self
 
 from ..errors import DigestError, InvalidInput, NotFoundError, StateError, StorageError
+from ..files import DIRECTORY_MODE, SECRET_MODE, make_private_directory
 
 CHUNK_BYTES: Final = 1 << 20
 """How much is read at once where a whole blob is hashed: large enough that the system calls do not show."""
@@ -167,8 +168,9 @@ class BlobWriter:
 
     def _open_file(self) -> BinaryIO:
         if self._file is None:
-            self._store.root.mkdir(mode=0o700, parents=True, exist_ok=True)
-            descriptor = os.open(self._path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+            make_private_directory(self._store.root)
+            flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+            descriptor = os.open(self._path, flags, SECRET_MODE)
             self._file = os.fdopen(descriptor, "wb")
         return self._file
 
@@ -291,7 +293,7 @@ class Blobs:
     def _adopt(self, temporary: Path, sha256: str) -> None:
         target = self.path(sha256)
         try:
-            target.parent.mkdir(mode=0o700)
+            target.parent.mkdir(mode=DIRECTORY_MODE)
             flush_directory(self.root)
         except FileExistsError:
             pass

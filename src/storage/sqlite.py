@@ -21,6 +21,7 @@ from sqlalchemy.exc import DatabaseError, IntegrityError
 from sqlalchemy.pool import StaticPool
 
 from ..errors import ConflictError, NotFoundError, StorageError
+from ..files import make_private_directory, open_private
 from .schema import Schema
 
 BUSY_TIMEOUT_S: Final = 10
@@ -51,7 +52,7 @@ class SqliteAdapter:
 
     def open(self, schema: Schema) -> None:
         """As `Adapter` says. Raises ConflictError, StorageError."""
-        self._path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        make_private_directory(self._path.parent)
         self._lock = _take_lock(self._path)
         _make_private(self._path)
         with self._translated():
@@ -174,13 +175,13 @@ def _driver(connection: Connection) -> sqlite3.Connection:
 
 def _make_private(path: Path) -> None:
     """Makes the file: SQLite would take the process's umask; WAL and shared memory take over this mode."""
-    os.close(os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600))
+    os.close(open_private(path, os.O_RDWR))
 
 
 def _take_lock(path: Path) -> int:
     """The descriptor that holds `<database>.lock`; the kernel lets it go with the process, however that ends."""
     lock_path = path.with_name(path.name + ".lock")
-    descriptor = os.open(lock_path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    descriptor = open_private(lock_path, os.O_RDWR)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:

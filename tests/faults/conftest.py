@@ -22,6 +22,7 @@ import pytest
 import sqlalchemy
 
 from src.aggregator.round_row import RoundRow
+from src.hardening import INSPECTION
 from src.jobs.states import Event, EventKind, JobRow, JobState, replay, seconds
 from src.jobs.store import JobStore, StoredEvent
 from src.protocol.canonical import parse_canonical
@@ -72,7 +73,7 @@ class Pair:
     def environ(self, **settings: str) -> dict[str, str]:
         """Of an aggregator that misbehaves, at the address that the parties know."""
         own = {"SOTTO__SERVER__LISTEN": self.federation.address, "SOTTO__EVALUATION": "{}"}
-        return {**own, MARK: self.mark, "STALL": str(self.stall_file), **settings}
+        return {**own, MARK: self.mark, INSPECTION: "1", "STALL": str(self.stall_file), **settings}
 
     def serve(self, *, stall: str = "", **settings: str) -> None:
         """The aggregator, once it serves and both parties are back; workers that are given this unit stand still."""

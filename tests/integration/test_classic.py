@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shutil
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -50,7 +52,7 @@ class Classic:
             **more,
         }
         config = str(self.config / "aggregator.yaml")
-        self.processes.start("aggregator", "--config", config, module="src.aggregator.main", settings=settings)
+        self.processes.start("aggregator", "--config", config, module="src.aggregator.main", settings=settings, umask=0)
 
         def serving() -> bool:
             self.processes.check()
@@ -65,7 +67,7 @@ class Classic:
         for name in "abc":
             if name not in self.processes.running:
                 arguments = ("--config", config, "--name", name)
-                self.processes.start(name, *arguments, module="src.party.main", settings=settings)
+                self.processes.start(name, *arguments, module="src.party.main", settings=settings, umask=0)
 
         def joined() -> bool:
             self.processes.check()
@@ -116,6 +118,30 @@ def test_three_parties_join_and_finish_a_job_whose_manifest_says_that_the_aggreg
     assert any(text.startswith("the aggregator holds the key: updates are") for text in manifest["statements"])
     assert manifest["encryption"]["custody"] == "aggregator"
     assert manifest["encryption"]["key_id"] == classic.client.status().key_id
+
+
+def test_what_the_roles_have_made_is_their_owners_alone_though_no_umask_said_so(classic: Classic) -> None:
+    """They run with umask 0: databases, keys, models, batches, workers' directories; public are key and address."""
+    classic.start_parties()
+    modes = {path.relative_to(classic.state).as_posix(): path.stat().st_mode for path in classic.state.rglob("*")}
+    assert {"aggregator/aggregator.sqlite-wal", "party-a/party.sqlite", "aggregator/work"} <= set(modes)
+    public = {"address", "aggregator/public_key.json"}
+    assert {name: oct(mode) for name, mode in modes.items() if mode & 0o077 and name not in public} == {}
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells what is dumped")
+def test_no_process_of_a_role_leaves_an_image_of_its_memory(classic: Classic) -> None:
+    """Both roles, their zygotes and their workers."""
+    classic.start_parties()
+    for name in ("aggregator", "a"):
+        everybody = classic.processes.all_of(name)
+        assert len(everybody) >= 3
+        for process in everybody:
+            about = Path("/proc") / str(process.pid)
+            (limit,) = [line for line in (about / "limits").read_text().splitlines() if "core file size" in line]
+            assert limit.split()[4:6] == ["0", "0"]
+            with contextlib.suppress(PermissionError):  # one that is not dumpable shows it to root alone
+                assert int((about / "coredump_filter").read_text(), 16) == 0
 
 
 def test_a_restarted_aggregator_keeps_its_keys_and_its_parties(classic: Classic) -> None:

@@ -25,11 +25,6 @@ def cores() -> int:
     return os.cpu_count() or 1
 
 
-def forbid_core_dumps() -> None:
-    """A worker that is killed over its limit, or crashes, must not leave private rows in a file."""
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-
-
 def private_memory_mb() -> float:
     """What counts against `limit_memory` now, in MiB; 0 where the system does not say."""
     status = Path("/proc/self/status")

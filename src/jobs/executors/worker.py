@@ -25,8 +25,10 @@ from pathlib import Path
 from typing import Any, Final, NoReturn
 
 from ...errors import ConfigError, SottoError
+from ...files import make_private_directory
+from ...hardening import forbid_core_dumps
 from ...storage.blobs import Blobs
-from .limits import forbid_core_dumps, limit_memory, limited_cpu, private_memory_mb
+from .limits import limit_memory, limited_cpu, private_memory_mb
 from .units import MAX_FRAME_BYTES, Handler, WorkContext, execute, import_short, load_handlers
 
 LENGTH: Final = struct.Struct(">I")
@@ -54,6 +56,7 @@ def zygote(control_fd: int, lifeline_fd: int, watched_fd: int) -> None:
     what waitpid said, negative for a signal}. The first line from the other side is the settings. `watched_fd` is open
     in this process alone, so that the role sees its end.
     """
+    forbid_core_dumps()  # its forks are not dumped either
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the role's to handle
     control = socket.socket(fileno=control_fd)
     with contextlib.suppress(ConnectionError):  # the role is gone or has changed its mind
@@ -146,7 +149,6 @@ def _worker(
         with contextlib.suppress(OSError):
             os.setpgid(0, 0)
         os.nice(settings["nice"])
-        forbid_core_dumps()
         if settings["memory_limit_mb"] is not None:
             limit_memory(settings["memory_limit_mb"])
         threading.Thread(target=_end_with, args=(lifeline_fd,), daemon=True).start()
@@ -157,7 +159,7 @@ def _worker(
             reply = PING
             if frame != PING:
                 _clear(workspace)
-                workspace.mkdir(mode=0o700, parents=True)
+                make_private_directory(workspace)
                 with limited_cpu(settings["cpu_limit_s"]):
                     reply = execute(frame, handlers, WorkContext(blobs, workspace, settings["memory_limit_mb"]))
                 _clear(workspace)

@@ -1,0 +1,78 @@
+"""A process that holds keys or private rows leaves no image of its memory."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+LINUX = pytest.mark.skipif(sys.platform != "linux", reason="only Linux has it")
+TELL = """
+import ctypes, resource, sys
+def tell():
+    dumpable = ctypes.CDLL(None).prctl(3, 0, 0, 0, 0) if sys.platform == "linux" else 0  # PR_GET_DUMPABLE
+    kinds = int(open("/proc/self/coredump_filter").read(), 16) if sys.platform == "linux" else 0
+    print(*resource.getrlimit(resource.RLIMIT_CORE), dumpable, kinds)
+"""
+
+
+def told(code: str, **environ: str) -> list[str]:
+    environ = {**{key: value for key, value in os.environ.items() if key != "SOTTO_ALLOW_INSPECTION"}, **environ}
+    done = subprocess.run(
+        [sys.executable, "-c", TELL + code], cwd=ROOT, capture_output=True, text=True, check=True, env=environ
+    )
+    return done.stdout.splitlines()
+
+
+def test_every_command_begins_by_forbidding_dumps() -> None:
+    """`sotto train`, `sotto provision`, both roles, `budget set`: whatever the command is, before it runs."""
+    code = (
+        "import src.cli as cli; cli.run = lambda _: tell() or 0; sys.argv = ['sotto']\n"
+        "try: cli.main()\nexcept SystemExit: pass"
+    )
+    assert told(code) == ["0 0 0 0"]
+
+
+@pytest.mark.parametrize("role", ["aggregator", "party"])
+def test_a_role_that_is_started_as_a_module_does_so_itself(role: str) -> None:
+    code = (
+        f"import pathlib, src.{role}.main as main, src.config as config\n"
+        f"def load(*_, **__): tell(); raise SystemExit\n"
+        f"config.load_{role}_config = load\n"
+        "try: main.run(pathlib.Path('x'))\nexcept SystemExit: pass"
+    )
+    assert told(code) == ["0 0 0 0"]
+
+
+@LINUX
+def test_whoever_measures_memory_may_look_and_still_nothing_is_dumped() -> None:
+    code = "from src.hardening import forbid_core_dumps; forbid_core_dumps(); tell()"
+    assert told(code, SOTTO_ALLOW_INSPECTION="1") == ["0 0 1 0"]
+
+
+@LINUX
+def test_a_crash_of_a_process_that_holds_a_secret_writes_none_of_it(tmp_path: Path) -> None:
+    """Also where the limit was unlimited before; where this system pipes dumps away, the filter says the same."""
+    code = (
+        "import resource, signal, os\n"
+        "hard = resource.getrlimit(resource.RLIMIT_CORE)[1]; resource.setrlimit(resource.RLIMIT_CORE, (hard, hard))\n"
+        "from src.hardening import forbid_core_dumps; forbid_core_dumps()\n"
+        f"os.chdir({str(tmp_path)!r}); secret = b'the key' * 1000; os.kill(os.getpid(), signal.SIGSEGV)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False)
+    assert done.returncode < 0
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_child_that_runs_another_program_is_not_dumped_either() -> None:
+    code = (
+        "import subprocess; from src.hardening import forbid_core_dumps; forbid_core_dumps()\n"
+        f"sys.stdout.flush(); subprocess.run([sys.executable, '-c', {TELL!r} + 'tell()'])"
+    )
+    (line,) = told(code)
+    assert line.split()[:2] == ["0", "0"]
+    assert line.split()[3] == "0"
