@@ -66,8 +66,8 @@ class _RoleDocument(_Document):
     def _secret_files(self) -> tuple[Path | None, ...]: ...
 
     def exposed(self) -> list[str]:
-        """A sentence for each secret file that others than its owner can read or change, by its mode; nothing without
-        POSIX."""
+        """A sentence for each secret file that others than its owner can read or change, by its mode (nothing without
+        POSIX), and for a database that others can read on its way."""
         found = []
         for path in self._secret_files if os.name == "posix" else ():
             mode = stat.S_IMODE(path.stat().st_mode) if path is not None and path.is_file() else 0
@@ -75,6 +75,8 @@ class _RoleDocument(_Document):
             what = " and ".join(word for word, bits in can.items() if mode & bits)
             if what:
                 found.append(f"{path} is secret, and others than its owner can {what} it (mode {mode:04o}): chmod 600")
+        if self.database.url is not None and self.database.insecure_transport:
+            found.append("INSECURE: database.insecure_transport: whoever is between can read and change the ledger")
         return found
 
 

@@ -409,8 +409,12 @@ class WorkersSection(Section):
 class DatabaseSection(Section):
     """Where jobs, rounds and the ledger are kept."""
 
-    url: str | None = setting(None, "null: SQLite in state_dir; or postgresql+psycopg://user@host/database")
+    url: str | None = setting(
+        None,
+        "null: SQLite in state_dir; or postgresql+psycopg://user@host/database, by TLS (verify-full) to another host",
+    )
     password_file: ConfigPath | None = setting(None, "the database's password, where it takes one")
+    insecure_transport: bool = setting(False, "true: to another host as the URL says, though others could listen in")
 
 
 class JobsSection(Section):

@@ -20,6 +20,7 @@ from ..communication.grpc_server import GrpcServer
 from ..communication.tls import TlsFiles
 from ..config import AggregatorConfig
 from ..config_budgets import limits_of
+from ..config_database import located
 from ..config_sections import split_address
 from ..descriptors import descriptor_limit, room_for_connections
 from ..files import make_private_directory, open_state_directory, write_over
@@ -33,7 +34,6 @@ from ..storage.blobs import Blobs
 from ..storage.database import Database
 from ..storage.ledger import LedgerStore
 from ..storage.leftovers import Leftovers
-from ..storage.location import database_location
 from ..storage.migrations import Migrations
 from .accounts import Accounts
 from .budgets import Budgets
@@ -71,7 +71,7 @@ class App:
             LedgerStore(metadata, signer=EntrySigner(self.federation.signing_key)),
             EnrolmentStore(metadata),
         )
-        location = database_location(config.database_path, config.database.url, config.database.password_file)
+        location = located(config)
         self._database = Database(location, Migrations("aggregator"))
         blobs = Blobs(state / "blobs")
         leftovers = Leftovers(self._database, blobs, BlobNames(jobs, rounds))

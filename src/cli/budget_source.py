@@ -10,12 +10,11 @@ from typing import TYPE_CHECKING, Annotated, Final, cast
 import typer
 
 if TYPE_CHECKING:
-    from sqlalchemy import URL
-
     from ..config import AggregatorConfig, PartyConfig
     from ..privacy.budget import Account, Limits
     from ..privacy.events import Unit
     from ..privacy.ledger import Entry
+    from ..storage.location import Location
     from ..storage.migrations import History
 
 ConfigFile = Annotated[
@@ -56,7 +55,7 @@ class Source:
 
     role: str
     history: History
-    location: Path | str | URL
+    location: Location
     limits: Limits
     signing_key: Path
     config: AggregatorConfig | PartyConfig | None
@@ -86,9 +85,9 @@ def load(path: Path | None, *, name: str | None = None, state_dir: Path | None =
 def _configured(path: Path, *, name: str | None) -> Source:
     from ..config import ClientConfig, load_aggregator_config, load_party_config, role_of
     from ..config_budgets import limits_of
+    from ..config_database import located
     from ..config_yaml import read_document
     from ..errors import ConfigError
-    from ..storage.location import database_location
 
     config: AggregatorConfig | PartyConfig
     document = read_document(path)
@@ -103,7 +102,7 @@ def _configured(path: Path, *, name: str | None) -> Source:
     else:
         config = load_aggregator_config(path)
         role, history = f"aggregator of {config.federation}", "aggregator"
-    location = database_location(config.database_path, config.database.url, config.database.password_file)
+    location = located(config)
     key = config.keys.signing_key
     return Source(role, cast("History", history), location, limits_of(config), signing_key=key, config=config)
 

@@ -17,12 +17,11 @@ import typer
 from .screen import echo, echo_json
 
 if TYPE_CHECKING:
-    from sqlalchemy import URL
-
     from ..config import PartyConfig
     from ..learning.standalone import Configured, Plan
     from ..privacy.budget import Limits
     from ..protocol.signing import SigningKey
+    from ..storage.location import Location
     from .train_ledger import LedgerPurse
 
 app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
@@ -45,7 +44,7 @@ class Node:
     """
 
     name: str
-    location: Path | str | URL
+    location: Location
     key_file: Path
     datasets: Mapping[str, Configured]
     users: Mapping[str, str]
@@ -179,12 +178,12 @@ def _node(config: Path | None, *, name: str | None) -> Node:
 
 def _configured(config: PartyConfig) -> Node:
     from ..config_budgets import party_limits
+    from ..config_database import located
     from ..learning.standalone import Configured
-    from ..storage.location import database_location
 
     return Node(
         name=config.name,
-        location=database_location(config.database_path, config.database.url, config.database.password_file),
+        location=located(config),
         key_file=config.keys.signing_key,
         datasets={
             task: Configured(declared_rows=dataset.declared_rows, options=dataset.options)

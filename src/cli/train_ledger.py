@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Final, TypeVar
 
-from sqlalchemy import URL, Connection, MetaData
+from sqlalchemy import Connection, MetaData
 
 from ..errors import BudgetError, ConflictError, StateError
 from ..jobs.states import utc
@@ -25,6 +25,7 @@ from ..protocol.signing import SigningKey
 from ..storage.books import Books, Cost, reservation_id
 from ..storage.database import Database
 from ..storage.ledger import LedgerStore
+from ..storage.location import Location
 from ..storage.migrations import Migrations
 
 T = TypeVar("T")
@@ -105,7 +106,7 @@ class LedgerPurse:
 
     def __init__(
         self,
-        location: Path | str | URL,
+        location: Location,
         *,
         key: SigningKey,
         limits: Limits,

@@ -16,6 +16,7 @@ from ..communication.grpc_client import connect
 from ..communication.identity import Identity
 from ..communication.tls import TlsFiles
 from ..config import PartyConfig
+from ..config_database import located
 from ..files import open_state_directory
 from ..jobs.executors.pool import WorkerPool
 from ..jobs.executors.settings import PoolSettings
@@ -23,7 +24,6 @@ from ..protocol.ledger import EntrySigner
 from ..storage.blobs import Blobs
 from ..storage.database import Database
 from ..storage.ledger import LedgerStore
-from ..storage.location import database_location
 from ..storage.migrations import Migrations
 from .accounts import PartyAccounts
 from .home import Home
@@ -45,7 +45,7 @@ class App:
         metadata = MetaData()
         self._memory = RoundMemory(metadata)
         ledger = LedgerStore(metadata, signer=EntrySigner(home.signing_key))
-        location = database_location(config.database_path, config.database.url, config.database.password_file)
+        location = located(config)
         self._database = Database(location, Migrations("party"))
         self._blobs = Blobs(state / "blobs")
         self._accounts = PartyAccounts(ledger, config)

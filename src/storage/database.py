@@ -10,10 +10,11 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Final, Protocol, TypeVar
 
-from sqlalchemy import URL, Connection, make_url
+from sqlalchemy import Connection, make_url
 from sqlalchemy.exc import ArgumentError
 
 from ..errors import ConfigError, StateError
+from .location import Insecure, Location
 from .postgresql import PostgresqlAdapter
 from .schema import Schema
 from .sqlite import SqliteAdapter
@@ -52,14 +53,15 @@ class Database:
             `postgresql+psycopg://user@host/database` (a Unix socket: `?host=/directory`). An SQLite file is made with
             its directory on first open, readable by the owner alone. PostgreSQL: the tables live in the first schema of
             the search path; they have one writer whatever the role. The connection must reach the server itself or a
-            pooler that keeps one session for it.
+            pooler that keeps one session for it, and to another host it is TLS to a server that proves its name
+            (`transport`), unless the URL comes as `Insecure`.
         schema: what it contains.
 
     Raises:
         ConfigError: the URL cannot be used, or its driver is not installed.
     """
 
-    def __init__(self, location: Path | str | URL, schema: Schema) -> None:
+    def __init__(self, location: Location, schema: Schema) -> None:
         self._adapter = _adapter(location)
         self._schema = schema
         self._thread: ThreadPoolExecutor | None = None
@@ -121,7 +123,7 @@ class Database:
 
 
 @contextlib.contextmanager
-def read_only(location: Path | str | URL, *, schema: Schema | None = None) -> Iterator[Connection]:
+def read_only(location: Location, *, schema: Schema | None = None) -> Iterator[Connection]:
     """A connection that reads one consistent snapshot, beside a running role or without one.
 
     Args:
@@ -140,11 +142,12 @@ def read_only(location: Path | str | URL, *, schema: Schema | None = None) -> It
         yield connection
 
 
-def _adapter(location: Path | str | URL) -> Adapter:
+def _adapter(location: Location) -> Adapter:
     if isinstance(location, Path):
         return SqliteAdapter(location)
+    insecure = isinstance(location, Insecure)
     try:
-        url = make_url(location)
+        url = make_url(location.url if isinstance(location, Insecure) else location)
     except (ArgumentError, ValueError):
         # Their texts quote the URL, and with it the password.
         raise ConfigError(
@@ -153,7 +156,7 @@ def _adapter(location: Path | str | URL) -> Adapter:
     if url.drivername == _SQLITE and url.database and url.database != ":memory:" and not url.query:
         return SqliteAdapter(Path(url.database))
     if url.drivername == _POSTGRESQL and url.database:
-        return PostgresqlAdapter(url)
+        return PostgresqlAdapter(url, insecure=insecure)
     # Of the URL only its beginning: options after the ? may hold a password too.
     raise ConfigError(
         f"a database URL that begins with {url.drivername}:// cannot be used so: "

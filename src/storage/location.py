@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import NamedTuple, TypeAlias
 
 from sqlalchemy import URL, make_url
 from sqlalchemy.exc import ArgumentError
@@ -10,7 +11,19 @@ from sqlalchemy.exc import ArgumentError
 from ..errors import ConfigError
 
 
-def database_location(path: Path, url: str | None, password_file: Path | None) -> Path | str | URL:
+class Insecure(NamedTuple):
+    """A URL whose server may be another host, reached in whatever way it says: `database.insecure_transport`."""
+
+    url: str | URL
+
+
+Location: TypeAlias = Path | str | URL | Insecure
+"""A file of SQLite, or the URL of a database."""
+
+
+def database_location(
+    path: Path, url: str | None, password_file: Path | None, *, insecure_transport: bool = False
+) -> Location:
     """`path` for SQLite; where a URL is configured that one, with the password from its file.
 
     Raises:
@@ -18,8 +31,11 @@ def database_location(path: Path, url: str | None, password_file: Path | None) -
     """
     if url is None:
         return path
-    if password_file is None:
-        return url
+    found = url if password_file is None else _with_password(url, password_file)
+    return Insecure(found) if insecure_transport else found
+
+
+def _with_password(url: str, password_file: Path) -> URL:
     try:
         return make_url(url).set(password=password_file.read_text().strip())
     except (ArgumentError, ValueError):

@@ -29,6 +29,7 @@ from sqlalchemy.pool import NullPool
 
 from ..errors import ConfigError, ConflictError, SottoError, StorageError, UnavailableError
 from .schema import Schema
+from .transport import transport_of
 
 if TYPE_CHECKING:
     import psycopg
@@ -85,9 +86,16 @@ WHERE l.locktype = 'advisory' AND l.granted AND l.objsubid = 1
 
 
 class PostgresqlAdapter:
-    """A `database.Adapter` for the first schema of the search path in the database that `url` names."""
+    """A `database.Adapter` for the first schema of the search path in the database that `url` names.
 
-    def __init__(self, url: URL) -> None:
+    Args:
+        insecure: see `transport_of`.
+
+    Raises:
+        ConfigError: the driver is not installed, or the URL is not to be used so.
+    """
+
+    def __init__(self, url: URL, *, insecure: bool = False) -> None:
         try:
             import psycopg  # noqa: F401  an extra; SQLAlchemy would only say which module is missing
         except ImportError as error:
@@ -98,6 +106,7 @@ class PostgresqlAdapter:
         if {"password", "sslpassword"} & set(url.query):
             raise ConfigError("a password in a database URL stands before the @; after the ? it would be printed")
         self._url = url
+        self._transport = transport_of(url, insecure=insecure)
         self._token = ""
         self._engine: Engine | None = None
         self._connection: Connection | None = None
@@ -228,7 +237,10 @@ class PostgresqlAdapter:
             self._url,
             poolclass=NullPool,  # a session is used by who made it, and ends with them
             isolation_level="SERIALIZABLE",
-            connect_args={name: value for name, value in defaults.items() if name not in self._url.query},
+            connect_args={
+                **{name: value for name, value in defaults.items() if name not in self._url.query},
+                **self._transport,
+            },
             hide_parameters=True,  # values of rows do not belong into an error's text
         )
         event.listen(engine, "handle_error", _without_values)

@@ -35,7 +35,7 @@ SETTINGS = {"listen_addresses": "", "fsync": "off", "full_page_writes": "off", "
 class Server:
     """A PostgreSQL server of its own, in a directory of its own, reached through a socket in it."""
 
-    def __init__(self, binaries: Path) -> None:
+    def __init__(self, binaries: Path, **more: str) -> None:
         self._binaries = binaries
         # A socket's path has at most 107 bytes: below /tmp, whatever pytest's own directory is called.
         self.directory = Path(tempfile.mkdtemp(prefix="sotto-pg-", dir="/tmp"))
@@ -47,7 +47,7 @@ class Server:
             self._command("initdb", "-D", str(self.directory / "data"), *INITDB, *LINGUISTIC)
         except RuntimeError:  # before version 15, or built without ICU
             self._command("initdb", "-D", str(self.directory / "data"), *INITDB)
-        settings = {**SETTINGS, "unix_socket_directories": str(self.directory)}
+        settings = {**SETTINGS, "unix_socket_directories": str(self.directory), **more}
         with (self.directory / "data" / "postgresql.auto.conf").open("a") as file:
             file.writelines(f"{name} = '{value}'\n" for name, value in settings.items())
 
@@ -104,16 +104,21 @@ def _binaries() -> Path | None:
     return next((place for place in places if (place / "initdb").exists()), None)
 
 
-@pytest.fixture(scope="session")
-def postgresql_server() -> Iterator[Server]:
-    """A running server, one for each process of the test run."""
+def binaries_or_skip() -> Path:
+    """The server's programs; where there are none, no test that needs them."""
     binaries = _binaries()
     if binaries is None:
         missing = "no PostgreSQL server is installed (looked in PATH and /usr/lib/postgresql/*/bin)"
         if os.environ.get("CI"):
             pytest.fail(missing)
         pytest.skip(missing)
-    server = Server(binaries)
+    return binaries
+
+
+@pytest.fixture(scope="session")
+def postgresql_server() -> Iterator[Server]:
+    """A running server, one for each process of the test run."""
+    server = Server(binaries_or_skip())
     try:
         server.start()
         yield server
