@@ -12,6 +12,7 @@ from .config import AggregatorConfig, PartyConfig
 from .config_sections import AggregatorPrivacy, Budget
 from .privacy.budget import ANY, Account, Limits, subject_of
 from .privacy.events import Unit
+from .privacy.figures import Against
 from .privacy.ledger import Limit
 
 
@@ -57,6 +58,7 @@ def party_limits(config: PartyConfig) -> Limits:
             ("party", subject_of("job", ANY)): ("privacy.budgets.per_job.party", budgets.per_job.party),
         },
         datasets={task: subject_of("dataset", each.budget_of or task) for task, each in config.datasets.items()},
+        against=budgets.against,
     )
 
 
@@ -130,10 +132,16 @@ def _is_same_file(one: object, other: object) -> bool:
     return os.sep in one and os.path.normpath(one) == os.path.normpath(other)
 
 
-def _limits(sections: dict[Account, tuple[str, Budget | None]], *, datasets: dict[str, str] | None = None) -> Limits:
-    """Args: sections: each with its path in the configuration. datasets: as in `Limits`."""
+def _limits(
+    sections: dict[Account, tuple[str, Budget | None]],
+    *,
+    datasets: dict[str, str] | None = None,
+    against: Against = "release",
+) -> Limits:
+    """Args: sections: each with its path in the configuration. datasets, against: as in `Limits`."""
     rows = {account: limit_of(section) for account, (_, section) in sections.items() if section is not None}
-    return Limits(rows, keys={account: sections[account][0] for account in rows}, datasets=datasets or {})
+    keys = {account: sections[account][0] for account in rows}
+    return Limits(rows, keys=keys, datasets=datasets or {}, against=against)
 
 
 def limit_of(section: Budget) -> Limit:

@@ -314,6 +314,10 @@ class PartyBudgets(Section):
         "for one row of any dataset, spent by DP-SGD; a dataset may have a budget of its own inside it", epsilon=4.0
     )
     party: Budget = section("for this party as a whole, spent by every sum it contributes to", max_rounds=200)
+    against: Literal["aggregator", "release"] = setting(
+        "aggregator",
+        "whom every ε here counts against: aggregator, whose own noise is none, or only who sees the release",
+    )
     per_job: JobQuotas = section("quotas of any one job inside these")
     users: dict[UserName, Budget] = Field(
         default_factory=dict,
@@ -341,6 +345,9 @@ class PartyPolicy(Section):
     """What this party takes part in."""
 
     allow_plaintext_scheme: bool = setting(False, "true takes part in rounds without encryption")
+    allow_trusted_aggregator: bool = setting(
+        False, "true gives the aggregator exact sums of gradients, which it alone adds noise to; see budgets.against"
+    )
     min_quorum: int = setting(2, "smallest number of updates in a sum that hides this party's", ge=2)
     min_parties_noise_multiplier: float = setting(0.0, "least multiplier of the noise that the parties draw", ge=0)
     disclose_epsilon: bool = setting(True, "tell the aggregator the ε spent here; it depends on no data")

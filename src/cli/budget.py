@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from typing import TYPE_CHECKING, Annotated, Final
 
 import typer
@@ -209,6 +210,7 @@ def _in_force(limits: Limits, entries: list[Entry], account: Account) -> tuple[B
     """The account's budgets; one without limits where there is none any more, and of a user who is not known, whom
     everything is refused, one that allows nothing."""
     from ..privacy.budget import Budget
+    from ..privacy.entries import Limit
 
     stranger = _is_stranger(limits, entries, account)
     found = limits.budgets(entries, account)
@@ -216,11 +218,10 @@ def _in_force(limits: Limits, entries: list[Entry], account: Account) -> tuple[B
         return found
     delta = next((limit.delta for (unit, _), limit in limits.rows.items() if unit == account[0]), 1e-5)
     rounds, epsilon = (0, 0.0) if stranger else (None, None)
-    return (Budget(unit=account[0], subject=account[1], max_rounds=rounds, epsilon=epsilon, delta=delta),)
+    return (Budget.of(account, Limit(max_rounds=rounds, epsilon=epsilon, delta=delta), against=limits.against),)
 
 
 def _row(entries: list[Entry], budget: Budget, *, delta: float | None, estimates: bool) -> Row:
-    from ..privacy.accounting import epsilon
     from ..privacy.budget import balance, concerns, resets
     from ..privacy.figures import figures
     from ..protocol.canonical import finite
@@ -229,8 +230,9 @@ def _row(entries: list[Entry], budget: Budget, *, delta: float | None, estimates
     found = balance(entries, budget)
     periods = 1 + sum(resets(entry, account) for entry in entries)
     ever = balance(entries, budget, ever=True) if periods > 1 else found
-    charged, aggregator, others = figures(found.events, unit=budget.unit, delta=budget.delta)
-    charged_ever, _, others_ever = figures(ever.events, unit=budget.unit, delta=budget.delta)
+    ask = partial(figures, unit=budget.unit, delta=budget.delta, counts=budget.against)
+    charged, aggregator, others = ask(found.events)
+    charged_ever, _, others_ever = ask(ever.events)
     others_at = None if delta is None else figures(found.events, unit=budget.unit, delta=delta)[2]
     return Row(
         unit=budget.unit,
@@ -248,14 +250,14 @@ def _row(entries: list[Entry], budget: Budget, *, delta: float | None, estimates
         epsilon_ever=finite(ever.epsilon_spent),
         assumption_ever=charged_ever.assumes,
         epsilon_ever_if_all_others_collude=finite(others_ever.epsilon),
-        epsilon_at=None if delta is None else finite(epsilon(found.events, delta=delta)),
+        epsilon_at=None if delta is None else finite(replace(budget, delta=delta).cost(found.events)),
         epsilon_at_if_all_others_collude=None if others_at is None else finite(others_at.epsilon),
         against=charged.against,
         assumption=charged.assumes,
         epsilon_against_aggregator=finite(aggregator.epsilon),
         assumption_against_aggregator=aggregator.assumes,
         epsilon_if_all_others_collude=finite(others.epsilon),
-        estimates=_estimates(found.events, budget.delta) if estimates else None,
+        estimates=_estimates(budget.counted(found.events), budget.delta) if estimates else None,
         sources={},
     )
 

@@ -12,6 +12,7 @@ from ..config_budgets import apart, party_limits
 from ..errors import BudgetError
 from ..jobs.states import utc
 from ..privacy.budget import Account, Budget, balance, subject_of
+from ..privacy.entries import Limit
 from ..privacy.guarantee import check_guarantee
 from ..privacy.in_force import in_force, without_effect, without_epsilon
 from ..privacy.moved import reason_of
@@ -102,7 +103,8 @@ class PartyAccounts:
         """What a dataset's rows have spent, at `delta`, and what is left, at the δ of its limit."""
         entries = self._store.entries(connection)
         account = self._books.limits.dataset(task)
-        everything = Budget(unit=account[0], subject=account[1], max_rounds=None, epsilon=None, delta=delta)
+        unlimited = Limit(max_rounds=None, epsilon=None, delta=delta)
+        everything = Budget.of(account, unlimited, against=self._books.limits.against)
         limits = [each for each in self._books.limits.budgets(entries, account) if each.epsilon is not None]
         spent = balance(entries, everything).epsilon_spent
         if len(limits) != 1:

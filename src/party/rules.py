@@ -133,6 +133,12 @@ def _check_policy(plan: RoundPlan, config: PartyConfig) -> None:
         raise PolicyError(f"this party belongs to federation {config.federation!r}, not to {plan.federation!r}")
     if plan.scheme == "plaintext" and not policy.allow_plaintext_scheme:
         raise PolicyError("this party does not send unencrypted updates (policy.allow_plaintext_scheme)")
+    trusted = plan.gradient_sum is not None and plan.noise.noise_by == "aggregator"
+    if trusted and config.name in plan.cohort and not policy.allow_trusted_aggregator:
+        raise PolicyError(
+            "this party gives no aggregator the exact sum of its gradients (policy.allow_trusted_aggregator): the plan "
+            "has all the noise drawn by the aggregator, which calls itself trusted"
+        )
     if plan.custody != config.keys.custody:
         raise PolicyError(f"this party's keys.custody is {config.keys.custody}, the plan's is {plan.custody}")
     if plan.quorum < policy.min_quorum:

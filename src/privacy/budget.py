@@ -14,13 +14,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Final
 
 from ..errors import BudgetError, InvalidInput
 from .accounting import epsilon as composed_epsilon
 from .entries import CHARGES, Entry, Limit
-from .events import RELATIONS, Event, Unit
+from .events import RELATIONS, Event, NonPrivate, Unit
+from .figures import Against, counted
 from .ledger import Charge, charges
 
 ANY: Final = "*"
@@ -39,6 +40,8 @@ class Budget:
         max_rounds: rounds, ≥ 0; None for no limit.
         epsilon: ε at `delta`, ≥ 0; None for no limit.
         delta: in (0, 1).
+        against: whom ε is counted against (`figures.counted`): "release", or "aggregator", which it then holds
+            against as well.
     """
 
     unit: Unit
@@ -46,6 +49,7 @@ class Budget:
     max_rounds: int | None
     epsilon: float | None
     delta: float
+    against: Against = "release"
 
     def __post_init__(self) -> None:
         if self.unit not in RELATIONS:
@@ -58,15 +62,30 @@ class Budget:
         return Limit(max_rounds=self.max_rounds, epsilon=self.epsilon, delta=self.delta)
 
     @classmethod
-    def of(cls, account: Account, limit: Limit) -> Budget:
+    def of(cls, account: Account, limit: Limit, *, against: Against = "release") -> Budget:
         """That limit on that account."""
-        unit, subject = account
-        return cls(unit=unit, subject=subject, max_rounds=limit.max_rounds, epsilon=limit.epsilon, delta=limit.delta)
+        return cls(
+            unit=account[0],
+            subject=account[1],
+            max_rounds=limit.max_rounds,
+            epsilon=limit.epsilon,
+            delta=limit.delta,
+            against=against,
+        )
+
+    def counted(self, events: Iterable[Event]) -> list[Event]:
+        """`events` as this budget counts them."""
+        return [counted(event, self.against) for event in events]
+
+    def cost(self, events: Iterable[Event]) -> float:
+        """ε of `events` as this budget counts them; may be infinite."""
+        return composed_epsilon(self.counted(events), delta=self.delta)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Balance:
-    """What a budget has seen. `…_left` is None without a limit, never negative; `epsilon_spent` may be infinite."""
+    """What a budget has seen. `…_left` is None without a limit, never negative; `epsilon_spent` may be infinite.
+    Events are as they were charged."""
 
     rounds_spent: int
     epsilon_spent: float
@@ -156,7 +175,7 @@ def balance(entries: Iterable[Entry], budget: Budget, *, ever: bool = False) -> 
         LedgerError: `entries` break a rule.
     """
     rounds, events = _spent(list(entries), (budget.unit, budget.subject), ever=ever)
-    spent = composed_epsilon(events, delta=budget.delta)
+    spent = budget.cost(events)
     return Balance(
         rounds_spent=rounds,
         epsilon_spent=spent,
@@ -176,11 +195,13 @@ class Limits:
     Attributes:
         keys: where in the configuration each row is, for people: "privacy.budgets.party".
         datasets: on which subject the rows of each dataset of the configuration are charged, by its name.
+        against: whom every ε is counted against (`Budget.against`).
     """
 
     rows: Mapping[Account, Limit]
     keys: Mapping[Account, str] = field(default_factory=dict)
     datasets: Mapping[str, str] = field(default_factory=dict)
+    against: Against = "release"
 
     def dataset(self, name: str) -> Account:
         """On which the rows of a dataset are charged: its own, or that of another whose budget it shares."""
@@ -222,7 +243,7 @@ class Limits:
         anything.
         """
         limits = self.sources(entries, account).values()
-        return tuple(Budget.of(account, limit) for limit in intersected(limits))
+        return tuple(Budget.of(account, limit, against=self.against) for limit in intersected(limits))
 
     def invited(self, entries: Sequence[Entry]) -> list[Account]:
         """The parties with a budget that rounds have invited so far."""
@@ -360,14 +381,13 @@ def check_affordable(
             raise InvalidInput("a planned event of fewer than one round")
         return
     additional = [event.repeated(rounds) for rounds, event in planned]
-    together = composed_epsilon([*events, *additional], delta=budget.delta)
+    together = budget.cost([*events, *additional])
     if not together <= budget.epsilon:
-        spent = composed_epsilon(events, delta=budget.delta)
-        asked = composed_epsilon(additional, delta=budget.delta)
+        spent, asked = budget.cost(events), budget.cost(additional)
         elsewhere = ""
         if stated_delta is not None and stated_delta != budget.delta:
             elsewhere = f"; asked at the job's own delta {stated_delta!r}: "
-            elsewhere += _figure(composed_epsilon(additional, delta=stated_delta))
+            elsewhere += _figure(replace(budget, delta=stated_delta).cost(additional))
         raise _refuse(
             f"epsilon budget {_whose(budget, name_user=name_user)} (delta {budget.delta!r}{elsewhere})",
             budget,
@@ -376,8 +396,15 @@ def check_affordable(
             spent=f"{spent:.6g}",
             limit=f"{budget.epsilon:.6g}",
             left=f"{max(0.0, budget.epsilon - spent):.6g}",
-            said=f"; with it epsilon would be {_figure(together)}",
+            said=f"; with it epsilon would be {_figure(together)}{_because(budget, [*events, *additional])}",
         )
+
+
+def _because(budget: Budget, events: Sequence[Event]) -> str:
+    """Why ε is infinite, where that is for whom it is counted against."""
+    pairs = zip(events, budget.counted(events), strict=True)
+    trusted = any(isinstance(left, NonPrivate) and not isinstance(event, NonPrivate) for event, left in pairs)
+    return ": it counts against the aggregator, whose own noise is none (privacy.budgets.against)" if trusted else ""
 
 
 def _figure(value: float) -> str:

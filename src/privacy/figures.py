@@ -26,6 +26,7 @@ AGAINST: Final[dict[Against, str]] = {
     "all_others": "the aggregator and all other parties together",
 }
 EVERYBODY: Final = "everybody, the aggregator and the other parties included"
+NOT_ONLY_THE_RELEASE: Final = "whoever sees the release, the aggregator included"
 TRUSTED: Final = "everybody but the aggregator, which is trusted with the exact sums"
 UNLESS_TRUSTED: Final = "everybody, the aggregator included unless the job called it trusted"
 REASONS: Final[dict[Against, str]] = {
@@ -119,13 +120,27 @@ def left_against(event: Event, against: Against) -> Event:
     return replace(event, noise_multiplier=together, tau=shares.shares_tau)
 
 
-def figures(events: Iterable[Event], *, unit: Unit, delta: float) -> tuple[Figure, Figure, Figure]:
-    """ε of all `events` as they are charged, against the aggregator, and if all others collude, in this order.
+def counted(event: Event, against: Against) -> Event:
+    """What a budget counts of an event.
+
+    Args:
+        against: "release": the event as it is charged. "aggregator": what is left of it against the aggregator: noise
+            that it drew itself, or of which an entry does not say who drew it, is none.
+    """
+    by_parties = isinstance(event, SampledNoisySum) and event.shares is not None and event.shares.share_multiplier
+    return event if by_parties else left_against(event, against)  # a row is charged for the parties' noise already
+
+
+def figures(
+    events: Iterable[Event], *, unit: Unit, delta: float, counts: Against = "release"
+) -> tuple[Figure, Figure, Figure]:
+    """ε of all `events` as they are counted, against the aggregator, and if all others collude, in this order.
 
     Args:
         events: of one unit.
         unit: theirs; the figures of no events have it too.
         delta: in (0, 1).
+        counts: against whom their budget counts (`counted`).
 
     Raises:
         InvalidInput: δ out of range, or events of several units.
@@ -137,38 +152,46 @@ def figures(events: Iterable[Event], *, unit: Unit, delta: float) -> tuple[Figur
             epsilon=epsilon([left_against(event, against) for event in spent], delta=delta),
             delta=delta,
             unit=unit,
-            against=_against(spent, unit) if against == "release" else AGAINST[against],
+            against=AGAINST[against],
             assumes=_assumes(spent, against),
         )
 
-    return figure("release"), figure("aggregator"), figure("all_others")
+    budgeted = Figure(
+        epsilon=epsilon([counted(event, counts) for event in spent], delta=delta),
+        delta=delta,
+        unit=unit,
+        against=_against(spent, unit, counts),
+        assumes=_assumes(spent, counts),
+    )
+    return budgeted, figure("aggregator"), figure("all_others")
 
 
 def _joined(texts: Iterable[str]) -> str:
     return JOINT.join(dict.fromkeys(texts))
 
 
-def _against(events: Sequence[Event], unit: Unit) -> str:
-    """Against whom what is charged holds."""
+def _against(events: Sequence[Event], unit: Unit, counts: Against) -> str:
+    """Against whom what is counted holds."""
     if unit == "party":
-        return AGAINST["release"]
-    return against_of_rows(*(event.shares for event in events if isinstance(event, SampledNoisySum)))
+        return AGAINST["release"] if counts == "release" else NOT_ONLY_THE_RELEASE
+    return against_of_rows(*(event.shares for event in events if isinstance(event, SampledNoisySum)), counts=counts)
 
 
-def against_of_rows(*sums: Shares | None) -> str:
-    """Against whom the charged figure of rows holds: only whom each of its parts holds against.
+def against_of_rows(*sums: Shares | None, counts: Against = "release") -> str:
+    """Against whom the counted figure of rows holds: only whom each of its parts holds against.
 
     Args:
         sums: of whose hands the noise on each sum over samples is; beside them, what holds against everybody.
+        counts: as of `figures`; what counts against the aggregator holds against it.
     """
     if not sums:
         return EVERYBODY
     drawn = [shares.noise_by for shares in sums if shares is not None]
     by_parties = [each.colluders for each in sums if each is not None and each.noise_by != "aggregator"]
     whom = "everybody, the aggregator included"
-    if "aggregator" in drawn:
+    if counts == "release" and "aggregator" in drawn:
         whom = TRUSTED
-    elif None in sums:
+    elif counts == "release" and None in sums:
         whom = UNLESS_TRUSTED
     if not by_parties:
         return whom

@@ -17,7 +17,7 @@ from src.config_budgets import party_limits
 from src.errors import CATALOGUE, BudgetError, ConflictError, InvalidInput, LedgerError
 from src.privacy.accounting import epsilon
 from src.privacy.events import NoisySum
-from src.privacy.figures import EVERYBODY, OWN_NOISE, UNKNOWN
+from src.privacy.figures import EVERYBODY, NOT_ONLY_THE_RELEASE, OWN_NOISE, UNKNOWN
 from src.privacy.ledger import Limit
 from src.privacy.noise_plan import plan_noise
 from src.protocol.roster import Member, Roster, save_roster, sign_roster
@@ -60,16 +60,17 @@ def test_show_names_whom_each_figure_holds_against_and_what_it_assumes(role: Rol
     assert (row["against"], row["assumption"]) == (EVERYBODY, OWN_NOISE)
     assert row["epsilon_against_aggregator"] == row["epsilon_if_all_others_collude"] == row["epsilon_spent"]
     old = rows["party"]
-    assert (old["against"], old["assumption"]) == ("whoever sees the release", UNKNOWN)
-    assert (old["epsilon_against_aggregator"], old["epsilon_if_all_others_collude"]) == (None, None)
+    assert (old["against"], old["assumption"]) == (NOT_ONLY_THE_RELEASE, UNKNOWN)
+    figures = ("epsilon_spent", "epsilon_against_aggregator", "epsilon_if_all_others_collude")
+    assert [old[name] for name in figures] == [None] * 3
     plan = plan_noise(noise_by="both", noise_multiplier=4.0, sensitivity=1e4, quorum=5, colluders=1)
     role.release(1)
     role.change("reset", "--unit", "party", "--subject", "federation:demo")
     role.spend(2, whole=plan.event("release", dimension=9))
     (new,) = role.read("show", "--unit", "party")["budgets"]
-    release, aggregator, others = plan.figures(dimension=9, rounds=1, delta=1e-5)
-    assert (new["epsilon_spent"], new["assumption"]) == (release.epsilon, release.assumes)
-    assert new["epsilon_against_aggregator"] == pytest.approx(aggregator.epsilon)
+    _, aggregator, others = plan.figures(dimension=9, rounds=1, delta=1e-5)
+    assert (new["epsilon_spent"], new["assumption"]) == (pytest.approx(aggregator.epsilon), aggregator.assumes)
+    assert new["epsilon_against_aggregator"] == new["epsilon_spent"]
     assert new["assumption_against_aggregator"] == aggregator.assumes
     assert new["epsilon_if_all_others_collude"] == pytest.approx(others.epsilon)
     code, out, _ = role.run("show", "--config", str(role.file))
@@ -77,12 +78,11 @@ def test_show_names_whom_each_figure_holds_against_and_what_it_assumes(role: Rol
     assert [line for line in out.splitlines() if len(line) > 100] == []
     told = " ".join(out.split())
     said = [
-        f"federation:demo (party level): ε {release.epsilon:.4g} at δ 1e-05 counts against whoever sees the release",
-        f"assumes {release.assumes}",
+        f"federation:demo (party level): ε {aggregator.epsilon:.4g} at δ 1e-05 counts against {NOT_ONLY_THE_RELEASE}",
+        f"assumes {aggregator.assumes}",
         f"against the aggregator ε {aggregator.epsilon:.4g}; if all others collude ε {others.epsilon:.4g}",
-        f"against the aggregator assumes {aggregator.assumes}",
         "what it has been exposed to; if all others collude ε ∞ "
-        f"assumes, by kind of events: - {UNKNOWN} - {release.assumes}",
+        f"assumes, by kind of events: - {UNKNOWN} - {aggregator.assumes}",
     ]
     assert [each for each in said if each not in told] == []
     assert "dataset:randhie (example level), user:ada (example level): ε " in out  # said once for both
@@ -94,10 +94,11 @@ def test_show_says_that_a_figure_means_nothing(role: Role) -> None:
     assert role.read("show", "--unit", "party")["budgets"][0]["epsilon_spent"] is None
     _, out, _ = role.run("show", "--config", str(role.file), "--unit", "party")
     out = " ".join(out.split())
-    assert "ε ∞ at δ 1e-05 counts against whoever sees the release: no meaningful party-level guarantee" in out
+    assert f"ε ∞ at δ 1e-05 counts against {NOT_ONLY_THE_RELEASE}: no meaningful party-level guarantee" in out
 
 
 def test_show_tells_what_other_accountants_make_of_it_only_when_asked_and_what_that_is_worth(role: Role) -> None:
+    role.file.write_text(CONFIG.replace("budgets: {", "budgets: {against: release, "))
     assert {row["estimates"] for row in role.read("show")["budgets"]} == {None}
     for row in role.read("show", "--estimates")["budgets"]:
         charged, other = row["estimates"]

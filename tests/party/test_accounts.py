@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any
+from typing import Any, Final
 
 import pytest
 import sqlalchemy
@@ -19,14 +20,16 @@ from src.errors import BudgetError, ConflictError, LedgerError
 from src.party.accounts import PartyAccounts
 from src.party.rules import CheckedPlan
 from src.privacy.accounting import epsilon
+from src.privacy.figures import Against, figures
 from src.privacy.ledger import charges
 from src.protocol.canonical import finite
-from src.protocol.derive import derive_again, example_event
+from src.protocol.derive import derive_again, example_event, party_event
 from src.protocol.plan import RoundPlan
 from src.storage.ledger import LedgerStore
 
 MakeConfig = Callable[..., PartyConfig]
 MakePlan = Callable[..., RoundPlan]
+WHO: Final[tuple[Against, ...]] = ("release", "aggregator")
 
 
 class Books:
@@ -239,6 +242,75 @@ def test_a_sum_without_party_noise_is_no_match_for_a_budget_in_epsilon(
     with pytest.raises(BudgetError, match="asked ∞"):
         books.reserve(make_plan(noise_multiplier=0.0))
     assert books.kinds() == []
+
+
+# --- against whom ε counts --------------------------------------------------------------------------------------------
+
+WIDE = {"example": {"max_rounds": 99}, "party": {"max_rounds": 99}}
+
+
+def test_a_row_s_limit_in_epsilon_allows_no_round_whose_noise_the_aggregator_alone_draws(
+    make_books: MakeBooks, make_sum_plan: MakePlan
+) -> None:
+    """However small the ε that the plan states: against the aggregator it is infinite."""
+    plan = make_sum_plan(noise_by="aggregator", noise_multiplier=50.0)
+    books = make_books(**{**WIDE, "example": {"epsilon": 1e9}})
+    with pytest.raises(BudgetError, match=r"epsilon would be ∞: it counts against the aggregator.*budgets\.against"):
+        books.reserve(plan)
+    assert books.kinds() == []
+
+
+def test_counted_against_the_release_such_a_round_costs_what_the_release_shows_and_is_infinite_beside_it(
+    make_books: MakeBooks, make_sum_plan: MakePlan, engine: Engine
+) -> None:
+    plan = make_sum_plan(noise_by="aggregator", priced_rounds=1)
+    cost = epsilon([example_event(plan)], delta=1e-5)
+    books = make_books(**{**WIDE, "example": {"epsilon": cost}}, against="release")
+    books.reserve(plan)
+    with engine.begin() as connection:
+        assert books.accounts.example_balance(connection, "randhie", delta=1e-5) == (cost, 0.0, 1e-5)
+        events = [entry.event for entry in books.store.entries(connection) if entry.unit == "example"]
+    assert [each.epsilon for each in figures([each for each in events if each], unit="example", delta=1e-5)] == [
+        cost,
+        math.inf,
+        math.inf,
+    ]
+
+
+def test_an_owner_who_trusts_no_more_has_the_trusted_rounds_of_the_past_on_the_books_as_infinite(
+    make_books: MakeBooks, make_sum_plan: MakePlan, engine: Engine
+) -> None:
+    make_books(**WIDE, against="release").reserve(make_sum_plan(noise_by="aggregator", priced_rounds=1))
+    books = make_books(**{**WIDE, "example": {"epsilon": 1e9}})
+    with engine.begin() as connection:
+        assert books.accounts.example_balance(connection, "randhie", delta=1e-5).spent == math.inf
+    with pytest.raises(BudgetError, match="spent ∞"):
+        books.reserve(make_sum_plan(job_id="next", priced_rounds=1))
+
+
+@pytest.mark.parametrize("noise_by", ["both", "parties", "aggregator"])
+def test_a_party_s_limit_in_epsilon_counts_the_noise_that_the_aggregator_cannot_take_away(
+    make_books: MakeBooks, make_plan: MakePlan, scheme: Scheme, noise_by: str
+) -> None:
+    """What it says it drew nobody can check: only the parties' shares count, unless the owner says otherwise."""
+    plan = make_plan(noise_by=noise_by, noise_multiplier=8.0, priced_rounds=1)
+    noise = derive_again(scheme, plan).noise_plan
+    release, aggregator = (epsilon([party_event(plan, noise, against=who)], delta=1e-5) for who in WHO)
+    assert release < math.inf
+    assert (release < aggregator) is (noise_by != "parties")
+    books = make_books(**{**WIDE, "party": {"epsilon": min(aggregator, 1e9) * (1 - 1e-9)}})
+    with pytest.raises(BudgetError, match="at party level"):
+        books.reserve(plan)
+    if aggregator < math.inf:
+        make_books(**{**WIDE, "party": {"epsilon": aggregator * (1 + 1e-9)}}).reserve(plan)
+
+
+def test_counted_against_the_release_a_party_s_limit_is_that_of_all_planned_noise(
+    make_books: MakeBooks, make_plan: MakePlan, scheme: Scheme
+) -> None:
+    plan = make_plan(noise_by="both", noise_multiplier=8.0, priced_rounds=1)
+    release = epsilon([party_event(plan, derive_again(scheme, plan).noise_plan)], delta=1e-5)
+    make_books(**{**WIDE, "party": {"epsilon": release}}, against="release").reserve(plan)
 
 
 def test_each_task_s_data_has_a_budget_of_its_own(make_books: MakeBooks, make_plan: MakePlan) -> None:

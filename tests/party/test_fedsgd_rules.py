@@ -42,14 +42,25 @@ def summed(plan: RoundPlan, **changes: Any) -> RoundPlan:
     return replace(plan, gradient_sum=replace(plan.gradient_sum, **changes))
 
 
+TRUSTING = {"allow_plaintext_scheme": True, "allow_trusted_aggregator": True}
+
+
 @pytest.mark.parametrize("noise_by", ["both", "parties", "aggregator"])
 def test_a_plan_that_follows_from_its_settings_is_accepted(
     check: Callable[..., RoundPlan], make_sum_plan: MakePlan, noise_by: str
 ) -> None:
-    """With the aggregator's noise alone only as the job says that it is trusted."""
+    """With the aggregator's noise alone only as the job says that it is trusted, and the party trusts it too."""
     plan = make_sum_plan(noise_by=noise_by)
-    assert check(plan) == plan
+    assert check(plan, policy=TRUSTING) == plan
     assert describe(plan)["strategy"] == "fedsgd"
+
+
+def test_an_aggregator_that_calls_itself_trusted_is_no_trusted_one_to_a_party_that_does_not_say_so(
+    check: Callable[..., RoundPlan], make_sum_plan: MakePlan
+) -> None:
+    """A plan of the trusted server makes every party send its exact sum: who may see that is for each party to say."""
+    with pytest.raises(PolicyError, match=r"exact sum of its gradients.*allow_trusted_aggregator"):
+        check(make_sum_plan(noise_by="aggregator"))
 
 
 REFUSED: list[tuple[str, Callable[[RoundPlan], RoundPlan], str]] = [
@@ -102,7 +113,7 @@ def test_a_server_that_the_job_does_not_call_trusted_is_refused(
         make_sum_plan(noise_by="aggregator", trusted_aggregator=False)
     plan = summed(make_sum_plan(noise_by="aggregator"), trusted_aggregator=False)
     with pytest.raises(PlanError, match="trusted server"):
-        check(plan)
+        check(plan, policy=TRUSTING)
 
 
 def test_a_party_that_wants_noise_for_itself_refuses_noise_that_hides_a_row(

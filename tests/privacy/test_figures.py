@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 
 from src.privacy.accounting import epsilon
-from src.privacy.events import DpSgdSteps, Event, NoiseBy, NoisySum, NonPrivate, SampledNoisySum
+from src.privacy.events import DpSgdSteps, Event, NoiseBy, NoisySum, NonPrivate, SampledNoisySum, Unit
 from src.privacy.figures import (
     AGAINST,
     EVERYBODY,
@@ -55,7 +55,7 @@ def test_an_event_says_what_its_plan_says_and_never_more(plan: NoisePlan) -> Non
             assert (Fraction(found.noise_multiplier) * Fraction(plan.sensitivity)) ** 2 <= there[against]
 
 
-def test_a_partys_budget_counts_against_the_release_and_the_aggregators_figure_stands_beside_it() -> None:
+def test_counted_against_the_release_the_aggregators_figure_stands_beside_it() -> None:
     """The same ε of the release, whoever draws; against the aggregator twice the ρ, or nothing at all."""
     found = {
         noise_by: figures([a_plan(noise_by).event("release", dimension=9, rounds=10)] * 2, unit="party", delta=1e-5)
@@ -87,6 +87,22 @@ def test_a_row_of_fedsgd_is_charged_against_the_aggregator_unless_that_is_truste
         assert first.against == "everybody, the aggregator included, as long as at most 2 other parties collude"
         assert aggregator.epsilon == pytest.approx(first.epsilon, rel=1e-9)
         assert others.epsilon < math.inf
+
+
+@pytest.mark.parametrize("noise_by", WHO)
+@pytest.mark.parametrize("unit", ["party", "example"])
+def test_counted_against_the_aggregator_its_own_noise_is_none(noise_by: NoiseBy, unit: Unit) -> None:
+    plan = a_plan(noise_by)
+    charged: Against = "aggregator" if unit == "example" and noise_by != "aggregator" else "release"
+    event = plan.event(charged, dimension=9, rounds=10, sampling_rate=0.02 if unit == "example" else None)
+    first, aggregator, _ = figures(
+        [event, *([STEPS] if unit == "example" else [])], unit=unit, delta=1e-5, counts="aggregator"
+    )
+    assert first.epsilon == pytest.approx(aggregator.epsilon, rel=1e-9)
+    assert (first.epsilon == math.inf) is (noise_by == "aggregator")
+    assert first.assumes == aggregator.assumes
+    assert "aggregator included" in first.against
+    assert "trusted with" not in first.against
 
 
 def test_an_entry_of_an_earlier_version_counts_as_unknown_and_so_as_infinite() -> None:
