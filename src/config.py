@@ -153,7 +153,7 @@ class ClientConfig(_Document):
     role: Literal["scientist", "operator"] = setting("scientist", "used when insecure: who is calling")
     name: Name = setting("scientist", "used when insecure: else the certificate says it")
     server: ClientServer = section("how to reach the aggregator")
-    keys: ClientKeys = section("what results are verified with")
+    keys: ClientKeys = section("what results are verified with, and jobs signed")
 
 
 def load_aggregator_config(path: Path, *, environ: Mapping[str, str] | None = None) -> AggregatorConfig:

@@ -237,14 +237,18 @@ class PartyKeys(_Keys):
 
 
 class ClientKeys(Section):
-    """What a scientist verifies artifacts with."""
+    """What a scientist verifies artifacts with, and signs jobs with."""
 
     roster: ConfigPath | None = setting(None, "to verify the signature on results; null: not verified")
+    signing_key: ConfigPath | None = setting(
+        None, "to sign jobs as yours, an Ed25519 key: secret; null: not signed, which only a classic set-up takes"
+    )
 
     @model_validator(mode="after")
     def _check(self, info: ValidationInfo) -> ClientKeys:
         state = loading(info)
         state.require_file("keys.roster", self.roster)
+        state.require_file("keys.signing_key", self.signing_key)
         finish(info, state)
         return self
 

@@ -67,8 +67,8 @@ def test_every_kit_has_what_its_role_needs_and_nothing_else(kits: Summary) -> No
         "party-a": party,
         "party-b": party,
         "party-hospital-c": party,
-        "scientist": ["client.yaml", "roster.json", *tls],
-        "scientist-eve": ["client.yaml", "roster.json", *tls],
+        "scientist": ["client.yaml", "roster.json", "signing.key", *tls],
+        "scientist-eve": ["client.yaml", "roster.json", "signing.key", *tls],
     }
 
 
@@ -178,6 +178,26 @@ def test_the_aggregator_and_the_scientists_get_no_share_and_no_authority(kits: S
             content = path.read_bytes()
             assert (authority in content) == (path.name == "ca-key.pem")
             assert sum(value.encode() in content for value in values) == (path.name == "share.json")
+
+
+def test_who_may_order_jobs_stands_in_the_roster_with_a_key_that_lies_in_no_other_kit(kits: Summary) -> None:
+    """The operator signs jobs with the key that signs the roster: it has one already."""
+    _, roster = load_roster(kits.out / "aggregator/roster.json")
+    assert [each.name for each in roster.scientists] == ["scientist", "eve", "operator"]
+    for scientist in roster.scientists:
+        kit = {"eve": "scientist-eve"}.get(scientist.name, scientist.name)
+        config = load_client_config(kits.out / kit / "client.yaml", environ={})
+        assert config.keys.signing_key is not None
+        assert config.name == scientist.name
+        assert SigningKey.load(config.keys.signing_key).verify_key == scientist.verify_key
+    keys = [path.read_bytes() for path in kits.out.rglob("signing.key")]
+    assert len(set(keys)) == len(keys) == 7
+
+
+def test_a_scientist_may_be_called_as_a_party_is(tmp_path: Path) -> None:
+    made = provision(tmp_path / "kits", federation="demo", parties=("a", "b"), scientists=("a",), **SMALL)
+    _, roster = load_roster(made.out / "party-a/roster.json")
+    assert roster.scientist("a").verify_key != roster.verify_key("a")
 
 
 def test_no_secret_is_in_what_is_printed(kits: Summary) -> None:

@@ -33,6 +33,19 @@ class Member:
     share_index: int = 0
 
 
+@dataclass(frozen=True, slots=True)
+class Scientist:
+    """Who may order jobs.
+
+    Attributes:
+        name: unique among those who may; "operator" is the operator.
+        verify_key: Ed25519, 32 bytes: what they sign their orders with.
+    """
+
+    name: str
+    verify_key: bytes
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Roster:
     """Who is in, and under which rules a sum may be opened.
@@ -46,6 +59,7 @@ class Roster:
         aggregator_verify_key: Ed25519, 32 bytes.
         members: the parties, by name.
         created_at: UTC, ISO 8601.
+        scientists: who may order jobs; none, and no part of the statement, in rosters from before orders were signed.
     """
 
     federation: str
@@ -56,12 +70,15 @@ class Roster:
     aggregator_verify_key: bytes
     members: tuple[Member, ...]
     created_at: str
+    scientists: tuple[Scientist, ...] = ()
 
     def __post_init__(self) -> None:
         names = [member.name for member in self.members]
         indices = [member.share_index for member in self.members if member.share_index]
         if len(set(names)) != len(names) or len(set(indices)) != len(indices):
             raise InvalidInput("a roster names a party or a share index twice")
+        if len({scientist.name for scientist in self.scientists}) != len(self.scientists):
+            raise InvalidInput("a roster names a scientist twice")
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -89,11 +106,24 @@ class Roster:
         """Of a party, or of the aggregator by its name."""
         return self.aggregator_verify_key if signer == AGGREGATOR else self.member(signer).verify_key
 
+    def scientist(self, name: str) -> Scientist:
+        """Who orders jobs under that name; NotFoundError when nobody does."""
+        for scientist in self.scientists:
+            if scientist.name == name:
+                return scientist
+        known = ", ".join(each.name for each in self.scientists) or "nobody: it was made before orders were signed"
+        raise NotFoundError(
+            f"no scientist {name[:64]!r} in the roster of federation {self.federation!r} (in it: {known})"
+        )
+
     def to_statement(self) -> dict[str, Any]:
         """Canonical-JSON-able; keys as hex."""
         value = asdict(self)
         value["aggregator_verify_key"] = self.aggregator_verify_key.hex()
         value["members"] = [{**asdict(m), "verify_key": m.verify_key.hex()} for m in self.members]
+        value["scientists"] = [{"name": s.name, "verify_key": s.verify_key.hex()} for s in self.scientists]
+        if not self.scientists:  # as rosters were before there were any: digests stay
+            del value["scientists"]
         return value
 
     @classmethod
@@ -105,14 +135,23 @@ class Roster:
             fields["members"] = tuple(
                 Member(**{**member, "verify_key": bytes.fromhex(member["verify_key"])}) for member in fields["members"]
             )
+            if "scientists" in fields:
+                fields["scientists"] = _scientists(fields["scientists"])
             roster = cls(**fields)
         except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise InvalidInput("a roster is malformed") from error
         texts = (roster.federation, roster.key_id, roster.custody, roster.created_at, *roster.names)
+        texts += tuple(scientist.name for scientist in roster.scientists)
         counts = (roster.threshold, roster.colluders, *(member.share_index for member in roster.members))
         if not all(type(text) is str for text in texts) or not all(type(n) is int and n >= 0 for n in counts):
             raise InvalidInput("a roster is malformed")
         return roster
+
+
+def _scientists(values: list[dict[str, Any]]) -> tuple[Scientist, ...]:
+    if not values:  # a list that is left out where it is empty: one statement, one digest
+        raise ValueError("an empty list of scientists")
+    return tuple(Scientist(**{**each, "verify_key": bytes.fromhex(each["verify_key"])}) for each in values)
 
 
 def sign_roster(roster: Roster, key: SigningKey, *, signer: str = OPERATOR) -> Signed:

@@ -31,7 +31,7 @@ from ..encryption.primes import generate_safe_primes
 from ..errors import ConfigError, KeyMaterialError
 from ..files import make_private_directory, write_new
 from ..privacy.entropy import SystemEntropy
-from ..protocol.roster import AGGREGATOR, OPERATOR, Member, Roster, save_roster, sign_roster
+from ..protocol.roster import AGGREGATOR, OPERATOR, Member, Roster, Scientist, save_roster, sign_roster
 from ..protocol.signing import Signed, SigningKey
 from . import kits
 from .certificates import VALID_DAYS, Authority
@@ -111,6 +111,7 @@ class _Deal:
     shares: Mapping[str, KeyShare]
     authority: Authority
     signing: Mapping[str, SigningKey]
+    scientists: Mapping[str, SigningKey]
     roster: Roster
     signed: Signed
 
@@ -272,6 +273,7 @@ def _deal(request: _Request, *, processes: int, tell: Progress) -> _Deal:
         key, dealt = deal(*primes, threshold=request.threshold, holders=len(request.parties), entropy=entropy)
         shares = dict(zip(request.parties, dealt, strict=True))
     signing = {name: SigningKey.generate() for name in (AGGREGATOR, OPERATOR, *request.parties)}
+    scientists = {name: SigningKey.generate() for name in request.scientists}  # one may be called as a party is
     roster = Roster(
         federation=request.federation,
         key_id=key.key_id if key else "",
@@ -284,12 +286,16 @@ def _deal(request: _Request, *, processes: int, tell: Progress) -> _Deal:
             for name in request.parties
         ),
         created_at=datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
+        scientists=tuple(
+            Scientist(name, key.verify_key) for name, key in {**scientists, OPERATOR: signing[OPERATOR]}.items()
+        ),
     )
     return _Deal(
         key=key,
         shares=shares,
         authority=Authority(request.federation),
         signing=signing,
+        scientists=scientists,
         roster=roster,
         signed=sign_roster(roster, signing[OPERATOR]),
     )
@@ -377,7 +383,6 @@ def _write_party(
 def _write_operator(place: Path, request: _Request, dealt: _Deal) -> tuple[str, str, str]:
     kit_name, _, _ = _write_client(place, request, dealt, role=OPERATOR, name=OPERATOR)
     kit = place / kit_name
-    dealt.signing[OPERATOR].save(kit / "signing.key")
     authority = make_private_directory(kit / "ca")
     write_new(authority / "ca.pem", dealt.authority.certificate.pem, secret=False)
     write_new(authority / "ca-key.pem", dealt.authority.certificate.key_pem, secret=True)
@@ -387,6 +392,7 @@ def _write_operator(place: Path, request: _Request, dealt: _Deal) -> tuple[str, 
 def _write_client(place: Path, request: _Request, dealt: _Deal, *, role: str, name: str) -> tuple[str, str, str]:
     kit = _start_kit(place, role if name == role else f"{role}-{name}", dealt)
     kits.write_tls(kit, dealt.authority.client(role, name), authority=dealt.authority.certificate)
+    (dealt.signing[OPERATOR] if role == OPERATOR else dealt.scientists[name]).save(kit / "signing.key")
     values = kits.client_values(request.federation, request.address, role=role, name=name)
     write_new(kit / "client.yaml", kits.render(ClientConfig, values).encode(), secret=False)
     return kit.name, f"{role} {name}", "sotto jobs submit --config client.yaml …"

@@ -115,7 +115,7 @@ def client_values(federation: str, address: str, *, role: str, name: str) -> Val
         "role": role,
         "name": name,
         "server": {"insecure": False, "tls": _tls(), "address": address},
-        "keys": {"roster": "roster.json"},
+        "keys": {"roster": "roster.json", "signing_key": "signing.key"},
     }
 
 

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from src.errors import InvalidInput, KeyMaterialError, NotFoundError, SignatureError
 from src.protocol.canonical import canonical_bytes, parse_canonical
-from src.protocol.roster import Member, Roster, load_roster, save_roster, sign_roster
+from src.protocol.roster import Member, Roster, Scientist, load_roster, save_roster, sign_roster
 from src.protocol.signing import SigningKey
 
 OPERATOR = SigningKey.from_bytes(bytes(range(32)))
@@ -28,6 +28,7 @@ ROSTER = Roster(
     members=MEMBERS,
     created_at="2026-01-01T00:00:00+00:00",
 )
+SCIENTISTS = (Scientist("ann", b"\4" * 32), Scientist("a", b"\5" * 32))
 
 
 @settings(deadline=None, max_examples=40)
@@ -53,6 +54,7 @@ OTHERS: dict[str, Any] = {
     "aggregator_verify_key": b"\6" * 32,
     "members": MEMBERS[:2],
     "created_at": "2026-01-02T00:00:00+00:00",
+    "scientists": SCIENTISTS,
 }
 
 
@@ -73,6 +75,23 @@ def test_the_digest_covers_every_member_and_their_order() -> None:
     assert len(digests | {ROSTER.digest}) == 5
 
 
+def test_the_digest_covers_every_scientist_and_one_without_any_is_that_of_before_there_were_any() -> None:
+    changed = [(), SCIENTISTS, SCIENTISTS[::-1], SCIENTISTS[:1], (replace(SCIENTISTS[0], verify_key=b"\6" * 32),)]
+    assert len({replace(ROSTER, scientists=scientists).digest for scientists in changed}) == len(changed)
+    assert ROSTER.digest == "9848cd394de88d5524b3198d10db04f9ad02a1e2b698fdcdac9a770f2040626e"
+    assert "scientists" not in ROSTER.to_statement()
+
+
+def test_a_roster_with_scientists_is_read_back_from_its_statement() -> None:
+    roster = replace(ROSTER, scientists=SCIENTISTS)
+    assert Roster.from_statement(parse_canonical(canonical_bytes(roster.to_statement()))) == roster
+    assert roster.scientist("a") == SCIENTISTS[1]
+    with pytest.raises(NotFoundError, match=r"no scientist 'b' in the roster .*\(in it: ann, a\)"):
+        roster.scientist("b")
+    with pytest.raises(NotFoundError, match="nobody: it was made before orders were signed"):
+        ROSTER.scientist("ann")
+
+
 def test_whose_key_is_whose() -> None:
     assert ROSTER.verify_key("b") == b"\2" * 32
     assert ROSTER.verify_key("aggregator") == b"\7" * 32
@@ -90,6 +109,8 @@ def test_whose_key_is_whose() -> None:
 def test_nothing_is_named_twice(members: tuple[Member, ...]) -> None:
     with pytest.raises(InvalidInput, match="twice"):
         replace(ROSTER, members=members)
+    with pytest.raises(InvalidInput, match="scientist twice"):
+        replace(ROSTER, scientists=(*SCIENTISTS, replace(SCIENTISTS[0], verify_key=b"\6" * 32)))
 
 
 def _changed(**changes: Any) -> dict[str, Any]:
@@ -97,7 +118,7 @@ def _changed(**changes: Any) -> dict[str, Any]:
 
 
 MALFORMED: dict[str, dict[str, Any]] = {
-    **{f"no {field}": {k: v for k, v in _changed().items() if k != field} for field in OTHERS},
+    **{f"no {field}": {k: v for k, v in _changed().items() if k != field} for field in ROSTER.to_statement()},
     "an unknown field": _changed(extra=1),
     "a key that is no hex": _changed(aggregator_verify_key="zz"),
     "a key that is no text": _changed(aggregator_verify_key=7),
@@ -110,6 +131,12 @@ MALFORMED: dict[str, dict[str, Any]] = {
     "a member without a key": _changed(members=[{"name": "a", "share_index": 1}]),
     "a member with more": _changed(members=[{"name": "a", "verify_key": "00", "share_index": 1, "x": 1}]),
     "a member whose name is a number": _changed(members=[{"name": 1, "verify_key": "00", "share_index": 1}]),
+    "no scientists, said": _changed(scientists=[]),
+    "scientists that are a number": _changed(scientists=7),
+    "a scientist that is a text": _changed(scientists=["ann"]),
+    "a scientist without a key": _changed(scientists=[{"name": "ann"}]),
+    "a scientist with more": _changed(scientists=[{"name": "ann", "verify_key": "00", "share_index": 1}]),
+    "a scientist whose name is a number": _changed(scientists=[{"name": 1, "verify_key": "00"}]),
     "a share index that is a text": _changed(members=[{"name": "a", "verify_key": "00", "share_index": "1"}]),
 }
 
