@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, Any, Final, Self, TypeVar
 
 from .client_async import AT_REST, RETRY_FOR_S, AsyncSottoClient, Events, Jobs, result_of
 from .client_config import connection_of
+from .client_signing import JobSigner
 from .communication.generated.jobs_pb2 import (
     Evaluation,
     Export,
@@ -57,6 +58,7 @@ __all__ = [
     "Job",
     "JobEvent",
     "JobResult",
+    "JobSigner",
     "JobState",
     "SottoClient",
     "Status",

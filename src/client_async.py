@@ -13,6 +13,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, Final, Self, TypeVar
 
 from .client_config import connection_of
+from .client_signing import JobSigner
 from .communication.generated import jobs_pb2, jobs_pb2_grpc
 from .communication.generated.jobs_pb2 import Evaluation, Export, FederatedTraining, Job, JobEvent, JobResult, Status
 from .communication.grpc_client import connect
@@ -120,6 +121,7 @@ class AsyncSottoClient:
         identity: who calls, where `insecure`.
         roster: pinned, or the file that it is pinned in, read when it is needed; artifacts are then verified with the
             aggregator's key in it.
+        signer: signs the jobs that are submitted; None: they are not signed, which few aggregators take.
         max_message_bytes: of one message.
         retry_for_s: how long the aggregator may be away.
     """
@@ -132,6 +134,7 @@ class AsyncSottoClient:
         insecure: bool = False,
         identity: Identity | None = None,
         roster: Roster | Path | None = None,
+        signer: JobSigner | None = None,
         max_message_bytes: int = DEFAULT_MAX_MESSAGE_BYTES,
         retry_for_s: float = RETRY_FOR_S,
     ) -> None:
@@ -140,6 +143,7 @@ class AsyncSottoClient:
         )
         self._stub = jobs_pb2_grpc.JobServiceStub(self._channel)
         self._roster = roster
+        self._signer = signer
         self._retry_for_s = retry_for_s
 
     @classmethod
@@ -172,7 +176,8 @@ class AsyncSottoClient:
 
         One call. The job that comes back has what the aggregator answers at once (id, state, progress, times, attempt)
         and what was sent; `get` adds owner, digest, and the defaults that the aggregator filled in. A job that is at
-        rest when the answer comes is whole.
+        rest when the answer comes is whole. What is sent is signed, if this client has a key: whoever trains for it
+        sees that it is this scientist's.
 
         Args:
             job: the wire's `Job`, `FederatedTraining`, `Evaluation` or `Export`, or a specification.
@@ -184,6 +189,7 @@ class AsyncSottoClient:
 
         Raises:
             InvalidInput: with every violation by its field's path.
+            KeyMaterialError: the signing key cannot be used.
             BudgetError, PlanError, PolicyError, LimitError: the aggregator does not accept it.
             ConflictError: the request_id was used for another job.
         """
@@ -192,6 +198,8 @@ class AsyncSottoClient:
             job=_to_job(job, priority=priority, timeout_s=timeout_s),
             inline_wait_s=inline_wait_s,
         )
+        if self._signer is not None:
+            request.order.CopyFrom(await asyncio.to_thread(self._signer.sign, request.job, request.request_id))
         operation = await self._patiently(lambda: self._stub.CreateJob(request))
         metadata = jobs_pb2.OperationMetadata()
         if operation.done or not operation.metadata.Unpack(metadata):

@@ -13,6 +13,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
+from .client_signing import JobSigner
 from .communication.identity import Identity
 from .communication.tls import TlsFiles, is_loopback
 from .config_yaml import ENVIRONMENT_PREFIX, read_document
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
 _KEYS: Final = {"version", "federation", "role", "name", "server", "keys"}
 _SERVER_KEYS: Final = {"address", "insecure", "tls"}
 _TLS_KEYS: Final = {"certificate", "key", "ca"}
+_KEY_FILES: Final = {"roster", "signing_key"}
 _NAME: Final = re.compile(r"[a-z][a-z0-9-]{0,31}")
 _ADDRESS: Final = re.compile(r"[A-Za-z0-9.-]+:([1-9][0-9]{0,4})")
 _PATH: Final = re.compile(r"(?=.*[./])[A-Za-z0-9_./-]{1,500}")
@@ -58,6 +60,7 @@ def full_connection(config: ClientConfig) -> dict[str, Any]:
         "insecure": server.insecure,
         "identity": Identity(config.role, config.name) if server.insecure else None,
         "roster": config.keys.roster,
+        "signer": config.keys.signing_key and JobSigner(config.federation, config.name, config.keys.signing_key),
     }
 
 
@@ -79,7 +82,7 @@ def plain_connection(document: Mapping[str, Any], *, base: Path) -> dict[str, An
         and isinstance(server, dict)
         and set(server) <= _SERVER_KEYS
         and isinstance(keys, dict)
-        and set(keys) <= {"roster"}
+        and set(keys) <= _KEY_FILES
     )
     if not right:
         return None
@@ -95,6 +98,7 @@ def plain_connection(document: Mapping[str, Any], *, base: Path) -> dict[str, An
         "insecure": insecure,
         "identity": Identity(role, name) if insecure else None,
         "roster": files.get("roster"),
+        "signer": JobSigner(document["federation"], name, files["signing_key"]) if "signing_key" in files else None,
     }
 
 
@@ -107,8 +111,7 @@ def _files(server: Mapping[str, Any], keys: Mapping[str, Any], *, base: Path) ->
         if not isinstance(tls, dict) or not set(tls) <= _TLS_KEYS:
             return None
         written = {"certificate": "tls/cert.pem", "key": "tls/key.pem", "ca": "tls/ca.pem", **tls}
-    if keys.get("roster") is not None:
-        written["roster"] = keys["roster"]
+    written |= {name: keys[name] for name in sorted(_KEY_FILES) if keys.get(name) is not None}
     if not _matches(_PATH, *written.values()):
         return None
     files = {key: base / text for key, text in written.items()}

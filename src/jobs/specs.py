@@ -45,8 +45,11 @@ def spec_of(kind: str, value: Mapping[str, Any]) -> JobSpec:
     return cast(JobSpec, KINDS[kind].from_json(value))
 
 
-def spec_from_proto(job: jobs_pb2.Job) -> JobSpec:
+def spec_from_proto(job: jobs_pb2.Job, *, model_sha256: str = "") -> JobSpec:
     """The specification of a job as it came over the wire; zero and unset fields get their defaults.
+
+    Args:
+        model_sha256: hex digest of the model that comes with it, where its bytes do not; empty: by its bytes.
 
     Raises:
         InvalidInput: with every violation by its field's path.
@@ -61,7 +64,10 @@ def spec_from_proto(job: jobs_pb2.Job) -> JobSpec:
     size = len(model_bytes(job))
     if size > MAX_MODEL_BYTES:
         violations[f"{kind}.{cls.model_field}"] = f"{size} bytes; at most {MAX_MODEL_BYTES}"
-    spec, found = read_spec(cls, _FROM_WIRE[kind](getattr(job, kind)))
+    fields = _FROM_WIRE[kind](getattr(job, kind))
+    if model_sha256:
+        fields[cls.digest_field()] = model_sha256
+    spec, found = read_spec(cls, fields)
     violations.update(found)
     if spec is None or violations:
         raise refused(violations)

@@ -11,7 +11,7 @@ import grpc
 import pytest
 from google.longrunning import operations_pb2
 
-from src.client import AsyncSottoClient
+from src.client import AsyncSottoClient, JobSigner
 from src.communication.generated import jobs_pb2, jobs_pb2_grpc
 from src.communication.generated.common_pb2 import DataChunk
 from src.communication.grpc_server import GrpcServer
@@ -130,9 +130,17 @@ class House:
         self.server.add(jobs_pb2_grpc.add_JobServiceServicer_to_server, self.service, SERVICE)
         await self.server.start()
 
-    def client(self, *, pinned: bool = True, retry_for_s: float = RETRY_FOR_S) -> AsyncSottoClient:
-        roster = self.roster if pinned else None
-        client = AsyncSottoClient(self.address, insecure=True, identity=ANN, roster=roster, retry_for_s=retry_for_s)
+    def client(
+        self, *, pinned: bool = True, retry_for_s: float = RETRY_FOR_S, signer: JobSigner | None = None
+    ) -> AsyncSottoClient:
+        client = AsyncSottoClient(
+            self.address,
+            insecure=True,
+            identity=ANN,
+            roster=self.roster if pinned else None,
+            signer=signer,
+            retry_for_s=retry_for_s,
+        )
         self.clients.append(client)
         return client
 

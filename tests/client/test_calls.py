@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import threading
+import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import grpc
@@ -14,11 +17,43 @@ from google.protobuf.timestamp_pb2 import Timestamp
 from src import client as client_module
 from src.client import EvaluationSpec, Export, ExportSpec, FederatedTrainingSpec, SottoClient, result_of
 from src.client_async import FIRST_PAUSE_S, NOTICED_S, Patience
+from src.client_signing import CLOCKS_S, ORDER_VALID_S, JobSigner
 from src.communication.generated import jobs_pb2
 from src.communication.identity import Identity
-from src.errors import AbandonedError, ConfigError, InvalidInput, JobFailed, StateError, UnavailableError
+from src.communication.messages import signed_from_proto
+from src.errors import (
+    AbandonedError,
+    ConfigError,
+    InvalidInput,
+    JobFailed,
+    KeyMaterialError,
+    StateError,
+    UnavailableError,
+)
+from src.jobs.orders import check_order
+from src.jobs.specs import spec_from_proto
+from src.protocol.order import open_order, order_time
+from src.protocol.roster import Roster, Scientist
+from src.protocol.signing import SigningKey
 
 ANN = Identity("scientist", "ann")
+
+
+def roster_of(key: SigningKey) -> Roster:
+    """In which ann may order jobs."""
+    return Roster(
+        federation="demo",
+        key_id="",
+        custody="threshold",
+        threshold=2,
+        colluders=0,
+        aggregator_verify_key=bytes(32),
+        members=(),
+        created_at="",
+        scientists=(Scientist("ann", key.verify_key),),
+    )
+
+
 JOB_ID = "0123456789abcdef"
 
 
@@ -45,6 +80,34 @@ async def test_a_submission_that_got_lost_is_sent_again_under_the_same_request_i
     assert len(asked) == 3
     assert len({request.request_id for request in asked}) == 1
     assert asked[0].job.federated_training.task == "t"
+
+
+async def test_what_is_submitted_is_signed_by_whoever_has_a_key_and_sent_again_as_it_was(house: Any) -> None:
+    key = SigningKey.from_bytes(bytes(32))
+    house.service.breaks = 2
+    client = house.client(signer=JobSigner("demo", "ann", key))
+    before = time.time()
+    await client.submit(jobs_pb2.FederatedTraining(task="t", initial_model=b"model"), "r")
+    asked = [each for each in house.service.asked if isinstance(each, jobs_pb2.CreateJobRequest)]
+    assert len(asked) == 3
+    assert len({each.SerializeToString(deterministic=True) for each in asked}) == 1
+    order, _ = open_order(signed_from_proto(asked[0].order), roster_of(key))
+    spec = spec_from_proto(asked[0].job)
+    check_order(order, spec=spec, caller=ANN, request_id="r", now=before + ORDER_VALID_S - 1)
+    with pytest.raises(InvalidInput, match="expired"):
+        check_order(order, spec=spec, caller=ANN, request_id="r", now=time.time() + ORDER_VALID_S)
+
+
+async def test_an_order_ends_with_the_job_s_time(house: Any, tmp_path: Path) -> None:
+    SigningKey.from_bytes(bytes(32)).save(tmp_path / "signing.key")
+    client, before = house.client(signer=JobSigner("demo", "ann", tmp_path / "signing.key")), time.time()
+    await client.submit(ExportSpec(job_id="j"), timeout_s=100.0)
+    statement = json.loads(house.service.asked[0].order.statement)
+    earliest, latest = (order_time(when + 100.0 + CLOCKS_S) for when in (before, time.time()))
+    assert earliest <= statement["expires_at"] <= latest
+    lost = house.client(signer=JobSigner("demo", "ann", tmp_path / "none.key"))
+    with pytest.raises(KeyMaterialError, match="cannot read the signing key"):
+        await lost.submit(ExportSpec(job_id="j"))
 
 
 async def test_two_submissions_are_two_requests(house: Any) -> None:

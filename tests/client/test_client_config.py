@@ -22,6 +22,9 @@ PLAIN: dict[str, str] = {
         "version: 1\nfederation: demo\nname: ann\n"
         "server: {insecure: true, address: 'localhost:65535', tls: {certificate: none.pem}}\nkeys: {roster: null}"
     ),
+    "a key to sign with": (
+        "version: 1\nfederation: demo\nname: ann\nkeys: {roster: roster.json, signing_key: signing.key}"
+    ),
     "no TLS section": "version: 1\nfederation: demo\nserver: {tls: null, insecure: false}\nkeys: {}",
 }
 NOT_PLAIN: dict[str, str] = {
@@ -48,6 +51,8 @@ NOT_PLAIN: dict[str, str] = {
     "insecure to another machine": "version: 1\nfederation: demo\nserver: {address: '10.0.0.1:1', insecure: true}",
     "insecure as a text": "version: 1\nfederation: demo\nserver: {insecure: 'true'}",
     "a file that is not there": "version: 1\nfederation: demo\nkeys: {roster: none.json}",
+    "a signing key that is not there": "version: 1\nfederation: demo\nkeys: {signing_key: none.key}",
+    "a signing key instead of its file": f"version: 1\nfederation: demo\nkeys: {{signing_key: '{'ab' * 32}'}}",
     "a key instead of its file": f"version: 1\nfederation: demo\nserver: {{tls: {{key: '{'ab' * 32}'}}}}",
     "a path of a home": "version: 1\nfederation: demo\nkeys: {roster: ~/roster.json}",
 }
@@ -56,7 +61,7 @@ NOT_PLAIN: dict[str, str] = {
 @pytest.fixture
 def kit(tmp_path: Path) -> Path:
     (tmp_path / "tls").mkdir()
-    for name in ("tls/cert.pem", "tls/key.pem", "tls/ca.pem", "other.pem", "roster.json"):
+    for name in ("tls/cert.pem", "tls/key.pem", "tls/ca.pem", "other.pem", "roster.json", "signing.key"):
         (tmp_path / name).touch()
     return tmp_path / "client.yaml"
 

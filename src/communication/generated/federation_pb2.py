@@ -26,7 +26,7 @@ from google.protobuf import timestamp_pb2 as google_dot_protobuf_dot_timestamp__
 from . import common_pb2 as sotto_dot_v1_dot_common__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x19sotto/v1/federation.proto\x12\x08sotto.v1\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x15sotto/v1/common.proto\"\xa2\x02\n\x0bJoinRequest\x12\x18\n\x10protocol_version\x18\x01 \x01(\t\x12\x18\n\x10software_version\x18\x02 \x01(\t\x12\x12\n\nverify_key\x18\x03 \x01(\x0c\x12\x0e\n\x06key_id\x18\x04 \x01(\t\x12\x15\n\rroster_digest\x18\x05 \x01(\t\x12>\n\rdeclared_rows\x18\x06 \x03(\x0b\x32\'.sotto.v1.JoinRequest.DeclaredRowsEntry\x12/\n\x11\x61ggregator_ledger\x18\x07 \x03(\x0b\x32\x14.sotto.v1.LedgerHead\x1a\x33\n\x11\x44\x65\x63laredRowsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x03:\x02\x38\x01\"@\n\nLedgerHead\x12\x0e\n\x06\x64igest\x18\x01 \x01(\t\x12\"\n\x05round\x18\x02 \x01(\x0b\x32\x13.sotto.v1.RoundName\"\x96\x02\n\x0cJoinResponse\x12\x18\n\x10protocol_version\x18\x01 \x01(\t\x12\x18\n\x10software_version\x18\x02 \x01(\t\x12\x12\n\nfederation\x18\x03 \x01(\t\x12\x12\n\npublic_key\x18\x04 \x01(\x0c\x12\x0e\n\x06key_id\x18\x05 \x01(\t\x12 \n\x06roster\x18\x06 \x01(\x0b\x32\x10.sotto.v1.Signed\x12\x1d\n\x15\x61ggregator_verify_key\x18\x07 \x01(\x0c\x12\x0f\n\x07\x63ustody\x18\x08 \x01(\t\x12\x1c\n\x14heartbeat_interval_s\x18\t \x01(\x01\x12*\n\x0cparty_ledger\x18\n \x03(\x0b\x32\x14.sotto.v1.LedgerHead\"k\n\x18StreamAssignmentsRequest\x12\x12\n\nsession_id\x18\x01 \x01(\t\x12\x15\n\rlast_sequence\x18\x02 \x01(\x04\x12$\n\x07in_hand\x18\x03 \x03(\x0b\x32\x13.sotto.v1.RoundName\"*\n\tRoundName\x12\x0e\n\x06job_id\x18\x01 \x01(\t\x12\r\n\x05round\x18\x02 \x01(\x03\"\xb9\x02\n\nAssignment\x12\x10\n\x08sequence\x18\x01 \x01(\x04\x12\"\n\x05round\x18\x02 \x01(\x0b\x32\x13.sotto.v1.RoundName\x12,\n\x08\x64\x65\x61\x64line\x18\x03 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12*\n\ncontribute\x18\n \x01(\x0b\x32\x14.sotto.v1.ContributeH\x00\x12\"\n\x06reveal\x18\x0b \x01(\x0b\x32\x10.sotto.v1.RevealH\x00\x12\x1e\n\x04open\x18\x0c \x01(\x0b\x32\x0e.sotto.v1.OpenH\x00\x12%\n\x05\x65nded\x18\r \x01(\x0b\x32\x14.sotto.v1.RoundEndedH\x00\x12(\n\theartbeat\x18\x0e \x01(\x0b\x32\x13.sotto.v1.HeartbeatH\x00\x42\x06\n\x04work\"\x0b\n\tHeartbeat\",\n\nContribute\x12\x1e\n\x04plan\x18\x01 \x01(\x0b\x32\x10.sotto.v1.Signed\"O\n\x06Reveal\x12\x1e\n\x04plan\x18\x01 \x01(\x0b\x32\x10.sotto.v1.Signed\x12%\n\x0b\x66rozen_list\x18\x02 \x01(\x0b\x32\x10.sotto.v1.Signed\"p\n\x04Open\x12\x1e\n\x04plan\x18\x01 \x01(\x0b\x32\x10.sotto.v1.Signed\x12%\n\x0b\x66rozen_list\x18\x02 \x01(\x0b\x32\x10.sotto.v1.Signed\x12!\n\x07opening\x18\x03 \x01(\x0b\x32\x10.sotto.v1.Signed\"Q\n\nRoundEnded\x12\r\n\x05state\x18\x01 \x01(\t\x12\x0e\n\x06reason\x18\x02 \x01(\t\x12$\n\ntranscript\x18\x03 \x01(\x0b\x32\x10.sotto.v1.Signed\":\n\x14\x44ownloadModelRequest\x12\"\n\x05round\x18\x01 \x01(\x0b\x32\x13.sotto.v1.RoundName\"\x99\x02\n\x11\x43ommitRootRequest\x12\"\n\x05round\x18\x01 \x01(\x0b\x32\x13.sotto.v1.RoundName\x12\x1e\n\x04root\x18\x02 \x01(\x0b\x32\x10.sotto.v1.Signed\x12\"\n\x15\x65xample_epsilon_spent\x18\x03 \x01(\x01H\x00\x88\x01\x01\x12!\n\x14\x65xample_epsilon_left\x18\x04 \x01(\x01H\x01\x88\x01\x01\x12\'\n\x1a\x65xample_epsilon_left_delta\x18\x05 \x01(\x01H\x02\x88\x01\x01\x42\x18\n\x16_example_epsilon_spentB\x17\n\x15_example_epsilon_leftB\x1d\n\x1b_example_epsilon_left_delta\"\x14\n\x12\x43ommitRootResponse\"W\n\x13UploadUpdateRequest\x12(\n\x06header\x18\x01 \x01(\x0b\x32\x16.sotto.v1.UpdateHeaderH\x00\x12\x0e\n\x04\x62ody\x18\x02 \x01(\x0cH\x00\x42\x06\n\x04part\"}\n\x0cUpdateHeader\x12\"\n\x05round\x18\x01 \x01(\x0b\x32\x13.sotto.v1.RoundName\x12\x1e\n\x04root\x18\x02 \x01(\x0b\x32\x10.sotto.v1.Signed\x12\x14\n\x0c\x62\x61tch_header\x18\x03 \x01(\x0c\x12\x13\n\x0bledger_head\x18\x04 \x01(\t\"(\n\x14UploadUpdateResponse\x12\x10\n\x08\x61\x63\x63\x65pted\x18\x01 \x01(\x08\"V\n\x1b\x44ownloadContributionRequest\x12\"\n\x05round\x18\x01 \x01(\x0b\x32\x13.sotto.v1.RoundName\x12\x13\n\x0b\x63ontributor\x18\x02 \x01(\t\"W\n\x13UploadSharesRequest\x12(\n\x06header\x18\x01 \x01(\x0b\x32\x16.sotto.v1.SharesHeaderH\x00\x12\x0e\n\x04\x62ody\x18\x02 \x01(\x0cH\x00\x42\x06\n\x04part\"T\n\x0cSharesHeader\x12\"\n\x05round\x18\x01 \x01(\x0b\x32\x13.sotto.v1.RoundName\x12 \n\x06shares\x18\x02 \x01(\x0b\x32\x10.sotto.v1.Signed\"(\n\x14UploadSharesResponse\x12\x10\n\x08\x61\x63\x63\x65pted\x18\x01 \x01(\x08\"j\n\x14ReportFailureRequest\x12\"\n\x05round\x18\x01 \x01(\x0b\x32\x13.sotto.v1.RoundName\x12\x0e\n\x06reason\x18\x02 \x01(\t\x12\x0f\n\x07message\x18\x03 \x01(\t\x12\r\n\x05stage\x18\x04 \x01(\t\"\x17\n\x15ReportFailureResponse2\xf6\x04\n\x11\x46\x65\x64\x65rationService\x12\x35\n\x04Join\x12\x15.sotto.v1.JoinRequest\x1a\x16.sotto.v1.JoinResponse\x12O\n\x11StreamAssignments\x12\".sotto.v1.StreamAssignmentsRequest\x1a\x14.sotto.v1.Assignment0\x01\x12\x46\n\rDownloadModel\x12\x1e.sotto.v1.DownloadModelRequest\x1a\x13.sotto.v1.DataChunk0\x01\x12G\n\nCommitRoot\x12\x1b.sotto.v1.CommitRootRequest\x1a\x1c.sotto.v1.CommitRootResponse\x12O\n\x0cUploadUpdate\x12\x1d.sotto.v1.UploadUpdateRequest\x1a\x1e.sotto.v1.UploadUpdateResponse(\x01\x12T\n\x14\x44ownloadContribution\x12%.sotto.v1.DownloadContributionRequest\x1a\x13.sotto.v1.DataChunk0\x01\x12O\n\x0cUploadShares\x12\x1d.sotto.v1.UploadSharesRequest\x1a\x1e.sotto.v1.UploadSharesResponse(\x01\x12P\n\rReportFailure\x12\x1e.sotto.v1.ReportFailureRequest\x1a\x1f.sotto.v1.ReportFailureResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x19sotto/v1/federation.proto\x12\x08sotto.v1\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x15sotto/v1/common.proto\"\xa2\x02\n\x0bJoinRequest\x12\x18\n\x10protocol_version\x18\x01 \x01(\t\x12\x18\n\x10software_version\x18\x02 \x01(\t\x12\x12\n\nverify_key\x18\x03 \x01(\x0c\x12\x0e\n\x06key_id\x18\x04 \x01(\t\x12\x15\n\rroster_digest\x18\x05 \x01(\t\x12>\n\rdeclared_rows\x18\x06 \x03(\x0b\x32\'.sotto.v1.JoinRequest.DeclaredRowsEntry\x12/\n\x11\x61ggregator_ledger\x18\x07 \x03(\x0b\x32\x14.sotto.v1.LedgerHead\x1a\x33\n\x11\x44\x65\x63laredRowsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x03:\x02\x38\x01\"@\n\nLedgerHead\x12\x0e\n\x06\x64igest\x18\x01 \x01(\t\x12\"\n\x05round\x18\x02 \x01(\x0b\x32\x13.sotto.v1.RoundName\"\x96\x02\n\x0cJoinResponse\x12\x18\n\x10protocol_version\x18\x01 \x01(\t\x12\x18\n\x10software_version\x18\x02 \x01(\t\x12\x12\n\nfederation\x18\x03 \x01(\t\x12\x12\n\npublic_key\x18\x04 \x01(\x0c\x12\x0e\n\x06key_id\x18\x05 \x01(\t\x12 \n\x06roster\x18\x06 \x01(\x0b\x32\x10.sotto.v1.Signed\x12\x1d\n\x15\x61ggregator_verify_key\x18\x07 \x01(\x0c\x12\x0f\n\x07\x63ustody\x18\x08 \x01(\t\x12\x1c\n\x14heartbeat_interval_s\x18\t \x01(\x01\x12*\n\x0cparty_ledger\x18\n \x03(\x0b\x32\x14.sotto.v1.LedgerHead\"k\n\x18StreamAssignmentsRequest\x12\x12\n\nsession_id\x18\x01 \x01(\t\x12\x15\n\rlast_sequence\x18\x02 \x01(\x04\x12$\n\x07in_hand\x18\x03 \x03(\x0b\x32\x13.sotto.v1.RoundName\"*\n\tRoundName\x12\x0e\n\x06job_id\x18\x01 \x01(\t\x12\r\n\x05round\x18\x02 \x01(\x03\"\xb9\x02\n\nAssignment\x12\x10\n\x08sequence\x18\x01 \x01(\x04\x12\"\n\x05round\x18\x02 \x01(\x0b\x32\x13.sotto.v1.RoundName\x12,\n\x08\x64\x65\x61\x64line\x18\x03 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12*\n\ncontribute\x18\n \x01(\x0b\x32\x14.sotto.v1.ContributeH\x00\x12\"\n\x06reveal\x18\x0b \x01(\x0b\x32\x10.sotto.v1.RevealH\x00\x12\x1e\n\x04open\x18\x0c \x01(\x0b\x32\x0e.sotto.v1.OpenH\x00\x12%\n\x05\x65nded\x18\r \x01(\x0b\x32\x14.sotto.v1.RoundEndedH\x00\x12(\n\theartbeat\x18\x0e \x01(\x0b\x32\x13.sotto.v1.HeartbeatH\x00\x42\x06\n\x04work\"\x0b\n\tHeartbeat\"M\n\nContribute\x12\x1e\n\x04plan\x18\x01 \x01(\x0b\x32\x10.sotto.v1.Signed\x12\x1f\n\x05order\x18\x02 \x01(\x0b\x32\x10.sotto.v1.Signed\"O\n\x06Reveal\x12\x1e\n\x04plan\x18\x01 \x01(\x0b\x32\x10.sotto.v1.Signed\x12%\n\x0b\x66rozen_list\x18\x02 \x01(\x0b\x32\x10.sotto.v1.Signed\"\x91\x01\n\x04Open\x12\x1e\n\x04plan\x18\x01 \x01(\x0b\x32\x10.sotto.v1.Signed\x12%\n\x0b\x66rozen_list\x18\x02 \x01(\x0b\x32\x10.sotto.v1.Signed\x12!\n\x07opening\x18\x03 \x01(\x0b\x32\x10.sotto.v1.Signed\x12\x1f\n\x05order\x18\x04 \x01(\x0b\x32\x10.sotto.v1.Signed\"Q\n\nRoundEnded\x12\r\n\x05state\x18\x01 \x01(\t\x12\x0e\n\x06reason\x18\x02 \x01(\t\x12$\n\ntranscript\x18\x03 \x01(\x0b\x32\x10.sotto.v1.Signed\":\n\x14\x44ownloadModelRequest\x12\"\n\x05round\x18\x01 \x01(\x0b\x32\x13.sotto.v1.RoundName\"\x99\x02\n\x11\x43ommitRootRequest\x12\"\n\x05round\x18\x01 \x01(\x0b\x32\x13.sotto.v1.RoundName\x12\x1e\n\x04root\x18\x02 \x01(\x0b\x32\x10.sotto.v1.Signed\x12\"\n\x15\x65xample_epsilon_spent\x18\x03 \x01(\x01H\x00\x88\x01\x01\x12!\n\x14\x65xample_epsilon_left\x18\x04 \x01(\x01H\x01\x88\x01\x01\x12\'\n\x1a\x65xample_epsilon_left_delta\x18\x05 \x01(\x01H\x02\x88\x01\x01\x42\x18\n\x16_example_epsilon_spentB\x17\n\x15_example_epsilon_leftB\x1d\n\x1b_example_epsilon_left_delta\"\x14\n\x12\x43ommitRootResponse\"W\n\x13UploadUpdateRequest\x12(\n\x06header\x18\x01 \x01(\x0b\x32\x16.sotto.v1.UpdateHeaderH\x00\x12\x0e\n\x04\x62ody\x18\x02 \x01(\x0cH\x00\x42\x06\n\x04part\"}\n\x0cUpdateHeader\x12\"\n\x05round\x18\x01 \x01(\x0b\x32\x13.sotto.v1.RoundName\x12\x1e\n\x04root\x18\x02 \x01(\x0b\x32\x10.sotto.v1.Signed\x12\x14\n\x0c\x62\x61tch_header\x18\x03 \x01(\x0c\x12\x13\n\x0bledger_head\x18\x04 \x01(\t\"(\n\x14UploadUpdateResponse\x12\x10\n\x08\x61\x63\x63\x65pted\x18\x01 \x01(\x08\"V\n\x1b\x44ownloadContributionRequest\x12\"\n\x05round\x18\x01 \x01(\x0b\x32\x13.sotto.v1.RoundName\x12\x13\n\x0b\x63ontributor\x18\x02 \x01(\t\"W\n\x13UploadSharesRequest\x12(\n\x06header\x18\x01 \x01(\x0b\x32\x16.sotto.v1.SharesHeaderH\x00\x12\x0e\n\x04\x62ody\x18\x02 \x01(\x0cH\x00\x42\x06\n\x04part\"T\n\x0cSharesHeader\x12\"\n\x05round\x18\x01 \x01(\x0b\x32\x13.sotto.v1.RoundName\x12 \n\x06shares\x18\x02 \x01(\x0b\x32\x10.sotto.v1.Signed\"(\n\x14UploadSharesResponse\x12\x10\n\x08\x61\x63\x63\x65pted\x18\x01 \x01(\x08\"j\n\x14ReportFailureRequest\x12\"\n\x05round\x18\x01 \x01(\x0b\x32\x13.sotto.v1.RoundName\x12\x0e\n\x06reason\x18\x02 \x01(\t\x12\x0f\n\x07message\x18\x03 \x01(\t\x12\r\n\x05stage\x18\x04 \x01(\t\"\x17\n\x15ReportFailureResponse2\xf6\x04\n\x11\x46\x65\x64\x65rationService\x12\x35\n\x04Join\x12\x15.sotto.v1.JoinRequest\x1a\x16.sotto.v1.JoinResponse\x12O\n\x11StreamAssignments\x12\".sotto.v1.StreamAssignmentsRequest\x1a\x14.sotto.v1.Assignment0\x01\x12\x46\n\rDownloadModel\x12\x1e.sotto.v1.DownloadModelRequest\x1a\x13.sotto.v1.DataChunk0\x01\x12G\n\nCommitRoot\x12\x1b.sotto.v1.CommitRootRequest\x1a\x1c.sotto.v1.CommitRootResponse\x12O\n\x0cUploadUpdate\x12\x1d.sotto.v1.UploadUpdateRequest\x1a\x1e.sotto.v1.UploadUpdateResponse(\x01\x12T\n\x14\x44ownloadContribution\x12%.sotto.v1.DownloadContributionRequest\x1a\x13.sotto.v1.DataChunk0\x01\x12O\n\x0cUploadShares\x12\x1d.sotto.v1.UploadSharesRequest\x1a\x1e.sotto.v1.UploadSharesResponse(\x01\x12P\n\rReportFailure\x12\x1e.sotto.v1.ReportFailureRequest\x1a\x1f.sotto.v1.ReportFailureResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -52,37 +52,37 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_HEARTBEAT']._serialized_start=1204
   _globals['_HEARTBEAT']._serialized_end=1215
   _globals['_CONTRIBUTE']._serialized_start=1217
-  _globals['_CONTRIBUTE']._serialized_end=1261
-  _globals['_REVEAL']._serialized_start=1263
-  _globals['_REVEAL']._serialized_end=1342
-  _globals['_OPEN']._serialized_start=1344
-  _globals['_OPEN']._serialized_end=1456
-  _globals['_ROUNDENDED']._serialized_start=1458
-  _globals['_ROUNDENDED']._serialized_end=1539
-  _globals['_DOWNLOADMODELREQUEST']._serialized_start=1541
-  _globals['_DOWNLOADMODELREQUEST']._serialized_end=1599
-  _globals['_COMMITROOTREQUEST']._serialized_start=1602
-  _globals['_COMMITROOTREQUEST']._serialized_end=1883
-  _globals['_COMMITROOTRESPONSE']._serialized_start=1885
-  _globals['_COMMITROOTRESPONSE']._serialized_end=1905
-  _globals['_UPLOADUPDATEREQUEST']._serialized_start=1907
-  _globals['_UPLOADUPDATEREQUEST']._serialized_end=1994
-  _globals['_UPDATEHEADER']._serialized_start=1996
-  _globals['_UPDATEHEADER']._serialized_end=2121
-  _globals['_UPLOADUPDATERESPONSE']._serialized_start=2123
-  _globals['_UPLOADUPDATERESPONSE']._serialized_end=2163
-  _globals['_DOWNLOADCONTRIBUTIONREQUEST']._serialized_start=2165
-  _globals['_DOWNLOADCONTRIBUTIONREQUEST']._serialized_end=2251
-  _globals['_UPLOADSHARESREQUEST']._serialized_start=2253
-  _globals['_UPLOADSHARESREQUEST']._serialized_end=2340
-  _globals['_SHARESHEADER']._serialized_start=2342
-  _globals['_SHARESHEADER']._serialized_end=2426
-  _globals['_UPLOADSHARESRESPONSE']._serialized_start=2428
-  _globals['_UPLOADSHARESRESPONSE']._serialized_end=2468
-  _globals['_REPORTFAILUREREQUEST']._serialized_start=2470
-  _globals['_REPORTFAILUREREQUEST']._serialized_end=2576
-  _globals['_REPORTFAILURERESPONSE']._serialized_start=2578
-  _globals['_REPORTFAILURERESPONSE']._serialized_end=2601
-  _globals['_FEDERATIONSERVICE']._serialized_start=2604
-  _globals['_FEDERATIONSERVICE']._serialized_end=3234
+  _globals['_CONTRIBUTE']._serialized_end=1294
+  _globals['_REVEAL']._serialized_start=1296
+  _globals['_REVEAL']._serialized_end=1375
+  _globals['_OPEN']._serialized_start=1378
+  _globals['_OPEN']._serialized_end=1523
+  _globals['_ROUNDENDED']._serialized_start=1525
+  _globals['_ROUNDENDED']._serialized_end=1606
+  _globals['_DOWNLOADMODELREQUEST']._serialized_start=1608
+  _globals['_DOWNLOADMODELREQUEST']._serialized_end=1666
+  _globals['_COMMITROOTREQUEST']._serialized_start=1669
+  _globals['_COMMITROOTREQUEST']._serialized_end=1950
+  _globals['_COMMITROOTRESPONSE']._serialized_start=1952
+  _globals['_COMMITROOTRESPONSE']._serialized_end=1972
+  _globals['_UPLOADUPDATEREQUEST']._serialized_start=1974
+  _globals['_UPLOADUPDATEREQUEST']._serialized_end=2061
+  _globals['_UPDATEHEADER']._serialized_start=2063
+  _globals['_UPDATEHEADER']._serialized_end=2188
+  _globals['_UPLOADUPDATERESPONSE']._serialized_start=2190
+  _globals['_UPLOADUPDATERESPONSE']._serialized_end=2230
+  _globals['_DOWNLOADCONTRIBUTIONREQUEST']._serialized_start=2232
+  _globals['_DOWNLOADCONTRIBUTIONREQUEST']._serialized_end=2318
+  _globals['_UPLOADSHARESREQUEST']._serialized_start=2320
+  _globals['_UPLOADSHARESREQUEST']._serialized_end=2407
+  _globals['_SHARESHEADER']._serialized_start=2409
+  _globals['_SHARESHEADER']._serialized_end=2493
+  _globals['_UPLOADSHARESRESPONSE']._serialized_start=2495
+  _globals['_UPLOADSHARESRESPONSE']._serialized_end=2535
+  _globals['_REPORTFAILUREREQUEST']._serialized_start=2537
+  _globals['_REPORTFAILUREREQUEST']._serialized_end=2643
+  _globals['_REPORTFAILURERESPONSE']._serialized_start=2645
+  _globals['_REPORTFAILURERESPONSE']._serialized_end=2668
+  _globals['_FEDERATIONSERVICE']._serialized_start=2671
+  _globals['_FEDERATIONSERVICE']._serialized_end=3301
 # @@protoc_insertion_point(module_scope)

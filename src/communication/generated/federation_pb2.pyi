@@ -298,18 +298,24 @@ class Contribute(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     PLAN_FIELD_NUMBER: _builtins.int
+    ORDER_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def plan(self) -> _common_pb2.Signed:
         """The round plan: everything that this round fixes; signed by the aggregator."""
+
+    @_builtins.property
+    def order(self) -> _common_pb2.Signed:
+        """The order that the plan names by its digest, signed by a scientist; unset where it names none."""
 
     def __init__(
         self,
         *,
         plan: _common_pb2.Signed | None = ...,
+        order: _common_pb2.Signed | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["plan", b"plan"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["order", b"order", "plan", b"plan"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["plan", b"plan"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["order", b"order", "plan", b"plan"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -348,6 +354,7 @@ class Open(_message.Message):
     PLAN_FIELD_NUMBER: _builtins.int
     FROZEN_LIST_FIELD_NUMBER: _builtins.int
     OPENING_FIELD_NUMBER: _builtins.int
+    ORDER_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def plan(self) -> _common_pb2.Signed: ...
     @_builtins.property
@@ -356,16 +363,21 @@ class Open(_message.Message):
     def opening(self) -> _common_pb2.Signed:
         """Who delivered, and the root of the aggregate; signed by the aggregator."""
 
+    @_builtins.property
+    def order(self) -> _common_pb2.Signed:
+        """As in Contribute: a party that was not invited sees it here first."""
+
     def __init__(
         self,
         *,
         plan: _common_pb2.Signed | None = ...,
         frozen_list: _common_pb2.Signed | None = ...,
         opening: _common_pb2.Signed | None = ...,
+        order: _common_pb2.Signed | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["frozen_list", b"frozen_list", "opening", b"opening", "plan", b"plan"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["frozen_list", b"frozen_list", "opening", b"opening", "order", b"order", "plan", b"plan"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["frozen_list", b"frozen_list", "opening", b"opening", "plan", b"plan"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["frozen_list", b"frozen_list", "opening", b"opening", "order", b"order", "plan", b"plan"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

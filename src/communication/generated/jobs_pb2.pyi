@@ -13,6 +13,7 @@ from google.protobuf import struct_pb2 as _struct_pb2
 from google.protobuf import timestamp_pb2 as _timestamp_pb2
 from google.protobuf.internal import containers as _containers
 from google.protobuf.internal import enum_type_wrapper as _enum_type_wrapper
+from . import common_pb2 as _common_pb2
 import builtins as _builtins
 import sys
 import typing as _typing
@@ -995,22 +996,43 @@ class CreateJobRequest(_message.Message):
     REQUEST_ID_FIELD_NUMBER: _builtins.int
     JOB_FIELD_NUMBER: _builtins.int
     INLINE_WAIT_S_FIELD_NUMBER: _builtins.int
+    ORDER_FIELD_NUMBER: _builtins.int
     request_id: _builtins.str
     """A UUID or any other string of at most 100 characters, made by the client."""
     inline_wait_s: _builtins.float
     """How long the answer may wait for the job to be at rest; 0: not at all. At most 60."""
     @_builtins.property
     def job(self) -> Global___Job: ...
+    @_builtins.property
+    def order(self) -> _common_pb2.Signed:
+        """The scientist's order: a statement of kind "order" about this job, signed by the scientist's key in the roster.
+        Parties train for nothing else. Left out, the job is refused, unless aggregator and parties take unsigned jobs.
+
+        The statement, all fields required:
+          version       1
+          federation    its name
+          scientist     the name in the caller's certificate, which is the signer's; of the operator: operator
+          request_id    as above
+          expires_at    no round begins after it: UTC, "2026-01-31T00:00:00Z"
+          job           the field of `Job.spec` that is set: federated_training, evaluation or export
+          spec          the message in it as text: ProtoJSON with the names of this file, without initial_model or model.
+                        Left out, a field has its default, as on the wire.
+          model_sha256  of initial_model or model, 64 hex digits; empty where none is sent
+          most_rounds   rounds and spare rounds of a training (12, if both are left out); 0 for other jobs
+        It may be sent again, and signed again, under the same request_id: the first one stays.
+        """
+
     def __init__(
         self,
         *,
         request_id: _builtins.str = ...,
         job: Global___Job | None = ...,
         inline_wait_s: _builtins.float = ...,
+        order: _common_pb2.Signed | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["job", b"job"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["job", b"job", "order", b"order"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["inline_wait_s", b"inline_wait_s", "job", b"job", "request_id", b"request_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["inline_wait_s", b"inline_wait_s", "job", b"job", "order", b"order", "request_id", b"request_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
