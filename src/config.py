@@ -21,6 +21,7 @@ from .config_reader import ConfigPath, Loading, Model, finish, loading, override
 from .config_sections import (
     AggregatorKeys,
     AggregatorLimits,
+    AggregatorPolicy,
     AggregatorPrivacy,
     AggregatorServer,
     ClientKeys,
@@ -86,6 +87,7 @@ class AggregatorConfig(_RoleDocument):
     server: AggregatorServer = section("where the parties and scientists reach the aggregator")
     keys: AggregatorKeys = section("custody, keys and the roster")
     privacy: AggregatorPrivacy = section("noise and the budget that cannot be overspent")
+    policy: AggregatorPolicy = section("whose jobs it takes")
     limits: AggregatorLimits = section("what one caller may ask for")
     jobs: JobsSection = section("how jobs are scheduled, tried again and ended")
     workers: WorkersSection = section("processes for CPU work")

@@ -301,6 +301,12 @@ class AggregatorPrivacy(Section):
         return _with_default(cls, info.field_name, data)
 
 
+class AggregatorPolicy(Section):
+    """Whose jobs this aggregator takes."""
+
+    allow_unsigned_jobs: bool = setting(False, "true takes jobs that no scientist of the roster signed")
+
+
 class JobQuotas(Section):
     """What any one job may spend, inside the budgets of the data and of the party."""
 
@@ -351,6 +357,9 @@ class PartyPolicy(Section):
     allow_plaintext_scheme: bool = setting(False, "true takes part in rounds without encryption")
     allow_trusted_aggregator: bool = setting(
         False, "true gives the aggregator exact sums of gradients, which it alone adds noise to; see budgets.against"
+    )
+    allow_unsigned_jobs: bool = setting(
+        False, "true takes part in jobs that no scientist of the roster signed: the aggregator can then make up any"
     )
     min_quorum: int = setting(2, "smallest number of updates in a sum that hides this party's", ge=2)
     min_parties_noise_multiplier: float = setting(0.0, "least multiplier of the noise that the parties draw", ge=0)

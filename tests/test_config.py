@@ -14,6 +14,7 @@ from pydantic import ValidationError
 
 from src.config import AggregatorConfig, PartyConfig, load_aggregator_config, load_client_config, load_party_config
 from src.config_sections import (
+    AggregatorPolicy,
     AggregatorPrivacy,
     Budget,
     DatasetSection,
@@ -70,9 +71,17 @@ def test_the_shipped_files_load_as_they_are() -> None:
     assert config.keys.private_key == config.state_dir / "private_key.json"
 
 
+def test_unsigned_jobs_are_taken_by_the_classic_set_up_and_by_nobody_else(tmp_path: Path) -> None:
+    for load, shipped in ((load_aggregator_config, "aggregator"), (load_party_config, "party")):
+        assert load(ROOT / f"config/{shipped}.yaml", environ={}).policy.allow_unsigned_jobs
+    assert not aggregator(tmp_path, AGGREGATOR).policy.allow_unsigned_jobs
+    assert not party(tmp_path, PARTY).policy.allow_unsigned_jobs
+
+
 def test_the_shipped_files_show_every_setting_of_privacy_and_policy() -> None:
-    shown = read_document(ROOT / "config/aggregator.yaml")["privacy"]
-    assert set(shown) == set(AggregatorPrivacy.model_fields)
+    shown = read_document(ROOT / "config/aggregator.yaml")
+    assert set(shown["privacy"]) == set(AggregatorPrivacy.model_fields)
+    assert set(shown["policy"]) == set(AggregatorPolicy.model_fields)
     shown = read_document(ROOT / "config/party.yaml")
     assert set(shown["policy"]) == set(PartyPolicy.model_fields)
     assert set(shown["privacy"]) == set(PartyPrivacy.model_fields)
@@ -136,7 +145,7 @@ def test_every_problem_is_told_at_once_with_its_path_and_what_is_allowed(tmp_pat
         "idle_s, health_interval_s, memory_limit_mb, cpu_limit_s (got 3)",
         "logging.level: must be 'DEBUG' or 'INFO' or 'WARNING' or 'ERROR' (got null)",
         "fedration: unknown key; did you mean 'federation'?; allowed here: version, federation, state_dir, "
-        "database, server, keys, privacy, limits, jobs, workers, logging, evaluation",
+        "database, server, keys, privacy, policy, limits, jobs, workers, logging, evaluation",
     ]
 
 
@@ -242,9 +251,9 @@ def test_the_file_of_another_role_is_named_as_what_it_is(load: Any, shipped: str
 
 
 def test_a_file_with_keys_of_two_roles_is_read_as_the_one_asked_for(tmp_path: Path) -> None:
-    found = problems(tmp_path, AGGREGATOR | {"jobs": {}, "policy": {}})
+    found = problems(tmp_path, AGGREGATOR | {"jobs": {}, "datasets": {}})
     assert len(found) == 1
-    assert found[0].startswith("policy: unknown key")
+    assert found[0].startswith("datasets: unknown key")
 
 
 def test_private_files_that_others_may_read_are_named_with_their_mode(tmp_path: Path) -> None:

@@ -40,6 +40,7 @@ from .budgets import Budgets
 from .computations import Computations
 from .coordinator import Coordinator, capacity_of
 from .federation import Federation, open_federation
+from .orders import OrderDesk
 from .pipeline import AggregatorPipeline
 from .servicers import budget as budget_servicer
 from .servicers import federation as federation_servicer
@@ -152,7 +153,8 @@ class App:
         grpc_server.add(
             federation_pb2_grpc.add_FederationServiceServicer_to_server, parties, federation_servicer.SERVICE
         )
-        scientists = jobs_servicer.JobServicer(self._service, blobs)
+        desk = OrderDesk(lambda: self.federation.roster, allow_unsigned=config.policy.allow_unsigned_jobs)
+        scientists = jobs_servicer.JobServicer(self._service, blobs, desk)
         grpc_server.add(jobs_pb2_grpc.add_JobServiceServicer_to_server, scientists, jobs_servicer.SERVICE)
         operations = operations_servicer.OperationsServicer(self._service)
         grpc_server.add(operations_pb2_grpc.add_OperationsServicer_to_server, operations, operations_servicer.SERVICE)
@@ -251,6 +253,8 @@ def log_start(config: AggregatorConfig, federation: Federation, address: str) ->
         LOG.warning("%s", warning)
     if federation.custody == "aggregator":
         LOG.warning("custody aggregator: this process holds the key and can read every update")
+    if config.policy.allow_unsigned_jobs:
+        LOG.warning("jobs that nobody signed are taken (policy.allow_unsigned_jobs)")
     if config.server.insecure:
         LOG.warning("INSECURE: no TLS; anybody on this machine can pose as a party or scientist")
     if federation.keyring.modulus_bits < 2048:  # NIST SP 800-57 part 1: the least that is acceptable

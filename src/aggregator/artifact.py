@@ -16,6 +16,7 @@ from typing import Any, Final
 from jsonschema import Draft202012Validator
 
 from ..errors import NotFoundError, StorageError
+from ..jobs.artifact import UNSIGNED
 from ..jobs.computations import ExportSpec
 from ..jobs.spec import FederatedTrainingSpec
 from ..jobs.states import JobRow
@@ -217,6 +218,7 @@ def _head(job: JobRow, federation: Federation, *, created_at: str) -> dict[str, 
         "job_id": job.job_id,
         "display_name": job.display_name,
         "owner": job.owner,
+        "order": Signed.from_text(job.signed_order).to_json() if job.signed_order else UNSIGNED,
         "created_at": created_at,
         "federation": federation.roster.federation,
         "spec_digest": job.spec_digest,

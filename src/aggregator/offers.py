@@ -27,6 +27,8 @@ def offer_for(row: RoundRow, party: str) -> Offer | None:
     message = federation_pb2.Assignment(round=round_name(row), deadline=Timestamp(seconds=int(row.deadline)))
     if work is Work.CONTRIBUTE:
         message.contribute.plan.CopyFrom(_signed(row.plan))
+        if row.order is not None:
+            message.contribute.order.CopyFrom(_signed(row.order))
     elif work is Work.REVEAL:
         message.reveal.plan.CopyFrom(_signed(row.plan))
         message.reveal.frozen_list.CopyFrom(_signed(row.frozen_list))
@@ -34,6 +36,8 @@ def offer_for(row: RoundRow, party: str) -> Offer | None:
         message.open.plan.CopyFrom(_signed(row.plan))
         message.open.frozen_list.CopyFrom(_signed(row.frozen_list))
         message.open.opening.CopyFrom(_signed(row.opening))
+        if row.order is not None:
+            message.open.order.CopyFrom(_signed(row.order))
     else:
         message.ended.state = row.state.value
         message.ended.reason = row.reason

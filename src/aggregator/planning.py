@@ -1,107 +1,43 @@
-"""From a job's specification to the plan of a round, and what a round costs."""
+"""The aggregator's part in planning: the noise that a job's target asks for, and what a round costs.
+
+What else a round fixes follows from specification and noise, at a party as here: `jobs.plans`.
+"""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any, Final, cast
+from typing import Any, cast
 
-from ..encryption.dealer import check_threshold
 from ..encryption.scheme import Scheme
-from ..errors import InvalidInput, KeyMaterialError, PlanError, PolicyError
+from ..errors import InvalidInput, PlanError, PolicyError
+from ..jobs.plans import Model, declared_of, grid_of, invited, round_plan
 from ..jobs.spec import FederatedTrainingSpec
 from ..privacy.accounting import MULTIPLIER_STEPS, calibrate_dp_sgd, calibrate_sampled_sum, check_dp_sgd
-from ..privacy.clipping import PARTIES_PER_DEVIATION, AdaptiveClipping
 from ..privacy.events import Event, NoiseBy
 from ..privacy.noise import sum_divergence
 from ..privacy.noise_plan import plan_noise
-from ..privacy.rounding import least_resolution_bits, nearest_bound
-from ..protocol.canonical import parse_canonical, real
-from ..protocol.derive import (
-    Derived,
-    derive,
-    derive_again,
-    derive_gradient_sum,
-    example_multiplier,
-    failure_probability,
-    party_event,
-)
-from ..protocol.plan import GradientSum, LocalPlan, NormAdaptation, RoundPlan
+from ..privacy.rounding import nearest_bound
+from ..protocol.canonical import parse_canonical
+from ..protocol.derive import derive_again, example_multiplier, failure_probability, party_event
+from ..protocol.plan import FEDSGD, RoundPlan
 from ..protocol.roster import Roster
 from ..protocol.signing import Signed
 from .federation import Federation
 
-MIN_COHORT: Final = 2
-"""A sum over one party is that party's update."""
-
-
-@dataclass(frozen=True, slots=True)
-class Model:
-    """A global model in the blob store.
-
-    Attributes:
-        sha256, size: of its safetensors bytes.
-        dimension: trainable parameters.
-    """
-
-    sha256: str
-    size: int
-    dimension: int
-
-
-def invited(spec: FederatedTrainingSpec, roster: Roster) -> tuple[tuple[str, ...], int]:
-    """The cohort of a job, in the roster's order, and the updates that its rounds need.
-
-    Raises:
-        InvalidInput: a party that is not enrolled, or fewer than two.
-        PlanError: a quorum under which a sum hides nobody, or two sums could be opened that differ by one party.
-    """
-    unknown = sorted(set(spec.parties) - set(roster.names))
-    if unknown:
-        raise InvalidInput(
-            f"not enrolled in federation {roster.federation}: {', '.join(unknown)} (enrolled: "
-            f"{', '.join(roster.names) or 'nobody yet'})",
-            violations={"federated_training.parties": f"not enrolled: {', '.join(unknown)}"},
-        )
-    cohort = tuple(name for name in roster.names if not spec.parties or name in spec.parties)
-    if len(cohort) < MIN_COHORT:
-        raise InvalidInput(
-            f"a federation needs at least {MIN_COHORT} parties; invited: {', '.join(cohort) or 'nobody'}"
-        )
-    quorum = spec.quorum or len(cohort)
-    least = MIN_COHORT + roster.colluders
-    if not least <= quorum <= len(cohort):
-        raise PlanError(
-            f"a quorum of {quorum} does not fit {len(cohort)} invited parties: at least {least}, so that a sum holds "
-            f"{MIN_COHORT} honest updates beside those of {roster.colluders} colluders"
-        )
-    if roster.custody == "threshold":
-        try:
-            check_threshold(
-                roster.threshold,
-                len(roster.holders),
-                colluders=roster.colluders,
-                quorum=quorum,
-                parties=len(cohort),
-            )
-        except KeyMaterialError as error:
-            raise PlanError(f"this federation's keys do not allow a quorum of {quorum}: {error.message}") from error
-    return cohort, quorum
-
-
-@dataclass(frozen=True, slots=True)
-class _Settings:
-    """Of a round plan, what its strategy decides."""
-
-    derived: Derived
-    steps: int
-    noise_multiplier: float
-    clipping_norm: float
-    resolution_bits: int
-    gradient_sum: GradientSum | None = None
-    adaptive_clipping: NormAdaptation | None = None
+__all__ = [
+    "Model",
+    "check_local_noise",
+    "check_noise_by",
+    "declarations",
+    "declared_rows_of",
+    "invited",
+    "plan_of",
+    "plan_round",
+    "round_costs",
+    "undeclared",
+]
 
 
 def plan_round(
@@ -115,180 +51,52 @@ def plan_round(
     local_noise: float | None = None,
     declared_rows: Mapping[str, int] | None = None,
     clipping_norm: float | None = None,
+    order: str = "",
 ) -> RoundPlan:
-    """Everything that a round fixes.
+    """Everything that a round fixes, with the noise that the job's target asks for.
 
     Args:
         local_noise: fedavg's noise multiplier of DP-SGD; by default calibrated to the job's target: a second's work.
         declared_rows: of each party of the cohort; needed for fedsgd alone.
-        clipping_norm: under adaptive clipping what the last release left it at; by default the job's.
+        clipping_norm, order: as of `jobs.plans.round_plan`.
 
     Raises:
         InvalidInput, PlanError: when no such round can be run; says why.
     """
-    cohort, quorum = invited(spec, roster)
-    if spec.strategy == "fedsgd":
-        settings = _gradient_sum(spec, model, roster, scheme=scheme, quorum=quorum, declared_rows=declared_rows or {})
+    rows = declared_rows or {}
+    if spec.strategy == FEDSGD:
+        declared_of(spec, roster, rows)
+        noise = _noise_of_sum(spec, model.dimension, roster)
     else:
-        settings = _update(spec, model, roster, scheme=scheme, local_noise=local_noise, clipping_norm=clipping_norm)
-    return RoundPlan(
-        federation=roster.federation,
+        noise = _local_noise(spec) if local_noise is None else local_noise
+    return round_plan(
+        spec,
         job_id=job_id,
-        round=number,
-        priced_rounds=spec.priced_rounds,
-        spec_digest=spec.digest,
-        task=spec.task,
-        task_options=spec.task_options_text,
-        seed=spec.seed,
-        model_sha256=model.sha256,
-        model_bytes=model.size,
-        dimension=model.dimension,
-        local=_local_plan(spec, settings),
-        clipping_norm=real(settings.clipping_norm),
-        resolution_bits=settings.resolution_bits,
-        rounded_bound=settings.derived.rounded_bound,
-        scheme=scheme.name,
-        key_id=roster.key_id,
-        layout=settings.derived.layout.to_json(),
-        noise=settings.derived.noise,
-        roster_digest=roster.digest,
-        cohort=cohort,
-        quorum=quorum,
-        colluders=roster.colluders,
-        threshold=roster.threshold,
-        custody=roster.custody,
-        gradient_sum=settings.gradient_sum,
-        adaptive_clipping=settings.adaptive_clipping,
+        number=number,
+        model=model,
+        roster=roster,
+        scheme=scheme,
+        noise=noise,
+        declared_rows=rows,
+        clipping_norm=clipping_norm,
+        order=order,
     )
 
 
-def _local_plan(spec: FederatedTrainingSpec, settings: _Settings) -> LocalPlan:
-    """What a party does with its rows: as the job asks, but for the steps and the noise."""
+def _noise_of_sum(spec: FederatedTrainingSpec, dimension: int, roster: Roster) -> float:
+    """fedsgd's noise multiplier: that of one DP-SGD step, once for all parties."""
     local = spec.local_training
-    return LocalPlan(
-        steps=settings.steps,
-        sampling_rate=real(local.sampling_rate),
-        learning_rate=real(local.learning_rate),
-        max_grad_norm=real(local.max_grad_norm),
-        noise_multiplier=real(settings.noise_multiplier),
-        delta=real(local.delta),
-    )
-
-
-def _update(
-    spec: FederatedTrainingSpec,
-    model: Model,
-    roster: Roster,
-    *,
-    scheme: Scheme,
-    local_noise: float | None,
-    clipping_norm: float | None,
-) -> _Settings:
-    """fedavg: each party protects its rows itself, and the sum's noise protects the party."""
-    privacy = spec.party_privacy
-    cohort, quorum = invited(spec, roster)
-    norm = clipping_norm or privacy.clipping_norm
-    adaptive = _adaptation(spec, quorum)
-    derived = derive(
-        scheme,
-        dimension=model.dimension,
-        clipping_norm=norm,
-        resolution_bits=spec.encryption.resolution_bits,
-        noise_by=privacy.noise_by,
-        noise_multiplier=privacy.noise_multiplier,
-        delta=privacy.delta,
-        cohort=len(cohort),
-        quorum=quorum,
-        colluders=roster.colluders,
-        priced_rounds=spec.priced_rounds,
-        adaptive=adaptive,
-    )
-    return _Settings(
-        derived,
-        steps=spec.local_training.steps,
-        noise_multiplier=_local_noise(spec) if local_noise is None else local_noise,
-        clipping_norm=norm,
-        resolution_bits=spec.encryption.resolution_bits,
-        adaptive_clipping=_as_planned(adaptive, derived.bit_unit) if adaptive else None,
-    )
-
-
-def _adaptation(spec: FederatedTrainingSpec, quorum: int) -> AdaptiveClipping | None:
-    given = spec.party_privacy.adaptive_clipping
-    if given is None:
-        return None
-    smallest, largest = spec.party_privacy.norm_bounds
-    return AdaptiveClipping(
-        quantile=given.quantile,
-        learning_rate=given.learning_rate,
-        bit_deviation=quorum / PARTIES_PER_DEVIATION if given.bit_deviation is None else given.bit_deviation,
-        smallest=smallest,
-        largest=largest,
-    )
-
-
-def _as_planned(adaptive: AdaptiveClipping, bit_unit: int) -> NormAdaptation:
-    return NormAdaptation(
-        quantile=real(adaptive.quantile),
-        learning_rate=real(adaptive.learning_rate),
-        bit_deviation=real(adaptive.bit_deviation),
-        smallest=real(adaptive.smallest),
-        largest=real(adaptive.largest),
-        bit_unit=bit_unit,
-    )
-
-
-def _gradient_sum(
-    spec: FederatedTrainingSpec,
-    model: Model,
-    roster: Roster,
-    *,
-    scheme: Scheme,
-    quorum: int,
-    declared_rows: Mapping[str, int],
-) -> _Settings:
-    """fedsgd: the noise of one DP-SGD step, once for all parties. The grid is as fine as the job asks, or finer."""
-    local, privacy = spec.local_training, spec.party_privacy
-    cohort, _ = invited(spec, roster)
-    missing = [name for name in cohort if name not in declared_rows]
-    if missing:
-        raise PlanError(f"fedsgd needs the number of rows that each party declares: {', '.join(missing)} has not yet")
-    least = least_resolution_bits(local.max_grad_norm, dimension=model.dimension)
-    resolution_bits = max(spec.encryption.resolution_bits, least)
-    multiplier = _sum_noise(
+    sensitivity = nearest_bound(local.max_grad_norm, resolution_bits=grid_of(spec, dimension), dimension=dimension)
+    return _sum_noise(
         local.epsilon,
         local.delta,
         local.sampling_rate,
         rounds=spec.priced_rounds,
-        dimension=model.dimension,
-        sensitivity=nearest_bound(local.max_grad_norm, resolution_bits=resolution_bits, dimension=model.dimension),
-        noise_by=privacy.noise_by,
-        quorum=quorum,
+        dimension=dimension,
+        sensitivity=sensitivity,
+        noise_by=spec.party_privacy.noise_by,
+        quorum=invited(spec, roster)[1],
         colluders=roster.colluders,
-    )
-    rows = {name: declared_rows[name] for name in cohort}
-    derived = derive_gradient_sum(
-        scheme,
-        dimension=model.dimension,
-        max_grad_norm=local.max_grad_norm,
-        sampling_rate=local.sampling_rate,
-        resolution_bits=resolution_bits,
-        noise_by=privacy.noise_by,
-        noise_multiplier=multiplier,
-        delta=privacy.delta,
-        declared_rows=rows,
-        trusted_aggregator=spec.trusted_aggregator,
-        quorum=quorum,
-        colluders=roster.colluders,
-        priced_rounds=spec.priced_rounds,
-    )
-    return _Settings(
-        derived,
-        steps=1,
-        noise_multiplier=example_multiplier(derived.noise_plan),
-        clipping_norm=derived.contribution_norm,
-        resolution_bits=resolution_bits,
-        gradient_sum=GradientSum(derived.cap, rows, spec.trusted_aggregator),
     )
 
 

@@ -82,10 +82,10 @@ class Failure:
 class RoundRow:
     """All that is known of a round. Signed statements are kept as `Signed.to_json()`.
 
-    Times are seconds since the epoch. `costs` are the mechanism events (JSON) that the round is charged with, against
-    the "release" and against the "aggregator". `roots`, `batches` and `shares` are keyed by contributor; the
-    aggregator's noise batch is under its name. `asked` are the holders whose share was requested, `settled` says that
-    the ledger holds the last word on the round.
+    Times are seconds since the epoch. `order` is what the plan names by its digest, if it names one. `costs` are the
+    mechanism events (JSON) that the round is charged with, against the "release" and against the "aggregator". `roots`,
+    `batches` and `shares` are keyed by contributor; the aggregator's noise batch is under its name. `asked` are the
+    holders whose share was requested, `settled` says that the ledger holds the last word on the round.
     """
 
     job_id: str
@@ -93,6 +93,7 @@ class RoundRow:
     state: RoundState = RoundState.PLANNED
     plan: dict[str, str]
     plan_digest: str
+    order: dict[str, str] | None = None
     costs: dict[str, dict[str, Any]] = field(default_factory=dict)
     model_sha256: str
     cohort: tuple[str, ...]

@@ -30,6 +30,7 @@ from .accounts import Accounts
 from .artifact import write_artifact
 from .federation import Federation
 from .held import AGGREGATOR_CAUSE, HeldJobs, ending, public_reason
+from .orders import order_in_force
 from .pipeline import AggregatorPipeline
 from .planning import Model, declarations, declared_rows_of, plan_of, plan_round, round_costs, undeclared
 from .round_row import (
@@ -265,7 +266,7 @@ class Trainings:
         try:
             standing = await self._database.run(partial(self._so_far, job_id=job.job_id, spec=spec))
             model = standing.model or await self._pipeline.initial_model(spec)
-            row = await asyncio.to_thread(self._new_row, job.job_id, number, spec, model=model, standing=standing)
+            row = await asyncio.to_thread(self._new_row, job, number, spec, model=model, standing=standing)
             try:
                 await self._database.run(partial(self._open_round, row=row))
             except BudgetError as error:
@@ -298,27 +299,30 @@ class Trainings:
         return _Standing(model, None if norm is None else float(norm), declared)
 
     def _new_row(
-        self, job_id: str, number: int, spec: FederatedTrainingSpec, *, model: Model, standing: _Standing
+        self, job: JobRow, number: int, spec: FederatedTrainingSpec, *, model: Model, standing: _Standing
     ) -> RoundRow:
         roster = self._federation.roster
+        order, digest = order_in_force(job, roster, now=self._clock())
         scheme = self._pipeline.scheme(spec.encryption.scheme)
         plan = plan_round(
             spec,
-            job_id=job_id,
+            job_id=job.job_id,
             number=number,
             model=model,
             roster=roster,
             scheme=scheme,
             declared_rows=standing.declared_rows,
             clipping_norm=standing.clipping_norm,
+            order=digest,
         )
         signed = self._federation.sign(PLAN_KIND, plan.to_statement())
         costs = {name: dict(event_to_json(event)) for name, event in round_costs(scheme, plan).items()}
         row = RoundRow(
-            job_id=job_id,
+            job_id=job.job_id,
             number=number,
             plan=signed.to_json(),
             plan_digest=signed_digest(signed, PLAN_KIND),
+            order=order.to_json() if order else None,
             costs=costs,
             model_sha256=model.sha256,
             cohort=plan.cohort,

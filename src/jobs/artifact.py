@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from ..protocol.roster import Roster
 
 MANIFEST_FILE: Final = "manifest.json"
+UNSIGNED: Final = "nobody signed"
+"""In place of the order that a job rests on."""
 EVALUATED: Final = "evaluated"
 """What only the manifest of an evaluation has: its job is about a model, and need not hand it out."""
 PART_SUFFIX: Final = ".part"
@@ -146,13 +148,14 @@ def verify_manifest(
     Raises:
         InvalidInput: the file is not a manifest.
         SignatureError: it was not signed by this aggregator, is about another job, or its readable half says something
-            else than the signed one.
+            else than the signed one; or the order in it is not its owner's.
         DigestError: the model is not there (that of an evaluation need not be), or a file is not the one that the
             manifest is about.
     """
     statement = _open_manifest(path, roster)
     if job_id and statement.get("job_id") != job_id:
         raise SignatureError(f"the manifest is of job {statement.get('job_id')}, not of {job_id}")
+    _check_order(statement, roster)
     model = statement.get("model")
     model = model if isinstance(model, dict) else {}
     name, sha256 = str(model.get("file")), model.get("sha256")
@@ -186,6 +189,25 @@ def _open_manifest(path: Path, roster: Roster) -> dict[str, Any]:
     if extra or content.get("readable", statement) != statement:
         raise SignatureError("the manifest's readable half is not what the aggregator signed")
     return statement
+
+
+def _check_order(statement: dict[str, Any], roster: Roster) -> None:
+    """That its owner asked for the job is the aggregator's word alone, where nobody signed. (Manifests had no order
+    before there were any.)"""
+    from ..protocol.order import open_order
+    from ..protocol.roster import OPERATOR
+    from ..protocol.signing import Signed
+    from .orders import spec_of_order
+
+    said = statement.get("order", UNSIGNED)
+    if said == UNSIGNED:
+        return
+    order, _ = open_order(Signed.from_json(said), roster)
+    if spec_of_order(order).digest != statement.get("spec_digest"):
+        raise SignatureError(f"the manifest has an order of {order.scientist} for another job")
+    role = OPERATOR if order.scientist == OPERATOR else "scientist"
+    if (owner := statement.get("owner")) != f"{role}/{order.scientist}":
+        raise SignatureError(f"the manifest has an order of {order.scientist}, and is of {owner}'s job")
 
 
 def _hash(path: Path) -> Any:

@@ -19,6 +19,7 @@ from sqlalchemy import Connection
 
 from ..communication.identity import Identity
 from ..errors import InvalidInput, NotFoundError, StateError, UnavailableError
+from ..protocol.signing import Signed
 from ..storage.blobs import Blobs
 from ..storage.database import Database
 from ..storage.leftovers import Leftovers
@@ -141,6 +142,7 @@ class JobService:
         priority: Priority | None = None,
         timeout_s: float | None = None,
         inline_wait_s: float = 0.0,
+        order: Signed | None = None,
     ) -> JobView:
         """Check, price and store a job. The same request_id of the same caller gives the same job.
 
@@ -153,6 +155,7 @@ class JobService:
             timeout_s: from now to its deadline; None: as usual for its kind.
             inline_wait_s: how long to wait for it to be at rest, 0 to `JobSettings.max_inline_wait_s`. A caller that
                 goes away meanwhile changes nothing.
+            order: that its scientist signed, verified; None: nobody did. Of a repeated request the first one stays.
 
         Raises:
             InvalidInput: an argument out of its range.
@@ -178,6 +181,7 @@ class JobService:
                     await self._coordinator.price(spec, owner=str(caller))
                     row = self._new_row(caller, request_id, spec=spec, timeout_s=timeout_s)
                     row = replace(row, display_name=display_name, priority=priority or Priority.NORMAL)
+                    row = replace(row, signed_order=order.to_text() if order else "")
                     stored, position = await self._to_its_end(self._store_new(caller, row, spec=spec))
                 row = same(stored)
         if inline_wait_s > 0:

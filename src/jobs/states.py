@@ -141,6 +141,7 @@ class JobRow:
         kind: of the specification: "federated_training", "evaluation", "export".
         spec: the specification's `to_json()`.
         spec_digest: SHA-256 (hex) of the specification.
+        signed_order: the order that its scientist signed (`protocol.signing.Signed.to_text`); empty: nobody did.
         attempt: that is under way, or was the last; 0 before the first, 1 again whenever a round is released.
         max_attempts: ≥ 1.
         created_at, started_at, ended_at, deleted_at: UTC, ISO 8601 with microseconds; empty while it has not happened.
@@ -174,6 +175,7 @@ class JobRow:
     rounds_failed: int = 0
     error: JobError | None = None
     result: dict[str, Any] | None = None
+    signed_order: str = ""
 
     @property
     def at_rest(self) -> bool:

@@ -26,8 +26,9 @@ TRANSCRIPT_KIND: Final = "transcript"
 MANIFEST_KIND: Final = "manifest"
 
 _HEAD: Final = re.compile("[0-9a-f]{64}")
+_ANY_DIGEST: Final = "0" * 64
 
-PROTOCOL_VERSION: Final = "2.0"
+PROTOCOL_VERSION: Final = "3.0"
 
 
 def signed_digest(signed: Signed, kind: str) -> str:
@@ -131,6 +132,8 @@ class RoundPlan:
         gradient_sum: of strategy fedsgd; None, and no part of the statement, under fedavg.
         adaptive_clipping: of fedavg with a clipping norm that follows the updates' norms; None, and no part of the
             statement, without.
+        order: digest (hex) of the order that a scientist signed for the job; empty, and no part of the statement, where
+            nobody did.
     """
 
     federation: str
@@ -160,12 +163,15 @@ class RoundPlan:
     custody: str
     gradient_sum: GradientSum | None = None
     adaptive_clipping: NormAdaptation | None = None
+    order: str = ""
 
     def to_statement(self) -> dict[str, Any]:
         """Canonical-JSON-able."""
         statement = asdict(self)
         if self.adaptive_clipping is None:  # as plans were before there was any, or a second strategy: digests stay
             del statement["adaptive_clipping"]
+        if not self.order:
+            del statement["order"]
         if self.gradient_sum is None:
             del statement["gradient_sum"]
             return statement
@@ -176,6 +182,8 @@ class RoundPlan:
         """Raises InvalidInput when a field is missing, unknown, or of another type."""
         try:
             content = dict(value)
+            if not _HEAD.fullmatch(content.get("order", _ANY_DIGEST)):
+                raise ValueError("no digest")
             if {"strategy", "gradient_sum"} & content.keys():  # both, or (fedavg) neither
                 if content.pop("strategy") != FEDSGD:
                     raise ValueError("no such strategy")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,6 +28,18 @@ class Signed:
     def to_json(self) -> dict[str, str]:
         """Strings only: the statement as text, the signature as hex."""
         return {"statement": self.statement.decode(), "signer": self.signer, "signature": self.signature.hex()}
+
+    def to_text(self) -> str:
+        """The same as one text, as stores keep it."""
+        return json.dumps(self.to_json(), sort_keys=True, ensure_ascii=False)
+
+    @classmethod
+    def from_text(cls, text: str) -> Signed:
+        """What `to_text` wrote; raises InvalidInput when it did not."""
+        try:
+            return cls.from_json(json.loads(text))
+        except ValueError as error:
+            raise InvalidInput("a signed statement is malformed") from error
 
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> Signed:

@@ -24,12 +24,17 @@ from src.aggregator.artifact import (
 from src.aggregator.federation import Federation
 from src.aggregator.planning import Model, plan_round
 from src.aggregator.round_row import RoundRow, RoundState
+from src.communication.generated import jobs_pb2
 from src.errors import SignatureError
 from src.jobs.artifact import verify_manifest
+from src.jobs.orders import order_of
 from src.jobs.spec import FederatedTrainingSpec
+from src.jobs.specs import spec_into_proto
 from src.jobs.states import JobRow
+from src.protocol.order import sign_order
 from src.protocol.plan import MANIFEST_KIND, PLAN_KIND, TRANSCRIPT_KIND, RoundPlan, signed_digest
-from src.protocol.signing import Signed, open_signed
+from src.protocol.roster import Scientist
+from src.protocol.signing import Signed, SigningKey, open_signed
 from src.storage.blobs import Blobs
 
 MODEL = b"a model"
@@ -93,6 +98,7 @@ def manifest(federation: Federation, blobs: Blobs) -> MakeManifest:
         *,
         metrics: dict[str, float] | None = None,
         epsilon_party: float | str = 3.5,
+        order: Signed | None = None,
     ) -> tuple[dict[str, Any], dict[str, Any]]:
         model = blobs.write(MODEL)
         result = {
@@ -113,6 +119,7 @@ def manifest(federation: Federation, blobs: Blobs) -> MakeManifest:
             spec=spec.to_json(),
             spec_digest=spec.digest,
             created_at="2026-01-01T00:00:00.000000Z",
+            signed_order=order.to_text() if order else "",
         )
         found = write_artifact(
             job,
@@ -158,6 +165,42 @@ def test_what_a_scientist_downloads_verifies_and_nothing_else_does(
         path.write_bytes(content.replace(b"a job", b"A job", count))
         with pytest.raises(SignatureError):
             verify_manifest(path, federation.roster)
+
+
+def order_of_s(spec: FederatedTrainingSpec, key: SigningKey, **changes: Any) -> Signed:
+    """What scientist s signs for a job."""
+    job = jobs_pb2.Job()
+    spec_into_proto(job, spec)
+    order = order_of(job, federation="demo", scientist="s", request_id="r", expires_at="2026-02-01T00:00:00Z")
+    return sign_order(replace(order, **changes), key)
+
+
+def test_a_manifest_says_who_signed_for_the_job_or_that_nobody_did(
+    manifest: MakeManifest, federation: Federation, blobs: Blobs, tmp_path: Path
+) -> None:
+    """With the order itself, which whoever has the roster verifies: another's, or one for another job, is found."""
+    key, path = SigningKey.generate(), tmp_path / MANIFEST_FILE
+    named = (Scientist("s", key.verify_key), Scientist("t", key.verify_key))
+    roster = replace(federation.roster, scientists=named)
+    (tmp_path / MODEL_FILE).write_bytes(MODEL)
+
+    def verified(order: Signed | None) -> Any:
+        result, _ = manifest(make_spec(), order=order)
+        path.write_bytes(blobs.read(result["files"][1]["sha256"]))
+        return verify_manifest(path, roster)["order"]
+
+    assert verified(None) == "nobody signed"
+    signed = order_of_s(make_spec(), key)
+    assert verified(signed) == signed.to_json()
+    wrong = {
+        "stranger": replace(signed, signer="nobody"),
+        "does not verify": order_of_s(make_spec(), SigningKey.generate()),
+        "an order of t, and is of scientist/s's": order_of_s(make_spec(), key, scientist="t"),
+        "an order of s for another job": order_of_s(make_spec(seed=8), key),
+    }
+    for said, order in wrong.items():
+        with pytest.raises(SignatureError, match=said):
+            verified(order)
 
 
 @pytest.mark.parametrize("federation", ["threshold"], indirect=True)

@@ -15,6 +15,7 @@ import pytest
 from google.longrunning import operations_pb2_grpc
 from sqlalchemy import Connection, MetaData
 
+from src.aggregator.orders import OrderDesk
 from src.aggregator.servicers import jobs as jobs_servicer
 from src.aggregator.servicers import operations as operations_servicer
 from src.client import AsyncSottoClient
@@ -41,7 +42,7 @@ from src.jobs.states import (
     utc,
 )
 from src.jobs.store import JobStore, Lease
-from src.protocol.roster import Roster, save_roster, sign_roster
+from src.protocol.roster import Roster, Scientist, save_roster, sign_roster
 from src.protocol.signing import SigningKey
 from src.storage.blobs import Blobs
 from src.storage.database import Database
@@ -53,6 +54,7 @@ RETRY_FOR_S = 30.0
 MODEL = bytes(range(256)) * 3000  # two chunks
 EXPORTED = bytes(range(255, -1, -1))
 KEY = SigningKey.from_bytes(bytes(32))
+ANNS_KEY = SigningKey.from_bytes(bytes(31) + b"a")
 ROSTER = Roster(
     federation="demo",
     key_id="k",
@@ -62,7 +64,10 @@ ROSTER = Roster(
     aggregator_verify_key=KEY.verify_key,
     members=(),
     created_at="2025-01-01T00:00:00Z",
+    scientists=(Scientist("ann", ANNS_KEY.verify_key),),
 )
+DESK = OrderDesk(lambda: ROSTER, allow_unsigned=True)
+"""What comes signed is looked at all the same."""
 
 
 NOW = 1e9
@@ -272,7 +277,7 @@ class House:
             federation="demo",
             roles={**jobs_servicer.ROLES, **operations_servicer.ROLES},
         )
-        servicer = jobs_servicer.JobServicer(self.service, self.blobs)
+        servicer = jobs_servicer.JobServicer(self.service, self.blobs, DESK)
         self.server.add(jobs_pb2_grpc.add_JobServiceServicer_to_server, servicer, jobs_servicer.SERVICE)
         operations = operations_servicer.OperationsServicer(self.service)
         add = operations_pb2_grpc.add_OperationsServicer_to_server
@@ -329,10 +334,11 @@ class House:
     def write_config(self, directory: Path) -> Path:
         """A client.yaml with a pinned roster."""
         save_roster(directory / "roster.json", sign_roster(ROSTER, KEY), operator_verify_key=KEY.verify_key)
+        ANNS_KEY.save(directory / "signing.key")
         config = directory / "client.yaml"
         config.write_text(
             f"version: 1\nfederation: demo\nname: ann\nserver: {{address: '{self.address}', insecure: true}}\n"
-            "keys: {roster: roster.json}\n"
+            "keys: {roster: roster.json, signing_key: signing.key}\n"
         )
         return config
 

@@ -17,6 +17,7 @@ from src.aggregator.servicers import jobs as jobs_servicer
 from src.cli.live import follow
 from src.communication.generated import jobs_pb2, jobs_pb2_grpc
 from src.communication.grpc_server import GrpcServer
+from tests.integration.conftest import DESK
 
 ROOT = Path(__file__).resolve().parents[2]
 HEAVY = {
@@ -260,7 +261,7 @@ async def test_a_live_view_outlives_a_restart(job_house: Any, monkeypatch: pytes
     job_house.server = GrpcServer(
         listen=job_house.address, tls=None, insecure=True, federation="demo", roles=jobs_servicer.ROLES
     )
-    servicer = jobs_servicer.JobServicer(job_house.service, job_house.blobs)
+    servicer = jobs_servicer.JobServicer(job_house.service, job_house.blobs, DESK)
     job_house.server.add(jobs_pb2_grpc.add_JobServiceServicer_to_server, servicer, jobs_servicer.SERVICE)
     await job_house.server.start()
     assert (await following).state == jobs_pb2.SUCCEEDED

@@ -95,8 +95,8 @@ def _with(statement: dict[str, Any], path: str, value: Any) -> dict[str, Any]:
 
 def _paths() -> list[str]:
     parts = {"local": LocalPlan, "noise": NoiseSpec}
-    # What only some plans have is in test_gradient_sum.py and test_adaptive_clipping.py.
-    optional = {"gradient_sum", "adaptive_clipping"}
+    # What only some plans have is below, in test_gradient_sum.py and in test_adaptive_clipping.py.
+    optional = {"gradient_sum", "adaptive_clipping", "order"}
     whole = [each.name for each in fields(RoundPlan) if each.name not in {*parts, *optional}]
     return whole + [f"{part}.{each.name}" for part, cls in parts.items() for each in fields(cls)]
 
@@ -126,6 +126,17 @@ def test_a_plan_without_a_field_or_with_another_type_in_it_is_refused(plan: Roun
     for each in wrong:
         with pytest.raises(InvalidInput, match="malformed"):
             RoundPlan.from_statement(each)
+
+
+def test_a_plan_names_the_order_that_its_job_rests_on_or_none(plan: RoundPlan) -> None:
+    """Without one its statement is what it was before there were any."""
+    ordered = replace(plan, order="6" * 64)
+    assert "order" not in plan.to_statement()
+    assert ordered.to_statement() == {**plan.to_statement(), "order": "6" * 64}
+    assert RoundPlan.from_statement(ordered.to_statement()) == ordered
+    for wrong in ("", "6" * 63, "6" * 65, "A" * 64, "6" * 64 + "\n", None, 6, True, ["6" * 64]):
+        with pytest.raises(InvalidInput, match="malformed"):
+            RoundPlan.from_statement({**plan.to_statement(), "order": wrong})
 
 
 def test_unknown_fields_are_refused(plan: RoundPlan) -> None:

@@ -14,7 +14,7 @@ from src.communication.grpc_server import GrpcServer
 from src.communication.tls import TlsFiles
 from src.provisioning import provision
 from tests.rejections.cheating import CheatingAggregator, Meeting, PartyA
-from tests.rejections.scripted import PARTIES, House
+from tests.rejections.scripted import PARTIES, SCIENTISTS, House
 
 
 @pytest.fixture(scope="session")
@@ -25,6 +25,7 @@ def kits(tmp_path_factory: pytest.TempPathFactory) -> Path:
         out,
         federation="demo",
         parties=PARTIES,
+        scientists=SCIENTISTS,
         modulus_bits=512,
         insecure_small=True,
         processes=1,

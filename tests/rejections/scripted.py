@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from src.aggregator.app import App
 from src.aggregator.round_row import RoundRow
-from src.client import AsyncSottoClient
+from src.client import AsyncSottoClient, JobSigner
 from src.communication.generated import federation_pb2, federation_pb2_grpc, jobs_pb2
 from src.communication.grpc_client import connect
 from src.communication.messages import signed_from_proto, signed_to_proto
@@ -49,6 +49,7 @@ from src.protocol.signing import Signed, SigningKey, open_signed
 from src.storage.blobs import BlobRef, Blobs
 
 PARTIES: Final = ("a", "b", "c", "d")
+SCIENTISTS: Final = ("scientist", "eve")
 COHORT: Final = ("a", "b", "c")
 DIMENSION: Final = 60  # three ciphertexts of a 512-bit key
 PATIENCE_S: Final = 60.0  # only a hang reaches it
@@ -199,7 +200,9 @@ class ScriptedParty:
         await self.stub.CommitRoot(request)
 
     async def contribute(self) -> Part:
-        part = self.prepare(await self.wanted("contribute"))
+        assignment = await self.wanted("contribute")
+        assert assignment.contribute.HasField("order")
+        part = self.prepare(assignment)
         await self.commit(part)
         return part
 
@@ -325,7 +328,12 @@ class House:
         self.address = await self.app.start()
         config = load_client_config(self.kits / "scientist" / "client.yaml", environ={})
         self.scientist_tls = _tls(config)
-        self.client = AsyncSottoClient(self.address, tls=self.scientist_tls)
+        self.client = AsyncSottoClient(self.address, tls=self.scientist_tls, signer=self.signer())
+
+    def signer(self, name: str = "scientist") -> JobSigner:
+        """Signs as one of those in the roster."""
+        kit = self.kits / (name if name in ("scientist", "operator") else f"scientist-{name}")
+        return JobSigner("demo", name, kit / "signing.key")
 
     async def stop(self) -> None:
         await self.client.close()

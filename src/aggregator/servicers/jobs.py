@@ -11,12 +11,14 @@ from google.longrunning import operations_pb2
 
 from ...communication.generated import common_pb2, jobs_pb2, jobs_pb2_grpc
 from ...communication.identity import caller
+from ...communication.messages import signed_from_proto
 from ...communication.streams import send_blob
 from ...jobs import wire
 from ...jobs.service import JobService
 from ...jobs.specs import model_bytes, spec_from_proto
 from ...jobs.views import JobView
 from ...storage.blobs import Blobs
+from ..orders import OrderDesk
 
 M = TypeVar("M")
 
@@ -52,24 +54,30 @@ class JobServicer(jobs_pb2_grpc.JobServiceServicer):
     Args:
         service: answers.
         blobs: where artifacts are read from.
+        desk: looks at the orders that jobs come with.
     """
 
-    def __init__(self, service: JobService, blobs: Blobs) -> None:
+    def __init__(self, service: JobService, blobs: Blobs, desk: OrderDesk) -> None:
         self._service = service
         self._blobs = blobs
+        self._desk = desk
 
     async def CreateJob(  # noqa: N802  # named by the wire, as all methods here
         self, request: jobs_pb2.CreateJobRequest, context: Any
     ) -> operations_pb2.Operation:
+        spec = spec_from_proto(request.job)
+        order = signed_from_proto(request.order) if request.HasField("order") else None
+        self._desk.check(order, spec=spec, caller=caller(), request_id=request.request_id)
         view = await self._service.create(
             caller(),
             request.request_id,
-            spec=spec_from_proto(request.job),
+            spec=spec,
             display_name=request.job.display_name,
             model=model_bytes(request.job),
             priority=wire.priority_from_proto(request.job),
             timeout_s=wire.timeout_from_proto(request.job),
             inline_wait_s=request.inline_wait_s,
+            order=order,
         )
         return wire.operation_to_proto(view)
 

@@ -18,6 +18,7 @@ from .aggregator import v0001 as aggregator_v0001
 from .aggregator import v0002 as aggregator_v0002
 from .aggregator import v0003 as aggregator_v0003
 from .aggregator import v0004 as aggregator_v0004
+from .aggregator import v0005 as aggregator_v0005
 from .party import v0001 as party_v0001
 from .party import v0002 as party_v0002
 from .party import v0003 as party_v0003
@@ -42,7 +43,8 @@ class Revision(Protocol):
 
 HISTORIES: Final[dict[History, tuple[Revision, ...]]] = {
     "aggregator": tuple(
-        cast(Revision, each) for each in (aggregator_v0001, aggregator_v0002, aggregator_v0003, aggregator_v0004)
+        cast(Revision, each)
+        for each in (aggregator_v0001, aggregator_v0002, aggregator_v0003, aggregator_v0004, aggregator_v0005)
     ),
     "party": tuple(cast(Revision, each) for each in (party_v0001, party_v0002, party_v0003)),
 }

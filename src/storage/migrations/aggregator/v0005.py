@@ -1,0 +1,20 @@
+"""Jobs keep the order that their scientist signed."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from sqlalchemy import Column
+
+from ...columns import text
+
+if TYPE_CHECKING:
+    from alembic.operations import Operations
+
+revision = "aggregator_0005"
+down_revision = "aggregator_0004"
+
+
+def upgrade(op: Operations) -> None:
+    """Nobody signed for the jobs that are there."""
+    op.add_column("jobs", Column("signed_order", text(), nullable=False, server_default=""))
