@@ -6,12 +6,12 @@ from dataclasses import dataclass, field
 from typing import Final
 
 from ..errors import ConflictError, InvalidInput, LimitError
+from ..protocol.order import MAX_REQUEST_ID_CHARACTERS
 from .scheduler import Capacity, Lane, lane_of
 from .spec import FederatedTrainingSpec
 from .specs import MAX_TIMEOUT_S, JobSpec
 from .states import JobRow, Priority, seconds, utc
 
-MAX_REQUEST_ID_CHARACTERS: Final = 100
 MAX_INLINE_WAIT_S: Final = 60.0
 """As proto/sotto/v1/jobs.proto says: what most proxies let a silent call last."""
 

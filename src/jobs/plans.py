@@ -116,6 +116,8 @@ def round_plan(
     Raises:
         InvalidInput, PlanError: when no such round can be run; says why.
     """
+    if scheme.name != spec.encryption.scheme:
+        raise PlanError(f"the job asks for scheme {spec.encryption.scheme}, not for {scheme.name}", field="scheme")
     cohort, quorum = invited(spec, roster)
     if spec.strategy == FEDSGD:
         settings = _gradient_sum(spec, model, roster, scheme=scheme, noise=noise, declared_rows=declared_rows)

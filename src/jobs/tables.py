@@ -43,7 +43,7 @@ def jobs_table(metadata: MetaData) -> Table:
         Column("rounds_failed", Integer, nullable=False),
         Column("error", text()),
         Column("result", text()),
-        Column("signed_order", text(), nullable=False, server_default=""),
+        Column("signed_order", text(), nullable=False),
         Column("fencing_token", Integer, nullable=False),
         Column("lease_holder", text(64), nullable=False),
         Column("lease_expires_at", text(32), nullable=False),

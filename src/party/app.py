@@ -28,6 +28,7 @@ from ..storage.migrations import Migrations
 from .accounts import PartyAccounts
 from .home import Home
 from .node import Node
+from .orders import OrderBook
 from .rounds import RoundWorker
 from .store import RoundMemory
 
@@ -42,6 +43,7 @@ class App:
         state = config.state_dir
         self._changed = open_state_directory(state)
         home = Home(config)
+        self._may_order = home.pinned and bool(home.roster.scientists)
         metadata = MetaData()
         self._memory = RoundMemory(metadata)
         ledger = LedgerStore(metadata, signer=EntrySigner(home.signing_key))
@@ -61,6 +63,7 @@ class App:
             database=self._database,
             memory=self._memory,
             accounts=self._accounts,
+            orders=OrderBook(metadata),
             blobs=self._blobs,
             pool=self._pool,
         )
@@ -114,6 +117,12 @@ class App:
             LOG.warning("rows may be trained on without differential privacy (policy.allow_without_dp)")
         if config.keys.custody == "aggregator":
             LOG.warning("custody aggregator: the aggregator holds the key and can read this party's updates")
+        if config.policy.allow_unsigned_jobs:
+            LOG.warning("jobs that nobody signed are taken part in (policy.allow_unsigned_jobs)")
+        elif not self._may_order:
+            LOG.warning(
+                "every job will be refused: the roster of this kit was made before scientists signed their jobs"
+            )
         if config.server.insecure:
             LOG.warning("INSECURE: no TLS; anybody on this machine can pose as the aggregator")
 

@@ -36,6 +36,7 @@ from ..storage.database import Database
 from ..storage.heads import Head
 from .accounts import PartyAccounts
 from .home import Home
+from .orders import OrderBook, Ordered, check_order
 from .rules import (
     CheckedPlan,
     check_contribution,
@@ -71,6 +72,7 @@ class RoundWorker:
         database: Database,
         memory: RoundMemory,
         accounts: PartyAccounts,
+        orders: OrderBook,
         blobs: Blobs,
         pool: WorkerPool,
         clock: Callable[[], float] = time.time,
@@ -79,6 +81,7 @@ class RoundWorker:
         self._database = database
         self._memory = memory
         self._accounts = accounts
+        self._orders = orders
         self._blobs = blobs
         self._pool = pool
         self._clock = clock
@@ -90,8 +93,10 @@ class RoundWorker:
         signed = signed_from_proto(work.plan)
         checked = self._check(signed, name)
         check_contribution(checked.plan, self._home.config)
+        ordered = await self._check_order(work, checked)
+        checked = replace(checked, scientist=ordered.order.scientist if ordered else "")
         try:
-            row = await self._database.run(lambda c: self._begin(c, checked))
+            row = await self._database.run(lambda c: self._begin(c, checked, ordered))
         except BudgetError as error:
             refused = error
             await self._database.run(lambda c: self._accounts.refuse(c, checked, refused, now=self._clock()))
@@ -100,7 +105,7 @@ class RoundWorker:
             await self._report(stub, name, "contribute", row.failure)
             return
         if row.stage is Stage.RESERVED:
-            LOG.info("contributing", extra=describe(checked.plan))
+            LOG.info("contributing", extra={**describe(checked.plan), "ordered_by": checked.scientist or "nobody"})
             row = await self._train(stub, checked, signed, row)
         plan, disclose = checked.plan, self._home.config.policy.disclose_epsilon
         balance = await self._database.run(
@@ -115,8 +120,8 @@ class RoundWorker:
         )
         await stub.CommitRoot(request)
 
-    def _begin(self, connection: Connection, checked: CheckedPlan) -> PartyRound:
-        """The remembered round, or a new one with its charges; both in one transaction."""
+    def _begin(self, connection: Connection, checked: CheckedPlan, ordered: Ordered | None) -> PartyRound:
+        """The remembered round, or a new one with its charges, counted on its order; all in one transaction."""
         plan = checked.plan
         known = self._memory.find(connection, plan.job_id, plan.round)
         fresh = PartyRound(job_id=plan.job_id, number=plan.round, plan=checked.digest, stage=Stage.RESERVED)
@@ -125,6 +130,7 @@ class RoundWorker:
             if known.ended:
                 raise PlanError("this round has ended")
             return known
+        self._orders.begin(connection, ordered, plan, now=self._clock())
         self._accounts.reserve(connection, checked, now=self._clock())
         self._memory.put(connection, fresh)
         return fresh
@@ -243,6 +249,7 @@ class RoundWorker:
         checked = self._check(signed, name)
         roots = check_list(listed, self._home.roster, plan=checked.plan, plan_digest=checked.digest)
         row = await self._database.run(lambda c: self._memory.find(c, name.job_id, name.round))
+        ordered = await self._check_order(work, checked) if row is None else None  # else it was, for this plan
         row = row or PartyRound(job_id=name.job_id, number=name.round, plan=checked.digest, stage=Stage.WITNESS)
         opening = check_opening(
             signed_from_proto(work.opening),
@@ -254,7 +261,7 @@ class RoundWorker:
             name=self._home.name,
         )
         if not row.share:
-            row = await self._make_share(stub, row, checked, signed=signed, opening=opening, roots=roots)
+            row = await self._make_share(stub, row, checked, ordered, signed=signed, opening=opening, roots=roots)
         await stub.UploadShares(self._shares(row))
         LOG.info("opened", extra={"job": row.job_id, "round": row.number, "contributions": len(opening.contributors)})
 
@@ -263,6 +270,7 @@ class RoundWorker:
         stub: Stub,
         row: PartyRound,
         checked: CheckedPlan,
+        ordered: Ordered | None,
         *,
         signed: Signed,
         opening: OpeningStatement,
@@ -272,7 +280,7 @@ class RoundWorker:
         fetched: set[str] = set()
         try:
             return await self._open_fetched(
-                stub, row, checked, signed=signed, opening=opening, roots=roots, fetched=fetched
+                stub, row, checked, ordered, signed=signed, opening=opening, roots=roots, fetched=fetched
             )
         finally:
             for blob in fetched - {mine}:  # refused or opened: nobody needs them any more
@@ -283,6 +291,7 @@ class RoundWorker:
         stub: Stub,
         row: PartyRound,
         checked: CheckedPlan,
+        ordered: Ordered | None,
         *,
         signed: Signed,
         opening: OpeningStatement,
@@ -303,7 +312,7 @@ class RoundWorker:
             raise OpeningError("the aggregate that this party multiplied is not the one it is asked to open")
         row = replace(row, aggregate_root=aggregate.root, list=opening.list)
         # Before a share exists: from here on no other aggregate of this round is opened, whatever happens.
-        await self._database.run(lambda c: self._memory.put(c, row))
+        await self._database.run(lambda c: self._witness(c, row, checked.plan, ordered))
         share = await self._pool.run(
             "open_share",
             {
@@ -317,6 +326,13 @@ class RoundWorker:
         row = replace(row, share=share["sha256"])
         await self._database.run(lambda c: self._memory.put(c, row))
         return row
+
+    def _witness(self, connection: Connection, row: PartyRound, plan: RoundPlan, ordered: Ordered | None) -> None:
+        """Note what is about to be opened. Of a round that this party hears of only now, begun elsewhere before, the
+        order counts it too."""
+        late_s = ordered.spec.round_timeout_s if ordered else 0.0
+        self._orders.begin(connection, ordered, plan, now=self._clock(), late_s=late_s)
+        self._memory.put(connection, row)
 
     async def _fetch(self, stub: Stub, row: PartyRound, checked: CheckedPlan, root: RootStatement) -> StoredBatch:
         """A contributor's batch; its own it has. Whether it has its root is found while multiplying."""
@@ -413,6 +429,19 @@ class RoundWorker:
             config=self._home.config,
             scheme=self._home.scheme(plan.scheme),
             pinned=self._home.pinned,
+        )
+
+    async def _check_order(
+        self, work: federation_pb2.Contribute | federation_pb2.Open, checked: CheckedPlan
+    ) -> Ordered | None:
+        """The order that a round rests on. To see that it follows, it is planned again: that is for a thread."""
+        return await asyncio.to_thread(
+            check_order,
+            signed_from_proto(work.order) if work.HasField("order") else None,
+            checked.plan,
+            roster=self._home.roster,
+            scheme=self._home.scheme(checked.plan.scheme),
+            allow_unsigned=self._home.config.policy.allow_unsigned_jobs,
         )
 
     def _params(self, checked: CheckedPlan, signed: Signed) -> dict[str, Any]:

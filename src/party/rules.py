@@ -43,11 +43,12 @@ MIN_HONEST: Final = 2
 
 @dataclass(frozen=True, slots=True)
 class CheckedPlan:
-    """A round plan that this party accepts, and what follows from it."""
+    """A round plan that this party accepts, what follows from it, and whose order it follows from (empty: nobody's)."""
 
     plan: RoundPlan
     digest: str
     noise: NoisePlan
+    scientist: str = ""
 
 
 def open_plan(signed: Signed, roster: Roster) -> tuple[RoundPlan, str]:

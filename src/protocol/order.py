@@ -21,6 +21,7 @@ ORDER_KIND: Final = "order"
 ORDER_VERSION: Final = 1
 MAX_ORDER_BYTES: Final = 1 << 20
 """Of the statement: every party gets it with every round."""
+MAX_REQUEST_ID_CHARACTERS: Final = 100
 _TIME: Final = "%Y-%m-%dT%H:%M:%SZ"
 _SHA256: Final = re.compile(r"([0-9a-f]{64})?")
 
@@ -67,6 +68,10 @@ class Order:
         for field in fields(cls):
             if type(getattr(order, field.name)) is not (int if str(field.type) == "int" else str):
                 raise InvalidInput(f"a job order is malformed: {field.name} is not of type {field.type}")
+        if not 0 < len(order.request_id) <= MAX_REQUEST_ID_CHARACTERS or "\0" in order.request_id:
+            raise InvalidInput(
+                f"a job order's request_id has 1 to {MAX_REQUEST_ID_CHARACTERS} characters, none of them NUL"
+            )
         if order.most_rounds < 0 or not _SHA256.fullmatch(order.model_sha256):
             raise InvalidInput("a job order is malformed: most_rounds is negative, or model_sha256 is no digest")
         order.check_time()

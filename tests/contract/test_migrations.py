@@ -13,6 +13,7 @@ from sqlalchemy import URL, Connection, MetaData, inspect, text
 from src.aggregator.store import EnrolmentStore, RoundStore
 from src.errors import StorageError
 from src.jobs.store import JobStore
+from src.party.orders import OrderBook
 from src.party.store import RoundMemory
 from src.storage.database import Database, read_only
 from src.storage.heads import HeadStore
@@ -26,7 +27,7 @@ OpenDatabase = Callable[[Schema], Awaitable[Database]]
 
 STORES: dict[History, tuple[Callable[[MetaData], object], ...]] = {
     "aggregator": (JobStore, RoundStore, LedgerStore, EnrolmentStore, HeadStore),
-    "party": (RoundMemory, LedgerStore, HeadStore),
+    "party": (RoundMemory, LedgerStore, HeadStore, OrderBook),
 }
 ROLES: tuple[History, ...] = ("aggregator", "party")
 
@@ -151,7 +152,7 @@ async def test_an_upgrade_that_fails_changes_nothing(
         assert _revision(reader) == "aggregator_0001"
         assert "kind" not in {column["name"] for column in inspect(reader).get_columns("jobs")}
     database = await open_database(Migrations("aggregator"))
-    assert await database.run(_revision) == "aggregator_0004"
+    assert await database.run(_revision) == Migrations("aggregator").newest
 
 
 async def test_a_reader_refuses_what_is_not_upgraded_yet(
@@ -160,7 +161,8 @@ async def test_a_reader_refuses_what_is_not_upgraded_yet(
     await _old(open_database, monkeypatch)
     with (
         pytest.raises(
-            StorageError, match="aggregator_0001, this software needs aggregator_0004: the role's next start"
+            StorageError,
+            match=f"aggregator_0001, this software needs {Migrations('aggregator').newest}: the role's next start",
         ),
         read_only(database_url, schema=Migrations("aggregator")),
     ):

@@ -14,7 +14,7 @@ import numpy as np
 from sqlalchemy import MetaData
 
 from src.aggregator.planning import Model, plan_round
-from src.communication.generated import common_pb2, federation_pb2, federation_pb2_grpc
+from src.communication.generated import common_pb2, federation_pb2, federation_pb2_grpc, jobs_pb2
 from src.communication.grpc_client import connect
 from src.communication.messages import signed_from_proto, signed_to_proto
 from src.communication.streams import send_bytes
@@ -24,11 +24,14 @@ from src.encryption.paillier_scheme import PaillierScheme
 from src.encryption.scheme import Layout
 from src.errors import WorkerError
 from src.jobs.executors.units import WorkContext
+from src.jobs.orders import order_of
 from src.jobs.spec import FederatedTrainingSpec, PartyPrivacy
+from src.jobs.specs import spec_into_proto
 from src.learning.flatten import to_safetensors
 from src.party.accounts import PartyAccounts
 from src.party.home import Home
 from src.party.node import Node
+from src.party.orders import OrderBook
 from src.party.rounds import RoundWorker
 from src.party.store import PartyRound, RoundMemory
 from src.party.work import HANDLERS
@@ -39,6 +42,7 @@ from src.protocol.canonical import canonical_bytes, parse_canonical
 from src.protocol.keyring import Keyring, load_share
 from src.protocol.ledger import EntrySigner
 from src.protocol.merkle import MerkleHasher
+from src.protocol.order import ORDER_KIND, sign_order
 from src.protocol.plan import (
     LIST_KIND,
     OPENING_KIND,
@@ -73,6 +77,7 @@ class Round:
 
     plan: RoundPlan
     signed: Signed
+    order: Signed | None = None
     batches: dict[str, StoredBatch] = field(default_factory=dict)
     roots: dict[str, Signed] = field(default_factory=dict)
 
@@ -105,6 +110,10 @@ class CheatingAggregator(federation_pb2_grpc.FederationServiceServicer):
         _, self.roster = load_roster(kits / "aggregator" / "roster.json")
         self.keyring = Keyring.load(kits / "aggregator" / "public_key.json", insecure_small=True)
         self.keys = {name: SigningKey.load(kits / f"party-{name}" / "signing.key") for name in "bcd"}
+        self.scientists = {
+            name: SigningKey.load(kits / kit / "signing.key")
+            for name, kit in (("scientist", "scientist"), ("eve", "scientist-eve"), ("operator", "operator"))
+        }
         self.shares = {name: load_share(kits / f"party-{name}" / "share.json") for name in "abcd"}
         self.blobs = Blobs(state / "aggregator-blobs")
         self.model = to_safetensors({"w": np.zeros(DIMENSION, np.float32)})
@@ -200,7 +209,10 @@ class CheatingAggregator(federation_pb2_grpc.FederationServiceServicer):
         self._work.put_nowait(federation_pb2.Assignment(sequence=1, round=name, **work))
 
     async def ask_contribute(self, round_: Round) -> Answer:
-        return await self.ask(round_.name, contribute=federation_pb2.Contribute(plan=signed_to_proto(round_.signed)))
+        work = federation_pb2.Contribute(plan=signed_to_proto(round_.signed))
+        if round_.order is not None:
+            work.order.CopyFrom(signed_to_proto(round_.order))
+        return await self.ask(round_.name, contribute=work)
 
     async def ask_reveal(self, round_: Round, listed: Signed) -> Answer:
         work = federation_pb2.Reveal(plan=signed_to_proto(round_.signed), frozen_list=signed_to_proto(listed))
@@ -216,17 +228,50 @@ class CheatingAggregator(federation_pb2_grpc.FederationServiceServicer):
             frozen_list=signed_to_proto(listed),
             opening=signed_to_proto(opening),
         )
+        if round_.order is not None:
+            work.order.CopyFrom(signed_to_proto(round_.order))
         return await self.ask(name or round_.name, open=work)
 
     # --- how it lays out a round --------------------------------------------------------------------------------------
 
-    def plan(self, number: int = 1, *, spec: FederatedTrainingSpec = SPEC, **changes: Any) -> Round:
-        """A round as an honest aggregator plans it, with fields changed afterwards."""
-        model = Model(sha256(self.model).hexdigest(), len(self.model), DIMENSION)
-        scheme = self.keyring.scheme("paillier")
-        plan = plan_round(spec, job_id="job", number=number, model=model, roster=self.roster, scheme=scheme)
+    def plan(
+        self,
+        number: int = 1,
+        *,
+        spec: FederatedTrainingSpec = SPEC,
+        order: Signed | None = None,
+        job_id: str = "job",
+        declared_rows: Mapping[str, int] | None = None,
+        **changes: Any,
+    ) -> Round:
+        """A round as an honest aggregator plans it, with fields changed afterwards.
+
+        Args:
+            order: that it rests on; by default the scientist's, for this specification.
+        """
+        order = order or self.order(spec)
+        plan = plan_round(
+            spec,
+            job_id=job_id,
+            number=number,
+            model=Model(sha256(self.model).hexdigest(), len(self.model), DIMENSION),
+            roster=self.roster,
+            scheme=self.keyring.scheme("paillier"),
+            declared_rows=declared_rows,
+            order=signed_digest(order, ORDER_KIND),
+        )
         plan = replace(plan, **changes)
-        return Round(plan, self.sign(PLAN_KIND, plan.to_statement()))
+        return Round(plan, self.sign(PLAN_KIND, plan.to_statement()), order)
+
+    def order(self, asked: FederatedTrainingSpec = SPEC, /, *, by: str = "scientist", **changes: Any) -> Signed:
+        """What the scientist signed for a job, as the aggregator has it; with fields changed before it was signed."""
+        job = jobs_pb2.Job()
+        spec_into_proto(job, asked)
+        order = order_of(
+            job, federation="demo", scientist=by, request_id=f"r-{asked.digest[:8]}", expires_at="2100-01-01T00:00:00Z"
+        )
+        changes = {"model_sha256": asked.initial_model_sha256, **changes}
+        return sign_order(replace(order, **changes), self.scientists[by])
 
     def sign(self, kind: str, statement: Mapping[str, Any]) -> Signed:
         return self.key.sign(kind, statement, signer=AGGREGATOR)
@@ -344,11 +389,12 @@ class PartyA:
         self._database = Database(self.config.state_dir / "party.sqlite", Migrations("party"))
         await self._database.open()
         self.pool = Pool(self.blobs)
-        worker = RoundWorker(
+        self.worker = RoundWorker(
             home=home,
             database=self._database,
             memory=memory,
             accounts=accounts,
+            orders=OrderBook(metadata),
             blobs=self.blobs,
             pool=cast(Any, self.pool),
         )
@@ -360,7 +406,7 @@ class PartyA:
             database=self._database,
             memory=memory,
             accounts=accounts,
-            worker=worker,
+            worker=self.worker,
             dial=lambda: connect(self._address, tls=files),
         )
         self._task = asyncio.create_task(self._node.run())

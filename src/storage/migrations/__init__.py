@@ -22,6 +22,7 @@ from .aggregator import v0005 as aggregator_v0005
 from .party import v0001 as party_v0001
 from .party import v0002 as party_v0002
 from .party import v0003 as party_v0003
+from .party import v0004 as party_v0004
 
 if TYPE_CHECKING:
     from types import ModuleType
@@ -46,7 +47,7 @@ HISTORIES: Final[dict[History, tuple[Revision, ...]]] = {
         cast(Revision, each)
         for each in (aggregator_v0001, aggregator_v0002, aggregator_v0003, aggregator_v0004, aggregator_v0005)
     ),
-    "party": tuple(cast(Revision, each) for each in (party_v0001, party_v0002, party_v0003)),
+    "party": tuple(cast(Revision, each) for each in (party_v0001, party_v0002, party_v0003, party_v0004)),
 }
 """Revisions, oldest first."""
 

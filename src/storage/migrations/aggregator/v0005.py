@@ -18,3 +18,5 @@ down_revision = "aggregator_0004"
 def upgrade(op: Operations) -> None:
     """Nobody signed for the jobs that are there."""
     op.add_column("jobs", Column("signed_order", text(), nullable=False, server_default=""))
+    with op.batch_alter_table("jobs") as batch:  # the default was for them; SQLite drops it by making the table anew
+        batch.alter_column("signed_order", existing_type=text(), nullable=False, server_default=None)
