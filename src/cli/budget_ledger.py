@@ -116,6 +116,7 @@ def describe(entry: Entry) -> str:
     parts = [
         f"{entry.sequence:>5}  {entry.at[:19]}  {entry.kind:<15} {entry.unit:<7} {entry.subject}",
         f"user {entry.user}" if entry.user else "",
+        f"ordered by {entry.scientist}" if entry.scientist else "",
         where.strip(),
         _mechanism(entry),
         " ".join(f"{figure}={_shown(value)}" for figure, value in entry.figures),

@@ -149,12 +149,14 @@ class PartyAccounts:
                 rounds=self._rounds(connection, checked, example),
                 user=(dataset.user or "") if dataset else "",
                 reason=reason_of(plan.task, example),
+                scientist=checked.scientist,
                 stated_delta=float(plan.local.delta),
             ),
             Cost(
                 account=party,
                 event=party_event(plan, checked.noise),
                 rounds=self._rounds(connection, checked, party),
+                scientist=checked.scientist,
             ),
         ]
 

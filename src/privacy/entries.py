@@ -1,7 +1,8 @@
 """One entry of the privacy ledger: what it says, its canonical line, its digest. Pure.
 
-Version 2 is what is written. Lines of version 1 are read as they are: they have no `relation`, `user`, `parties`,
-`figures`, `correction` and `signature`. What may follow what is in `ledger`; who signs, in `protocol.ledger`.
+Version 3 is what is written. Lines of earlier versions are read as they are: version 2 has no `scientist`, version 1
+also no `relation`, `user`, `parties`, `figures`, `correction` and `signature`. What may follow what is in `ledger`; who
+signs, in `protocol.ledger`.
 """
 
 from __future__ import annotations
@@ -23,8 +24,8 @@ Action = Literal["configured", "set", "reset"]
 """What a correction does: enters the configuration's limit at first sight of it, changes a limit, or begins a new
 accounting period."""
 
-VERSION: Final = 2
-"""Of what is written; version 1 is still read."""
+VERSION: Final = 3
+"""Of what is written; those before are still read."""
 GENESIS: Final = "0" * 64
 """`previous` of the first entry."""
 
@@ -104,6 +105,8 @@ class Entry:
         user: whose data it is about ("" where nobody is named): it counts against their quota as well.
         parties: whom the round invited, by name, sorted: it counts on their budgets as well. Empty where nobody is
             named; then the line has no such field.
+        scientist: who ordered what it charges, or what was refused; never the `user`, whose data it is about. "" where
+            nobody signed an order; then the line has no such field.
         figures: of a release, what was shown.
         correction: of a correction, what it does.
         signature: 192 hex digits, the public key and its Ed25519 signature over the digest (`protocol.ledger`); "" for
@@ -126,6 +129,7 @@ class Entry:
     version: int = VERSION
     user: str = ""
     parties: tuple[str, ...] = ()
+    scientist: str = ""
     figures: Figures = ()
     correction: Correction | None = None
     signature: str = ""
@@ -161,7 +165,8 @@ def _body(entry: Entry) -> dict[str, object]:
     if entry.version == 1:
         return body
     corrected = entry.correction
-    named = {"parties": [*entry.parties]} if entry.parties else {}
+    named: dict[str, object] = {"parties": [*entry.parties]} if entry.parties else {}
+    named |= {"scientist": entry.scientist} if entry.scientist else {}
     return body | {
         "relation": RELATIONS.get(entry.unit),
         "user": entry.user,
@@ -176,13 +181,16 @@ def _body(entry: Entry) -> dict[str, object]:
     }
 
 
-_OPTIONAL: Final = frozenset({"parties"})
-_ADDED: Final = frozenset({"relation", "user", "figures", "correction", "signature"}) | _OPTIONAL
-_FIELDS: Final = {
-    2: frozenset({*Entry.__dataclass_fields__, "relation"}) - _OPTIONAL,
-    1: frozenset({*Entry.__dataclass_fields__}) - _ADDED,
+_OPTIONAL: Final[dict[int, frozenset[str]]] = {
+    3: frozenset({"parties", "scientist"}),
+    2: frozenset({"parties"}),
+    1: frozenset(),
 }
-"""Of a line, by its version."""
+"""Fields that a line has only where they name somebody, by its version."""
+_ADDED: Final = frozenset({"relation", "user", "figures", "correction", "signature"}) | _OPTIONAL[VERSION]
+_NEWER: Final = frozenset({*Entry.__dataclass_fields__, "relation"}) - _OPTIONAL[VERSION]
+_FIELDS: Final = {3: _NEWER, 2: _NEWER, 1: frozenset({*Entry.__dataclass_fields__}) - _ADDED}
+"""Of every line, by its version."""
 
 
 def _canonical(fields: dict[str, object]) -> str:
@@ -227,7 +235,7 @@ def _correction_problem(entry: Entry) -> str:
 def problem(entry: Entry) -> str:
     """What is wrong with the fields of `entry` on their own; "" if nothing."""
     charges = entry.kind in CHARGES
-    texts = (entry.job_id, entry.subject, entry.reservation_id, entry.reason, entry.user)
+    texts = (entry.job_id, entry.subject, entry.reservation_id, entry.reason, entry.user, entry.scientist)
     checks = {
         "the kind is unknown": entry.kind in get_args(Kind),
         "the unit is unknown": entry.unit in RELATIONS,
@@ -242,6 +250,8 @@ def problem(entry: Entry) -> str:
         "the event is of another unit": entry.event is None or entry.event.unit == entry.unit,
         "the version is unknown": entry.version in _FIELDS,
         "version 1 has no such entry": entry.version > 1 or entry.kind not in {"release", "correction"},
+        "version 2 names no scientist": entry.version > 2 or not entry.scientist,
+        "only a charge or a refusal names a scientist": charges or entry.kind == "refusal" or not entry.scientist,
         "only a release has figures": _are_figures(entry.figures) and (not entry.figures or entry.kind == "release"),
         "the parties are not sorted names": _are_parties(entry.parties),
         "a correction names no parties": entry.kind != "correction" or not entry.parties,
@@ -265,6 +275,7 @@ def append(
     reason: str = "",
     user: str = "",
     parties: tuple[str, ...] = (),
+    scientist: str = "",
     figures: Figures = (),
     correction: Correction | None = None,
 ) -> Entry:
@@ -289,6 +300,7 @@ def append(
         digest="",
         user=user,
         parties=parties,
+        scientist=scientist,
         figures=figures,
         correction=correction,
     )
@@ -342,19 +354,23 @@ def _read_limit(value: object) -> Limit | None:
 
 
 def _read_added(fields: dict[str, object]) -> dict[str, object]:
-    """What version 2 added."""
+    """What version 2 added, and version 3."""
     figures = _typed(fields, "figures", dict)
     if not all(type(value) is str for value in figures.values()):
         raise LedgerError("a figure has another type")
     parties = fields.get("parties", [])
     if type(parties) is not list or not all(type(name) is str for name in parties):
         raise LedgerError("parties has another type")
+    scientist = fields.get("scientist", "")
+    if type(scientist) is not str:
+        raise LedgerError("scientist has another type")
     corrected = fields["correction"]
     if corrected is not None and (not isinstance(corrected, dict) or set(corrected) != {"action", "limit"}):
         raise LedgerError("correction has other fields")
     return {
         "user": _typed(fields, "user", str),
         "parties": tuple(parties),
+        "scientist": scientist,
         "figures": tuple(sorted(figures.items())),
         # The action is checked by `problem`, the relation by the comparison of the whole line.
         "correction": corrected and Correction(corrected["action"], _read_limit(corrected["limit"])),
@@ -368,8 +384,7 @@ def _parse(line: str) -> Entry:
     except (ValueError, RecursionError) as error:
         raise LedgerError("it is not JSON") from error
     version = fields.get("version") if isinstance(fields, dict) else None
-    optional = _OPTIONAL if version != 1 else frozenset()
-    if type(version) is not int or frozenset(fields) - optional != _FIELDS.get(version):
+    if type(version) is not int or frozenset(fields) - _OPTIONAL.get(version, frozenset()) != _FIELDS.get(version):
         raise LedgerError("it does not have the fields of its version, or the version is unknown")
     try:
         event = None if fields["event"] is None else event_from_json(fields["event"])

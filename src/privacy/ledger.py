@@ -66,7 +66,10 @@ __all__ = [
     "verify_lines",
 ]
 
-_CHARGE_CONTENT: Final = ("kind", "job_id", "round", "unit", "subject", "user", "parties", "charged_rounds", "event")
+_CHARGE_CONTENT: Final = (
+    *("kind", "job_id", "round", "unit", "subject", "charged_rounds", "event"),
+    *("user", "parties", "scientist"),
+)
 """What makes a repeated charge the same; time and reason may differ."""
 
 
@@ -242,6 +245,7 @@ def reserve(
     reason: str = "",
     user: str = "",
     parties: Iterable[str] = (),
+    scientist: str = "",
 ) -> Entry:
     """A reservation to append; the one already there if the same was reserved before (at another time, say).
 
@@ -266,6 +270,7 @@ def reserve(
         reason=reason,
         user=user,
         parties=tuple(sorted(set(parties))),
+        scientist=scientist,
     )
     return _charge(entries, entry)
 
@@ -394,6 +399,7 @@ def refuse(
     reason: str,
     user: str = "",
     parties: Iterable[str] = (),
+    scientist: str = "",
 ) -> Entry:
     """A refusal to append: charges nothing. Raises InvalidInput for a field that no ledger accepts."""
     return append(
@@ -409,6 +415,7 @@ def refuse(
         reason=reason,
         user=user,
         parties=tuple(sorted(set(parties))),
+        scientist=scientist,
     )
 
 

@@ -34,6 +34,7 @@ class Cost:
         rounds: as many are priced: this one, and those of its job that are still to come.
         user: whose data it is; "" for nobody who is named.
         parties: whom the round invites; each has a budget of its own. Of a party's own ledger: nobody.
+        scientist: who ordered it; "" where nobody signed an order.
         stated_delta: the δ that the job counts with; None: it names none at this unit.
         reason: of the charge, for who reads the ledger; what there is to say.
     """
@@ -43,6 +44,7 @@ class Cost:
     rounds: int = 1
     user: str = ""
     parties: tuple[str, ...] = ()
+    scientist: str = ""
     stated_delta: float | None = None
     reason: str = ""
 
@@ -170,6 +172,7 @@ class Books:
                 reason=cost.reason,
                 user=cost.user,
                 parties=cost.parties,
+                scientist=cost.scientist,
             )
             self.store.add(connection, entry)
 
@@ -228,6 +231,7 @@ class Books:
                 reason=reason,
                 user=cost.user,
                 parties=cost.parties,
+                scientist=cost.scientist,
             )
             entries.append(self.store.add(connection, entry))
 

@@ -67,10 +67,10 @@ class Role:
 
         asyncio.run(run())
 
-    def spend(self, number: int, job_id: str = "j", *, whole: Event = SUM) -> None:
+    def spend(self, number: int, job_id: str = "j", *, whole: Event = SUM, scientist: str = "") -> None:
         books = self.books()
-        example = Cost(account=("example", "dataset:randhie"), event=STEPS, user="ada")
-        party = Cost(account=("party", "federation:demo"), event=whole)
+        example = Cost(account=("example", "dataset:randhie"), event=STEPS, user="ada", scientist=scientist)
+        party = Cost(account=("party", "federation:demo"), event=whole, scientist=scientist)
         self.write(
             lambda c: books.open(c, at=AT),
             lambda c: books.reserve(c, job_id, number, [example, party], at=AT),

@@ -112,7 +112,7 @@ def test_show_tells_what_other_accountants_make_of_it_only_when_asked_and_what_t
 
 
 def test_history_is_narrowed_and_says_what_it_leaves_out(role: Role) -> None:
-    role.spend(2)
+    role.spend(2, scientist="ann")
     kinds = [entry["kind"] for entry in role.read("history")["entries"]]
     assert kinds == [*["correction"] * 3, *["reservation"] * 2, *["final"] * 2, *["reservation"] * 2, *["final"] * 2]
     for arguments, count in (
@@ -128,6 +128,10 @@ def test_history_is_narrowed_and_says_what_it_leaves_out(role: Role) -> None:
     assert "the 2 newest of 11" in out
     entry = "   10  2026-01-01T00:00:00  final           example dataset:randhie  user ada  job j round 2"
     assert f'{entry}  "the\n       upload begins"\n' in out
+    _, out, _ = role.run("history", "--config", str(role.file), "--job", "j", "--kind", "reservation", "--limit", "2")
+    assert "user ada  ordered by ann  job j round 2" in " ".join(out.split("\n       "))
+    charged = role.read("history", "--kind", "reservation")["entries"]
+    assert [entry.get("scientist") for entry in charged] == [None, None, "ann", "ann"]
     _, out, _ = role.run("history", "--config", str(role.file), "--kind", "refusal")
     assert out.startswith("no entry is all that was asked for\n11 entries")
 

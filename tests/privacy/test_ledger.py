@@ -16,11 +16,13 @@ from hypothesis import strategies as st
 from src.errors import ConflictError, InvalidInput, LedgerError, NotFoundError
 from src.privacy import ledger
 from src.privacy.budget import Budget, balance
+from src.privacy.entries import problem
 from src.privacy.events import DpSgdSteps, NoisySum
 from src.privacy.ledger import GENESIS, Entry, Limit, Replay, charges, from_line, to_line, verify_lines
 
 AT = "2025-06-01T12:00:00+00:00"
-OLD: list[str] = json.loads((Path(__file__).parents[1] / "vectors/ledger.json").read_text("utf-8"))["lines"]
+VECTORS = Path(__file__).parents[1] / "vectors"
+OLD: list[str] = json.loads((VECTORS / "ledger.json").read_text("utf-8"))["lines"]
 """As version 1 wrote them."""
 SUM = NoisySum(noise_multiplier=1.5, dimension=10)
 STEPS = DpSgdSteps(sampling_rate=0.01, noise_multiplier=1.1, steps=40)
@@ -55,7 +57,9 @@ def name(number: int) -> str:
     return f"job-1/{number}/party/{SUBJECT}"
 
 
-def refuse(entries: list[Entry], number: int, *, job_id: str = "job-1", event: NoisySum | None = None) -> Entry:
+def refuse(
+    entries: list[Entry], number: int, *, job_id: str = "job-1", event: NoisySum | None = None, scientist: str = ""
+) -> Entry:
     return ledger.refuse(
         entries,
         at=AT,
@@ -66,6 +70,7 @@ def refuse(entries: list[Entry], number: int, *, job_id: str = "job-1", event: N
         reservation_id=f"{job_id}/{number}/party/{SUBJECT}",
         event=event,
         reason="no budget",
+        scientist=scientist,
     )
 
 
@@ -111,7 +116,7 @@ def test_the_digest_can_be_recomputed_with_a_shell(entries: list[Entry]) -> None
     for line in map(to_line, entries):
         fields = json.loads(line)
         digest, signature = fields.pop("digest"), fields.pop("signature")
-        assert (fields["version"], signature) == (2, "")
+        assert (fields["version"], signature) == (3, "")
         body = json.dumps(fields, sort_keys=True, separators=(",", ":"))
         assert hashlib.sha256(b"sotto.v1.ledger-entry\0" + body.encode()).hexdigest() == digest
         assert not any(isinstance(value, float) for value in fields.values())
@@ -228,19 +233,23 @@ def test_an_entry_moved_onto_another_history_is_detected(entries: list[Entry]) -
 
 
 LINE = to_line(reserve([], 1))
+ORDERED = to_line(reserve([], 1, scientist="ann"))
 REJECTED: dict[str, str | bytes] = {
     "empty": "",
     "not JSON": "{",
     "not an object": "[]",
     "deep": "[" * 100_000,
     "huge number": LINE.replace('"sequence":1', '"sequence":' + "9" * 5_000),
-    "field missing": LINE.replace(',"version":2', ""),
+    "field missing": LINE.replace(',"version":3', ""),
     "field unknown": LINE.replace('{"at"', '{"aa":1,"at"'),
     "field twice": LINE.replace('{"at"', '{"at":"x","at"'),
     "space": LINE.replace(":", ": ", 1),
-    "version": LINE.replace('"version":2', '"version":3'),
-    "a version that is no number": LINE.replace('"version":2', '"version":"2"'),
-    "the fields of another version": LINE.replace('"version":2', '"version":1'),
+    "version": LINE.replace('"version":3', '"version":4'),
+    "a version that is no number": LINE.replace('"version":3', '"version":"3"'),
+    "the fields of version 1": LINE.replace('"version":3', '"version":1'),
+    "a scientist in version 2": ORDERED.replace('"version":3', '"version":2'),
+    "another type of scientist": ORDERED.replace('"scientist":"ann"', '"scientist":1'),
+    "a scientist who is not named": ORDERED.replace('"scientist":"ann"', '"scientist":""'),
     "another relation": LINE.replace("REPLACE_SPECIAL", "ADD_OR_REMOVE_ONE"),
     "figures that are no object": LINE.replace('"figures":{}', '"figures":[]'),
     "a figure that is no text": LINE.replace('"figures":{}', '"figures":{"a":1}'),
@@ -445,6 +454,48 @@ def test_lines_of_version_1_are_read_and_written_as_they_are_and_never_follow_ne
     downgraded = replace(downgraded, digest=ledger.entry_digest(downgraded))
     with pytest.raises(LedgerError, match="older version"):
         verify_chain([*book, downgraded])
+
+
+def test_who_ordered_a_charge_or_what_was_refused_stands_in_it_and_in_nothing_else(entries: list[Entry]) -> None:
+    """Beside the user, whose data it is about; what settles or shows the charge does not say it again."""
+    book = [*entries, reserve(entries, 3, user="ada", scientist="ann")]
+    book.append(refuse(book, 4, event=SUM, scientist="ann"))
+    book.append(ledger.finalise(book, name(3), at=AT))
+    book.append(ledger.release(book, name(3), at=AT, figures={"root": "ab"}))
+    lines = [to_line(entry) for entry in book]
+    assert verify_lines(lines) == book
+    assert [(entry.user, entry.scientist) for entry in book[6:]] == [
+        ("ada", "ann"),
+        ("", "ann"),
+        ("ada", ""),
+        ("ada", ""),
+    ]
+    assert ["scientist" in json.loads(line) for line in lines[5:]] == [False, True, True, False, False]
+    for kind in ("final", "returned", "release", "correction"):
+        forged = replace(book[-1], kind=kind, figures=(), scientist="ann")
+        assert "names a scientist" in problem(forged) or kind == "correction"
+        assert problem(forged)
+    assert problem(replace(book[6], version=2)) == "version 2 names no scientist"
+
+
+def test_the_same_round_ordered_by_another_is_another_charge(entries: list[Entry]) -> None:
+    book = [*entries, reserve(entries, 3, scientist="ann")]
+    assert reserve(book, 3, scientist="ann") is book[-1]
+    for other in ("", "bob"):
+        with pytest.raises(ConflictError, match="another content"):
+            reserve(book, 3, scientist=other)
+
+
+def test_lines_of_version_2_are_read_and_written_as_they_are_and_never_follow_those_of_version_3() -> None:
+    lines = json.loads((VECTORS / "ledger_2.json").read_text("utf-8"))["lines"]
+    old = verify_lines(lines)
+    assert [to_line(entry) for entry in old] == lines
+    assert {entry.version for entry in old} == {1, 2}
+    book = [*old, reserve(old, 9)]
+    verify_chain(book)
+    follows = replace(old[-1], sequence=len(book) + 1, previous=book[-1].digest, reservation_id="another", digest="")
+    with pytest.raises(LedgerError, match="older version"):
+        verify_chain([*book, replace(follows, digest=ledger.entry_digest(follows))])
 
 
 def test_nothing_is_released_that_is_not_final(entries: list[Entry]) -> None:

@@ -249,6 +249,21 @@ async def test_a_round_that_began_in_time_is_opened_although_its_order_has_expir
     await meeting.opens(round_, them.freeze(round_))
 
 
+async def test_who_ordered_a_round_stands_in_the_party_s_ledger_with_what_it_cost(meeting: Meeting) -> None:
+    """Also with what was refused for its budget; and in the place of nobody whose data it is."""
+    them = meeting.them
+    assert (await them.ask_contribute(them.plan(order=them.order(by="eve")))).kind == "root"
+    too_long = other(rounds=60)
+    answer = await them.ask_contribute(them.plan(spec=too_long, job_id="job2"))
+    assert answer == Answer("failure", ("contribute", "BUDGET_EXCEEDED"))
+    found = [(entry.kind, entry.unit, entry.scientist, entry.user) for entry in await meeting.a.entries()]
+    assert found == [
+        ("reservation", "example", "eve", ""),
+        ("reservation", "party", "eve", ""),
+        ("refusal", "example", "scientist", ""),
+    ]
+
+
 # --- repeated ---------------------------------------------------------------------------------------------------------
 
 

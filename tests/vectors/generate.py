@@ -41,8 +41,8 @@ from src.protocol.plan import (
 from src.protocol.roster import AGGREGATOR, OPERATOR, Member, Roster, sign_roster
 from src.protocol.signing import Signed, SigningKey
 
-from .generate_forms import forms_vector, ledger_entries, ledger_vector, ledger_vector_2
-from .generate_plans import plan_vectors
+from .generate_forms import forms_vector, ledger_entries, ledger_vector, ledger_vector_2, ledger_vector_3
+from .generate_plans import order_vector, plan_vectors
 
 HERE: Final = Path(__file__).parent
 Json = dict[str, Any]
@@ -431,10 +431,12 @@ def pretty(value: Any, indent: str = "") -> str:
 def build() -> dict[str, str]:
     """Every file's text by its name."""
     vectors = {case.name: Played(case).vector() for case in CASES}
-    vectors |= {"ledger": ledger_vector(), "ledger_2": ledger_vector_2(), "forms": forms_vector()}
+    vectors |= {"ledger": ledger_vector(), "ledger_2": ledger_vector_2()}
+    vectors |= {"ledger_3": ledger_vector_3(), "forms": forms_vector()}
     p, q = PRIMES[512]
     key, _ = deal(p, q, threshold=2, holders=3, entropy=SeededEntropy("plans deal"))
-    vectors |= plan_vectors(PaillierScheme(key.public, key))
+    scheme = PaillierScheme(key.public, key)
+    vectors |= {**plan_vectors(scheme), "order": order_vector(scheme)}
     return {f"{name}.json": pretty(vector) + "\n" for name, vector in vectors.items()}
 
 

@@ -7,10 +7,10 @@ import json
 import struct
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Final, cast
+from typing import Any, Final
 
 from src.privacy import ledger
-from src.privacy.events import NoisySum, SampledNoisySum, Shares
+from src.privacy.events import DpSgdSteps
 from src.protocol.canonical import canonical_bytes, digest, real
 from src.protocol.ledger import EntrySigner
 from src.protocol.merkle import MerkleHasher
@@ -39,10 +39,10 @@ def ledger_vector() -> Json:
 
 
 class _Written:
-    """A ledger that goes on from the lines of version 1, signed entry by entry."""
+    """A ledger that goes on from the lines of version 2, signed entry by entry."""
 
     def __init__(self) -> None:
-        self.entries = ledger_entries()
+        self.entries = ledger_entries_2()
         self._signer = EntrySigner(LEDGER_KEY)
 
     def add(self, entry: ledger.Entry) -> None:
@@ -50,54 +50,48 @@ class _Written:
 
 
 def ledger_entries_2() -> list[ledger.Entry]:
-    """What `ledger_entries` has, and after it one entry of every kind of version 2."""
-    book = _Written()
-    at = "2026-02-01T00:00:00.5+00:00"
-    limit = ledger.Limit(max_rounds=None, epsilon=4.0, delta=1e-05)
-    book.add(
-        ledger.correct(
-            book.entries, at=at, unit="example", subject="dataset:*", action="configured", limit=limit, reason=""
-        )
-    )
-    key, event = "job-3/1", SampledNoisySum(sampling_rate=0.01, noise_multiplier=1.1, dimension=60)
-    of_round: Json = {"at": at, "job_id": "job-3", "round": 1, "unit": "example", "subject": "dataset:randhie"}
-    book.add(ledger.reserve(book.entries, reservation_id=key, event=event, user="ada", **of_round))
-    book.add(ledger.finalise(book.entries, key, at=at))
-    figures = {"transcript": hashlib.sha256(b"transcript").hexdigest(), "contributors": "3"}
-    book.add(ledger.release(book.entries, key, at=at, figures=figures))
-    book.add(ledger.reserve(book.entries, reservation_id="job-3/2", event=event, **{**of_round, "round": 2}))
-    book.add(ledger.give_back(book.entries, "job-3/2", at=at, reason="no quorum: \u00e9"))
-    why = "round budget"
-    book.add(ledger.refuse(book.entries, reservation_id="job-3/3", event=None, reason=why, **{**of_round, "round": 3}))
-    for action, changed in (("set", ledger.Limit(max_rounds=7, epsilon=None, delta=1e-06)), ("reset", None)):
-        book.add(
-            ledger.correct(
-                book.entries,
-                at=at,
-                unit="example",
-                subject="dataset:randhie",
-                action=cast("ledger.Action", action),
-                limit=changed,
-                reason="asked for by \U0001f600",
-            )
-        )
-    of_round = {"at": at, "job_id": "job-4", "round": 1, "unit": "party", "subject": "federation:demo"}
-    shares = Shares(noise_by="both", quorum=3, colluders=1, share_multiplier=1.9, shares_tau=0.0)
-    noise = NoisySum(noise_multiplier=4.0, dimension=60, shares=shares)
-    book.add(ledger.reserve(book.entries, reservation_id="job-4/1", event=noise, parties=["b", "a"], **of_round))
-    book.add(ledger.finalise(book.entries, "job-4/1", at=at))
-    trusted = Shares(noise_by="aggregator", quorum=2, colluders=0, share_multiplier=0.0, shares_tau=0.0)
-    event = replace(event, failure_probability=2.0**-70, shares=trusted)
-    of_round = {"at": at, "job_id": "job-5", "round": 1, "unit": "example", "subject": "dataset:randhie"}
-    book.add(ledger.reserve(book.entries, reservation_id="job-5/1", event=event, **of_round))
-    return book.entries
+    """Lines of version 1, and after them one of every kind of version 2: recorded as well."""
+    return ledger.verify_lines(json.loads((HERE / "ledger_2.json").read_text(encoding="utf-8"))["lines"])
 
 
 def ledger_vector_2() -> Json:
-    """Lines as `sotto budget export` writes them, and whose signatures they carry."""
+    """Lines of version 2, and whose signatures they carry."""
     entries = ledger_entries_2()
     return {
         "format": "sotto-ledger-vector/2",
+        "lines": [ledger.to_line(entry) for entry in entries],
+        "head": entries[-1].digest,
+        "verify_key": LEDGER_KEY.verify_key.hex(),
+    }
+
+
+def ledger_entries_3() -> list[ledger.Entry]:
+    """What `ledger_entries_2` has, and after it what a round comes to that a scientist ordered, one that nobody did,
+    one that was refused, and a correction."""
+    book = _Written()
+    at = "2026-03-01T00:00:00.5+00:00"
+    key, event = "job-6/1", DpSgdSteps(sampling_rate=0.01, noise_multiplier=1.1, steps=40)
+    of_round: Json = {"at": at, "job_id": "job-6", "round": 1, "unit": "example", "subject": "dataset:randhie"}
+    book.add(ledger.reserve(book.entries, reservation_id=key, event=event, user="ada", scientist="ann", **of_round))
+    book.add(ledger.finalise(book.entries, key, at=at))
+    book.add(ledger.release(book.entries, key, at=at, figures={"contributors": "3"}))
+    unsigned: Json = {**of_round, "job_id": "job-7"}
+    book.add(ledger.reserve(book.entries, reservation_id="job-7/1", event=event, **unsigned))
+    book.add(ledger.give_back(book.entries, "job-7/1", at=at, reason="no quorum"))
+    refused: Json = {**of_round, "job_id": "job-8"}
+    why = "round budget"
+    book.add(ledger.refuse(book.entries, reservation_id="job-8/1", event=event, reason=why, scientist="ann", **refused))
+    limit = ledger.Limit(max_rounds=9, epsilon=None, delta=1e-06)
+    of_account: Json = {"unit": "example", "subject": "dataset:randhie"}
+    book.add(ledger.correct(book.entries, at=at, action="set", limit=limit, reason="asked for", **of_account))
+    return book.entries
+
+
+def ledger_vector_3() -> Json:
+    """Lines as `sotto budget export` writes them, and whose signatures they carry."""
+    entries = ledger_entries_3()
+    return {
+        "format": "sotto-ledger-vector/3",
         "lines": [ledger.to_line(entry) for entry in entries],
         "head": entries[-1].digest,
         "verify_key": LEDGER_KEY.verify_key.hex(),

@@ -1,5 +1,5 @@
-"""The vectors of plans of `fedsgd` and of one with adaptive clipping; their rounds have the bytes of any other round.
-See `generate.py`."""
+"""The vectors of plans of `fedsgd`, of one with adaptive clipping, and of one that names the order which it rests on;
+their rounds have the bytes of any other round. See `generate.py`."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from src.encryption.scheme import Scheme
 from src.privacy.clipping import AdaptiveClipping
 from src.protocol.canonical import real
 from src.protocol.derive import derive, derive_gradient_sum, example_multiplier
+from src.protocol.order import ORDER_KIND, Order, sign_order
 from src.protocol.plan import PLAN_KIND, GradientSum, LocalPlan, NormAdaptation, RoundPlan, signed_digest
 from src.protocol.roster import AGGREGATOR
 from src.protocol.signing import SigningKey
@@ -18,6 +19,7 @@ from src.protocol.signing import SigningKey
 Json = dict[str, Any]
 
 SEED: Final = b"fedsgd plans".ljust(32, b"-")
+ORDER_SEED: Final = b"an order".ljust(32, b"-")
 DECLARED: Final = {"a": 300, "b": 40, "c": 257, "\u00f6": 1}
 """The cap is below the largest; the smallest is one row."""
 
@@ -29,6 +31,31 @@ def plan_vectors(scheme: Scheme) -> dict[str, Json]:
     trusted = _plan(scheme, noise_by="aggregator", quorum=2, colluders=0, noise_multiplier=0.9)
     plans = {"plan_fedsgd": both, "plan_fedsgd_trusted": trusted, "plan_adaptive": _adaptive(scheme)}
     return {name: _vector(name, plan) for name, plan in plans.items()}
+
+
+def order_vector(scheme: Scheme) -> Json:
+    """A scientist's order, with text beyond ASCII in it, and a plan that rests on it."""
+    anns = SigningKey.from_bytes(ORDER_SEED)
+    order = Order(
+        federation="vectors",
+        scientist="ann",
+        request_id="request \u00e9",
+        expires_at="2026-12-31T23:59:59Z",
+        job="federated_training",
+        spec='{"task": "randhie", "rounds": "20", "spare_rounds": "5", "task_options": {"\u03b5": 1}}',
+        model_sha256=hashlib.sha256(b"model").hexdigest(),
+        most_rounds=25,
+    )
+    signed = sign_order(order, anns)
+    plan = _plan(scheme, noise_by="parties", quorum=3, colluders=1, noise_multiplier=1.3)
+    vector = _vector("order", replace(plan, order=signed_digest(signed, ORDER_KIND)))
+    vector["signing_keys"] |= {"ann": {"seed": ORDER_SEED.hex(), "verify_key": anns.verify_key.hex()}}
+    return {
+        **vector,
+        "format": "sotto-order-vector/1",
+        "order": signed.to_json(),
+        "order_digest": signed_digest(signed, ORDER_KIND),
+    }
 
 
 def _vector(name: str, plan: RoundPlan) -> Json:

@@ -309,6 +309,7 @@ REALS: Final = {"sampling_rate", "noise_multiplier", "tau", "failure_probability
 
 
 LEDGER_FIELDS_2: Final = [*LEDGER_FIELDS, "relation", "user", "figures", "correction", "signature"]
+NAMES_A_SCIENTIST: Final = {"opening_balance", "reservation", "refusal"}
 RELATIONS: Final = {"example": "ADD_OR_REMOVE_ONE", "party": "REPLACE_SPECIAL"}
 
 
@@ -328,21 +329,29 @@ def verify_ledger_2(vector: Json) -> Iterator[str]:
     yield f"ledger: {len(vector['lines'])} lines chain to their head; those of version 2 are signed"
 
 
-def ledger_head(lines: list[str], *, key: str | None) -> str:
-    head, versions = "0" * 64, {1} if key is None else {1, 2}
+def verify_ledger_3(vector: Json) -> Iterator[str]:
+    """The same where lines of version 3, which may name a scientist, follow those of version 2."""
+    fields(vector, "format", "lines", "head", "verify_key")
+    head = ledger_head(vector["lines"], key=vector["verify_key"], newest=3)
+    require(head == vector["head"], "the head is the digest of the last line")
+    yield f"ledger: {len(vector['lines'])} lines chain to their head; those of versions 2 and 3 are signed"
+
+
+def ledger_head(lines: list[str], *, key: str | None, newest: int = 2) -> str:
+    head, versions = "0" * 64, {1} if key is None else set(range(1, newest + 1))
     for place, line in enumerate(lines, 1):
         entry = parse(line, ascii_only=True)
         version = entry["version"]
         require(version in versions, f"line {place} is of a version that may stand here")
         versions = {each for each in versions if each >= version}
-        fields(entry, *(LEDGER_FIELDS if version == 1 else LEDGER_FIELDS_2), *ledger_parties(entry))
+        fields(entry, *(LEDGER_FIELDS if version == 1 else LEDGER_FIELDS_2), *ledger_names(entry))
         require(entry["sequence"] == place, f"line {place} is in its place")
         require(entry["previous"] == head, f"line {place} follows from the line before")
         head = entry.pop("digest")
         signature = entry.pop("signature", "")
         body = canonical(entry, ascii_only=True).encode("ascii")
         require(sha256(b"sotto.v1.ledger-entry\x00" + body) == head, f"line {place} has its digest")
-        if version == 2:
+        if version > 1:
             require(entry["relation"] == RELATIONS[entry["unit"]], f"line {place} has the relation of its unit")
             require(signature[:64] == key and len(signature) == 192, f"line {place} is signed by the ledger's key")
             require(signature == signature.lower(), "hex digits are lower-case")
@@ -352,13 +361,17 @@ def ledger_head(lines: list[str], *, key: str | None) -> str:
     return head
 
 
-def ledger_parties(entry: Json) -> list[str]:
-    """The name of that field, where a line of version 2 has it: then it names somebody."""
-    if entry["version"] == 1 or "parties" not in entry:
-        return []
-    parties = entry["parties"]
-    require(bool(parties) and parties == sorted(set(parties)) and all(parties), "parties are sorted names, if any")
-    return ["parties"]
+def ledger_names(entry: Json) -> list[str]:
+    """The fields that a line has only where they name somebody: from version 2 on, and from version 3 on."""
+    found = []
+    if entry["version"] > 1 and "parties" in entry:
+        parties = entry["parties"]
+        require(bool(parties) and parties == sorted(set(parties)) and all(parties), "parties are sorted names, if any")
+        found.append("parties")
+    if entry["version"] > 2 and "scientist" in entry:
+        require(entry["scientist"] != "" and entry["kind"] in NAMES_A_SCIENTIST, "who ordered what is charged, if any")
+        found.append("scientist")
+    return found
 
 
 def ledger_event(value: Json | None) -> None:

@@ -5,7 +5,9 @@ Part of the slow verifier (`verify_slow.py`), which shares no code with the pack
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
+from datetime import datetime
 from decimal import Context, Decimal
 from fractions import Fraction
 from math import ceil, floor, inf, isqrt, nextafter, sqrt
@@ -168,6 +170,36 @@ def verify_plan(vector: Json) -> Iterator[str]:
     else:
         verify_sum(plan, name=vector["name"])
     yield "figures: what follows from the settings"
+
+
+ORDER_FIELDS: Final = names_in("version federation scientist request_id expires_at job spec model_sha256 most_rounds")
+
+
+def verify_order(vector: Json) -> Iterator[str]:
+    """A scientist's order, and a plan of fedsgd that names it."""
+    fields(vector, "format", "name", "signing_keys", "plan", "plan_digest", "order", "order_digest")
+    require(vector["name"] == "order", "the name says what it is")
+    fields(vector["signing_keys"], "aggregator", "ann")
+    for keys in vector["signing_keys"].values():
+        require(verify_key_of(unhex(keys["seed"])).hex() == keys["verify_key"], "a verification key is its seed's")
+    order = opened(vector, vector["order"], "order", signer="ann")
+    require(digest_of(vector["order"], "order") == vector["order_digest"], "the digest of the order")
+    fields(order, *ORDER_FIELDS)
+    require((order["version"], order["scientist"]) == (1, "ann"), "an order of version 1, of who signs it")
+    datetime.strptime(order["expires_at"], "%Y-%m-%dT%H:%M:%S%z")  # raises where it is no time
+    require(order["expires_at"].endswith("Z"), "the time is UTC")
+    require(len(unhex(order["model_sha256"])) == 32, "a digest of the model")
+    asked = json.loads(order["spec"])
+    require(int(asked["rounds"]) + int(asked["spare_rounds"]) == order["most_rounds"], "all rounds are ordered")
+    yield "order: the fields, the digest, the signature"
+    plan = opened(vector, vector["plan"], "plan", signer="aggregator")
+    require(digest_of(vector["plan"], "plan") == vector["plan_digest"], "the digest of the plan")
+    fields(plan, *PLAN_FIELDS, "strategy", "gradient_sum", "order")
+    require(plan["order"] == vector["order_digest"], "the plan names the order")
+    same = ("federation", "federation"), ("priced_rounds", "most_rounds")
+    require(all(plan[mine] == order[its] for mine, its in same), "federation and rounds are those that were ordered")
+    check_figures(plan, derived_of_sum(plan))
+    yield "plan: the order that it names, the digest, the signature, the figures"
 
 
 def verify_adaptive(plan: Json) -> None:

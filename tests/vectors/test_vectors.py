@@ -31,13 +31,15 @@ from src.encryption.keys import KeyShare, PrivateKey, ThresholdKey, check_kit
 from src.encryption.paillier_scheme import PaillierScheme
 from src.encryption.scheme import Layout
 from src.errors import BatchError, InvalidInput, KnowledgeError, LedgerError, PlanError, ShareError, SignatureError
+from src.jobs.orders import spec_of_order
 from src.privacy import ledger
 from src.protocol.batches import check_batch_header, check_knowledge
 from src.protocol.canonical import canonical_bytes, digest, parse_canonical, real
 from src.protocol.derive import derive, derive_again, derive_gradient_sum, example_multiplier
 from src.protocol.merkle import MerkleHasher, batch_root
+from src.protocol.order import open_order
 from src.protocol.plan import RoundPlan, signed_digest
-from src.protocol.roster import Roster
+from src.protocol.roster import Roster, Scientist
 from src.protocol.signing import Signed, open_signed
 from tests.protocol.signatures import check_signatures
 from tests.vectors import generate
@@ -50,7 +52,7 @@ HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
 ROUNDS = [case.name for case in generate.CASES]
 PLANS = ["plan_fedsgd", "plan_fedsgd_trusted", "plan_adaptive"]
-EVERY = [*ROUNDS, *PLANS, "ledger", "ledger_2", "forms"]
+EVERY = [*ROUNDS, *PLANS, "order", "ledger", "ledger_2", "ledger_3", "forms"]
 
 
 def test_the_generator_writes_these_very_bytes() -> None:
@@ -303,7 +305,7 @@ def test_what_a_plan_of_fedsgd_derives_is_what_exact_arithmetic_gives(data: st.D
         assert expected[name] == getattr(found.layout, name)
 
 
-@pytest.mark.parametrize("name", ["ledger", "ledger_2"])
+@pytest.mark.parametrize("name", ["ledger", "ledger_2", "ledger_3"])
 def test_ledger_lines_verify(name: str) -> None:
     vector = load(name)
     entries = ledger.verify_lines(vector["lines"], known_heads=[vector["head"]])
@@ -314,12 +316,37 @@ def test_ledger_lines_verify(name: str) -> None:
 
 
 def test_signatures_on_ledger_lines_verify() -> None:
-    vector = load("ledger_2")
+    vector = load("ledger_3")
     entries = ledger.verify_lines(vector["lines"])
     keys = [bytes.fromhex(vector["verify_key"])]
-    assert check_signatures(entries, verify_keys=keys) == sum(entry.version == 2 for entry in entries) == 12
-    assert [entry.version for entry in entries] == [1] * 6 + [2] * 12
+    assert check_signatures(entries, verify_keys=keys) == sum(entry.version > 1 for entry in entries) == 19
+    assert [entry.version for entry in entries] == [1] * 6 + [2] * 12 + [3] * 7
     assert {entry.kind for entry in entries} == set(get_args(ledger.Kind))
+    assert [entry.scientist for entry in entries if entry.scientist] == ["ann"] * 2
+
+
+def test_an_order_and_a_plan_that_rests_on_it_are_read() -> None:
+    vector = load("order")
+    scientists = (Scientist("ann", bytes.fromhex(vector["signing_keys"]["ann"]["verify_key"])),)
+    roster = Roster(**{**ROSTER_OF_ORDERS, "scientists": scientists})
+    order, digest_ = open_order(Signed.from_json(vector["order"]), roster)
+    key = bytes.fromhex(vector["signing_keys"]["aggregator"]["verify_key"])
+    plan = RoundPlan.from_statement(open_signed(Signed.from_json(vector["plan"]), "plan", verify_key=key))
+    assert plan.order == digest_ == vector["order_digest"]
+    assert (order.most_rounds, order.request_id) == (plan.priced_rounds, "request \u00e9")
+    assert spec_of_order(order).to_json()["task_options"] == {"\u03b5": 1}
+
+
+ROSTER_OF_ORDERS: dict[str, Any] = {
+    "federation": "vectors",
+    "key_id": "",
+    "custody": "threshold",
+    "threshold": 2,
+    "colluders": 1,
+    "aggregator_verify_key": bytes(32),
+    "members": (),
+    "created_at": "",
+}
 
 
 def test_forms_are_the_ones_recorded() -> None:
@@ -344,7 +371,7 @@ def test_forms_are_the_ones_recorded() -> None:
 
 PLACES = [
     pytest.param(name, path, id=f"{name}:{where}")
-    for name in ("round_512_2of3", *PLANS, "ledger", "ledger_2", "forms")
+    for name in ("round_512_2of3", *PLANS, "order", "ledger", "ledger_2", "ledger_3", "forms")
     for where, path in places(name).items()
 ]
 

@@ -44,9 +44,10 @@ from .slow_forms import (
     verify_key_of,
     verify_ledger,
     verify_ledger_2,
+    verify_ledger_3,
 )
 from .slow_knowledge import check_knowledge
-from .slow_plans import PLAN_FIELDS, check_figures, derived, verify_plan
+from .slow_plans import PLAN_FIELDS, check_figures, derived, verify_order, verify_plan
 
 
 class Round:
@@ -411,8 +412,10 @@ def verify_round(vector: Json) -> Iterator[str]:
 KINDS: Final = {
     "sotto-round-vector/1": verify_round,
     "sotto-plan-vector/1": verify_plan,
+    "sotto-order-vector/1": verify_order,
     "sotto-ledger-vector/1": verify_ledger,
     "sotto-ledger-vector/2": verify_ledger_2,
+    "sotto-ledger-vector/3": verify_ledger_3,
     "sotto-forms-vector/1": verify_forms,
 }
 

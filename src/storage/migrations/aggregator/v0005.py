@@ -1,4 +1,4 @@
-"""Jobs keep the order that their scientist signed."""
+"""Jobs keep the order that their scientist signed; ledger lines of version 3."""
 
 from __future__ import annotations
 
