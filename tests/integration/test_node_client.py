@@ -13,11 +13,17 @@ from pathlib import Path
 from typing import Any, Final
 
 import pytest
+from google.protobuf import json_format
 
 from src.client import verify_manifest
+from src.communication.generated import jobs_pb2
+from src.communication.identity import Identity
 from src.errors import DOMAIN
-from src.protocol.roster import load_roster, save_roster, sign_roster
-from src.protocol.signing import SigningKey
+from src.jobs.orders import check_order
+from src.jobs.specs import spec_from_proto
+from src.protocol.order import open_order
+from src.protocol.roster import Roster, Scientist, load_roster, save_roster, sign_roster
+from src.protocol.signing import Signed, SigningKey
 
 ROOT = Path(__file__).resolve().parents[2]
 PARTIES = ("a", "b", "c")
@@ -362,6 +368,85 @@ def test_a_file_that_is_there_in_part_is_continued_or_fetched_anew(
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == {
         path.name: path.read_bytes() for path in trained.folder.iterdir()
     }
+
+
+# --- orders -----------------------------------------------------------------------------------------------------------
+
+SIGN: Final = """
+import { readFileSync } from "node:fs";
+import { signOrder } from "./order.mjs";
+const { key, jobs } = JSON.parse(readFileSync(0, "utf8"));
+const signer = { federation: "demo", scientist: "ann", key: Buffer.from(key, "hex") };
+const orders = jobs.map(({ job, model }) => {
+  if (model) Object.values(job)[0][model] = Buffer.from("weights");
+  const made = signOrder(job, signer, { requestId: "r \u00e9", now: 1_800_000_000_123 });
+  const { statement, signer: by, signature } = made;
+  return { statement: statement.toString(), signer: by, signature: signature.toString("hex") };
+});
+console.log(JSON.stringify(orders));
+"""
+
+ORDERED: Final[list[tuple[dict[str, Any], str, dict[str, Any]]]] = [
+    ({"federated_training": {"task": "randhie"}}, "", {}),
+    ({"federated_training": {**SMALL, "task": "randhie", "rounds": "7"}}, "", {"most_rounds": 7}),
+    (
+        {
+            "federated_training": {
+                "task": "randhie",
+                "parties": ["a", "b"],
+                "encryption": {"paillier": {}, "resolution_bits": 15},
+                "seed": 2**53 - 1,
+                "task_options": {
+                    "fields": {
+                        "\u03b5": {"number_value": 0.1},
+                        "l": {
+                            "list_value": {"values": [{"string_value": "x"}, {"null_value": 0}, {"bool_value": False}]}
+                        },
+                        "s": {"struct_value": {"fields": {"n": {"number_value": 3}}}},
+                    }
+                },
+            },
+            "timeout": {"seconds": 60},
+        },
+        "initial_model",
+        {"expires_at": "2027-01-15T09:01:00Z", "most_rounds": 12},
+    ),
+    ({"evaluation": {"task": "randhie"}}, "model", {"most_rounds": 0}),
+    ({"export": {"job_id": "j"}, "display_name": "d"}, "", {"expires_at": "2027-02-14T08:00:00Z"}),
+]
+
+
+def test_what_it_signs_is_the_order_that_the_aggregator_and_the_parties_read(node: Node) -> None:
+    """Of every kind of job, with and without a model, with options of every type."""
+    key = SigningKey.from_bytes(bytes(range(32)))
+    jobs = [{"job": job, "model": model} for job, model, _ in ORDERED]
+    signed = node.evaluate(SIGN, json.dumps({"key": bytes(range(32)).hex(), "jobs": jobs}))
+    roster = Roster(
+        federation="demo",
+        key_id="",
+        custody="threshold",
+        threshold=2,
+        colluders=0,
+        aggregator_verify_key=bytes(32),
+        members=(),
+        created_at="",
+        scientists=(Scientist("ann", key.verify_key),),
+    )
+    for (given, model, said), each in zip(ORDERED, signed, strict=True):
+        order, _ = open_order(Signed.from_json(each), roster)
+        kind = order.job
+        content = {name: value for name, value in given.items() if name == kind}
+        options = content[kind].get("task_options")
+        job = json_format.ParseDict(
+            {kind: {**content[kind], **({"task_options": {}} if options else {})}}, jobs_pb2.Job()
+        )
+        if model:
+            setattr(getattr(job, kind), model, b"weights")
+        if options:
+            job.federated_training.task_options.update({"\u03b5": 0.1, "l": ["x", None, False], "s": {"n": 3}})
+        spec = spec_from_proto(job)
+        check_order(order, spec=spec, caller=Identity("scientist", "ann"), request_id="r \u00e9", now=1.8e9)
+        assert {name: getattr(order, name) for name in said} == said
 
 
 # --- bytes ------------------------------------------------------------------------------------------------------------

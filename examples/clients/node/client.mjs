@@ -17,6 +17,7 @@ import { checkServerIdentity } from "node:tls";
 
 import grpc from "@grpc/grpc-js";
 
+import { holderOf, signOrder } from "./order.mjs";
 import { loadRoster, sha256Of, verifyManifest } from "./verify.mjs";
 import { JobService, Operations, SottoError, toDuration, toNumber, unknownFields, unpack } from "./wire.mjs";
 
@@ -85,14 +86,16 @@ export class SottoClient {
   #operations;
   #metadata = new grpc.Metadata();
   #roster;
+  #signer;
   #retryForS;
 
   /**
    * address: "host:port"; ca, cert, key: PEM texts or Buffers. Or insecure: "role/name" for an aggregator without TLS,
    * which listens on loopback only. roster: pinned, as `loadRoster` gives it; without one `fetch` checks digests alone.
+   * signer: who signs jobs, { federation, scientist, key }: without one they are not signed, which few aggregators take.
    * retryForS: how long the aggregator may be away. Dials with the first call.
    */
-  constructor({ address, ca, cert, key, insecure, roster, retryForS = RETRY_FOR_S }) {
+  constructor({ address, ca, cert, key, insecure, roster, signer, retryForS = RETRY_FOR_S }) {
     if (!address) throw new TypeError("address: host:port of the aggregator");
     if (!insecure && !(ca && cert && key)) throw new TypeError("ca, cert and key, or insecure: 'role/name'");
     if (insecure) this.#metadata.set("sotto-identity", insecure);
@@ -102,14 +105,16 @@ export class SottoClient {
     this.#jobs = new JobService(address, credentials, { ...CHANNEL_OPTIONS, ...options });
     this.#operations = new Operations(address, credentials, { channelOverride: this.#jobs.getChannel() });
     this.#roster = roster;
+    this.#signer = signer;
     this.#retryForS = retryForS;
   }
 
-  /** With the TLS files and the pinned roster of a scientist's kit, as `sotto provision` made it. */
+  /** With the TLS files, the signing key and the pinned roster of a scientist's kit, as `sotto provision` made it. */
   static async fromKit(kit, options) {
     const read = (name) => readFile(join(kit, "tls", `${name}.pem`));
     const [ca, cert, key] = await Promise.all(["ca", "cert", "key"].map(read));
-    return new SottoClient({ ca, cert, key, roster: await loadRoster(join(kit, "roster.json")), ...options });
+    const signer = { ...holderOf(cert), key: await readFile(join(kit, "signing.key")) };
+    return new SottoClient({ ca, cert, key, signer, roster: await loadRoster(join(kit, "roster.json")), ...options });
   }
 
   close() {
@@ -157,7 +162,7 @@ export class SottoClient {
   /**
    * Submits a job: fields of sotto.v1.Job that a scientist sets, by their names in jobs.proto, such as
    * { display_name, federated_training: { task, rounds } }. The same requestId gives the same job, however often it is
-   * sent. A field that jobs.proto has not is refused here: a misspelt epsilon must not become the default one.
+   * sent, and signed. A field that jobs.proto has not is refused here: a misspelt epsilon must not become the default one.
    * Returns the operation, as `wait` does: at once, or within `inlineWaitS` when the job is at rest by then.
    */
   async submit(job, { requestId = randomUUID(), inlineWaitS = 0 } = {}) {
@@ -168,6 +173,7 @@ export class SottoClient {
       const violations = Object.fromEntries(fields.map((path) => [path, "there is no such field"]));
       throw invalid(`unknown: ${fields.join(", ")}`, violations);
     }
+    if (this.#signer) request.order = signOrder(job, this.#signer, { requestId });
     return toOperation(await this.#call(this.#jobs, "CreateJob", request));
   }
 

@@ -52,8 +52,9 @@ function show(event) {
 }
 
 function tell(manifest) {
-  const { job_id: jobId, federation, privacy, statements } = manifest;
+  const { job_id: jobId, federation, order, privacy, statements } = manifest;
   console.log(`verified: manifest of job ${jobId}, signed by the aggregator of federation ${federation}`);
+  console.log(`  ${order?.signer ? `ordered by ${order.signer}, and signed` : "nobody signed for this job"}`);
   if (typeof privacy === "string") console.log(`  privacy: ${plain(privacy)}`);
   else {
     console.log(`  one row of a party's data: epsilon ${privacy.example.epsilon}, delta ${privacy.example.delta}`);

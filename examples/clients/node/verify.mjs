@@ -163,10 +163,22 @@ export async function verifyManifest(path, roster, { files = {}, jobId } = {}) {
   if (jobId && statement.job_id !== jobId) {
     throw unsigned(`the manifest is of job ${statement.job_id}, not of ${jobId}`);
   }
+  checkOrder(statement, roster);
   const { file, sha256 } = statement.model ?? {};
   const lies = files[file] ?? join(dirname(path), basename(String(file)));
   const found = await sha256Of(lies);
   if (found === undefined) throw different(`the manifest is about ${file}, which is not there`);
   if (found !== sha256) throw different(`${file} is not the model that the manifest is about`);
   return statement;
+}
+
+/** The order in a manifest is its owner's; a manifest may say instead that nobody signed. */
+function checkOrder({ order, owner }, roster) {
+  if (order === undefined || order === "nobody signed") return;
+  const scientist = roster.scientists?.find(({ name }) => name === order?.signer);
+  if (!scientist) throw unsigned("the manifest has an order that nobody in the roster signed");
+  const ordered = openSigned(order, "order", hexBytes(scientist.verify_key, 32));
+  if (ordered.scientist !== scientist.name || String(owner).split("/")[1] !== scientist.name) {
+    throw unsigned(`the manifest has an order of ${scientist.name}, and is of ${owner}'s job`);
+  }
 }
