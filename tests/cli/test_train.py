@@ -365,3 +365,36 @@ def test_what_is_no_artifact_does_not_verify(
 )
 def test_the_state_is_the_users_wherever_the_command_is_run(found: str, place: str) -> None:
     assert default_state_dir({"XDG_STATE_HOME": found}) == Path(place).expanduser()
+
+
+def test_a_dataset_that_shares_a_budget_is_charged_to_it_here_too(train: Run, home: Path) -> None:
+    """And what it had spent by itself counts on that, once the configuration says so."""
+    rows = "randhie: {declared_rows: 5000, user: ada, options: {party: 0, parties: 3, seed: null}}"
+    config = party(home)
+    assert train("--config", config, user="ada", dataset="randhie", dp={"epsilon": 0.7})[0] == 0
+    shared = f"{rows.replace('options', 'budget_of: people, options')}\n  people: {{declared_rows: 5000}}"
+    Path(config).write_text(Path(config).read_text().replace(rows, shared))
+    code, said = train("--config", config, user="ada", dataset="randhie", dp={"epsilon": 1.0})
+    assert (code, "at example level of dataset people" in said, "limit 1.1" in said) == (6, True, True)
+    assert train("--config", config, user="ada", dataset="randhie", dp={"epsilon": 0.5})[0] == 0
+    found = [entry for entry in entries(home / "state/party.sqlite") if entry.event is not None]
+    assert [(entry.kind, entry.subject, entry.reason.partition(",")[0]) for entry in found] == [
+        ("reservation", "dataset:randhie", ""),
+        ("opening_balance", "dataset:people", "rows of dataset randhie"),
+        ("refusal", "dataset:people", found[2].reason.partition(",")[0]),
+        ("reservation", "dataset:people", "rows of dataset randhie"),
+    ]
+
+
+def test_a_run_that_nothing_limits_in_epsilon_is_warned_of(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Without a configuration that takes an entry which says none, in so many words: rounds alone leave ε its limit."""
+    job = home / "job.json"
+    job.write_text(json.dumps({"job_id": "j", "dp": {"noise_multiplier": 3.0}, "epochs": 1}))
+    change = ["budget", "set", "--unit", "example", "--subject", "user:bob", "--reason", "why not"]
+    assert cli.run(["train", str(job), "--user", "bob"]) == 0
+    assert "no limit in ε" not in capsys.readouterr().err
+    assert cli.run([*change, "--max-rounds", "9"]) == 0
+    assert "in force: 9 rounds, ε 10 at δ 1e-05" in capsys.readouterr().out
+    assert cli.run([*change, "--epsilon", "none"]) == 0
+    assert cli.run(["train", str(job), "--user", "bob"]) == 0
+    assert "no limit in ε is in force for user:bob (example level)" in capsys.readouterr().err
