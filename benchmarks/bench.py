@@ -17,16 +17,17 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from benchmarks import encryption, jobs, privacy, training
+from benchmarks import encryption, jobs, ledger, privacy, training
 from benchmarks.measure import Figures
 
 BENCHES: dict[str, Callable[[], Figures]] = {
     "encryption": encryption.run,
     "jobs": jobs.run,
+    "ledger": ledger.run,
     "privacy": privacy.run,
     "training": training.run,
 }
-REACH = encryption.REACH | jobs.REACH | privacy.REACH | training.REACH
+REACH = encryption.REACH | jobs.REACH | ledger.REACH | privacy.REACH | training.REACH
 HOLDS: dict[str, Callable[[float, float], bool]] = {"≥": operator.ge, "≤": operator.le, "<": operator.lt}
 
 

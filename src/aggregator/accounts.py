@@ -13,9 +13,9 @@ from ..config_sections import AggregatorPrivacy
 from ..errors import BudgetError
 from ..jobs.states import utc
 from ..privacy.budget import ANY, Account, check_affordable, subject_of
-from ..privacy.entries import Entry
 from ..privacy.events import Event
 from ..privacy.in_force import in_force, without_effect
+from ..privacy.standing import Standing
 from ..storage.books import Books, Cost
 from ..storage.heads import Head, HeadStore, check_heads
 from ..storage.ledger import LedgerStore
@@ -49,7 +49,7 @@ class Accounts:
 
     def in_force(self, connection: Connection) -> tuple[list[str], list[str]]:
         """(which limits are in force for the federation, each party and job that has one, warnings), in words."""
-        entries, limits = self._store.entries(connection), self._books.limits
+        entries, limits = self._store.standing(connection), self._books.limits
         lines = [in_force(limits, entries, account) for account in dict.fromkeys((self._account, *limits.rows))]
         return lines, without_effect(limits)
 
@@ -60,14 +60,14 @@ class Accounts:
             planned: of the jobs accepted before, and last of the one that is asked for: its quota is for it alone, and
                 the budgets of parties that it does not invite are not its concern.
         """
-        entries, asked = self._store.entries(connection), planned[-1]
+        entries, asked = self._store.standing(connection), planned[-1]
         self._check(entries, self._account, planned)
         for name in asked.parties:
             inviting = [each for each in planned if name in each.parties]
             self._check(entries, ("party", subject_of("party", name)), inviting)
         self._check(entries, ("party", subject_of("job", ANY)), [asked])
 
-    def _check(self, entries: Sequence[Entry], account: Account, planned: Sequence[Planned]) -> None:
+    def _check(self, entries: Standing, account: Account, planned: Sequence[Planned]) -> None:
         for budget in self._books.limits.budgets(entries, account):
             check_affordable(entries, budget, [(each.rounds, each.event) for each in planned])
 
@@ -117,7 +117,7 @@ class Accounts:
         self._books.spend(connection, job_id, number, at=utc(now), reason="opening begins")
 
     def return_(self, connection: Connection, job_id: str, number: int, *, now: float, reason: str) -> None:
-        """Give back what a round reserved, of which nothing was opened."""
+        """Give back what a round reserved, of which nothing was opened; of too many a day it is spent."""
         self._books.give_back(connection, job_id, number, at=utc(now), reason=reason)
 
     def release(
@@ -133,7 +133,7 @@ class Accounts:
     def check_heads(self, connection: Connection, heads: Sequence[Head], *, party: str) -> None:
         """Raises LedgerError unless this ledger once had the heads that a party remembers of it."""
         check_heads(
-            self._store.entries(connection),
+            self._store.standing(connection),
             heads,
             whose="this aggregator's",
             told_by=f"party {party}",
@@ -150,7 +150,7 @@ class Accounts:
 
     def verify(self, connection: Connection) -> None:
         """Raises LedgerError, which names the first bad entry, when the chain is broken."""
-        self._store.verify(connection)
+        self._store.standing(connection)
 
     def _cost(self, event: Event, parties: tuple[str, ...]) -> Cost:
         return Cost(account=self._account, event=event, parties=parties)

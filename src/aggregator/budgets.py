@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import hashlib
+import itertools
 import json
+from collections import Counter
 from dataclasses import dataclass
-from typing import Final
+from typing import Final, NamedTuple
 
 from sqlalchemy import Connection, select
 
@@ -20,15 +23,14 @@ from ..privacy.budget import (
     Budget,
     Limits,
     any_of,
-    balance,
+    balance_of,
     concerns,
-    period_start,
-    resets,
     subject_of,
 )
-from ..privacy.events import RELATIONS
+from ..privacy.events import RELATIONS, Event
 from ..privacy.figures import Figure, figures
 from ..privacy.ledger import GENESIS, Entry, to_line
+from ..privacy.standing import Standing
 from ..storage.database import Database
 from ..storage.ledger import LedgerStore
 
@@ -109,19 +111,23 @@ class Budgets:
         if not 0.0 <= delta < 1.0:
             raise InvalidInput("delta must lie between 0 and 1", violations={"delta": "between 0 and 1"})
 
-        def read(connection: Connection) -> list[Entry]:
+        def read(connection: Connection) -> tuple[list[_Spent], str, int]:
             if subject:
                 self._check_subject(connection, caller, subject)
-            return self._store.entries(connection)
+            standing = self._store.standing(connection)
+            spent = [
+                each
+                for account in self._accounts(standing, subject)
+                if unit in ("", account[0])
+                and (subject or caller.role == OPERATOR or account[1] in self._seen_by(caller))
+                for each in self._spent(standing, account)
+            ]
+            head = standing.head
+            return spent, head.digest if head else GENESIS, head.sequence if head else 0
 
-        entries = await self._database.run(read)
-        accounts = [
-            account
-            for account in self._accounts(entries, subject)
-            if unit in ("", account[0]) and (subject or caller.role == OPERATOR or account[1] in self._seen_by(caller))
-        ]
-        found = [view for account in accounts for view in self._views(entries, account, delta=delta)]
-        return found, entries[-1].digest if entries else GENESIS, len(entries)
+        spent, head, count = await self._database.run(read)
+        views = await asyncio.to_thread(lambda: [_view(each, delta=delta) for each in spent])
+        return views, head, count
 
     async def entries(
         self, caller: Identity, question: Question, *, page_size: int = 0, page_token: str = ""
@@ -146,11 +152,12 @@ class Budgets:
 
         entries, mine = await self._database.run(read)
         head = entries[-1].digest if entries else GENESIS
-        found = [
+        matching = (
             entry
-            for entry in entries[after:]
+            for entry in itertools.islice(entries, after, None)
             if self._may_see(caller, entry, own_jobs=mine) and _matches(entry, question)
-        ]
+        )
+        found = list(itertools.islice(matching, size + 1))  # one more says that there are more
         page = self._fitting(found[:size])
         return page, _token(page[-1].sequence, listing) if len(found) > len(page) else "", head
 
@@ -193,32 +200,22 @@ class Budgets:
 
     # --- figures ------------------------------------------------------------------------------------------------------
 
-    def _accounts(self, entries: list[Entry], subject: str) -> list[Account]:
+    def _accounts(self, standing: Standing, subject: str) -> list[Account]:
         if subject:
-            return [(unit, subject) for unit in RELATIONS if unit == "party" or _any(entries, (unit, subject))]
+            return [(unit, subject) for unit in RELATIONS if unit == "party" or standing.knows((unit, subject))]
         seen: dict[Account, None] = dict.fromkeys(self._limits.rows)
-        seen |= {(entry.unit, entry.subject): None for entry in entries}
-        seen |= dict.fromkeys(self._limits.invited(entries))
+        seen |= standing.subjects
+        seen |= dict.fromkeys(self._limits.invited(standing))
         return [account for account in seen if account[1] != any_of(account[1])]
 
-    def _views(self, entries: list[Entry], account: Account, *, delta: float) -> list[AccountView]:
+    def _spent(self, standing: Standing, account: Account) -> list[_Spent]:
         unit, subject = account
         nothing = Budget(unit=unit, subject=subject, max_rounds=None, epsilon=None, delta=self._delta)
-        views = []
-        for budget in self._limits.budgets(entries, account) or (nothing,):
-            now = balance(entries, budget)
-            reset = period_start(entries, account)
-            views.append(
-                AccountView(
-                    budget=budget,
-                    now=now,
-                    ever=balance(entries, budget, ever=True) if reset else now,
-                    periods=1 + sum(resets(entry, account) for entry in entries),
-                    epsilon_at=epsilon(now.events, delta=delta) if delta else None,
-                    figures=figures(now.events, unit=unit, delta=budget.delta),
-                )
-            )
-        return views
+        now, ever = standing.spent(account), standing.spent(account, ever=True)
+        return [
+            _Spent(budget, now, ever, standing.periods(account))
+            for budget in self._limits.budgets(standing, account) or (nothing,)
+        ]
 
     @property
     def _delta(self) -> float:
@@ -226,8 +223,26 @@ class Budgets:
         return self._limits.rows["party", self._federation].delta
 
 
-def _any(entries: list[Entry], account: Account) -> bool:
-    return any(concerns(entry, account) for entry in entries)
+class _Spent(NamedTuple):
+    """What one budget has seen, as it is read in the database's one thread, before anything is computed of it."""
+
+    budget: Budget
+    now: tuple[int, Counter[Event]]
+    ever: tuple[int, Counter[Event]]
+    periods: int
+
+
+def _view(spent: _Spent, *, delta: float) -> AccountView:
+    budget = spent.budget
+    now = balance_of(*spent.now, budget)
+    return AccountView(
+        budget=budget,
+        now=now,
+        ever=balance_of(*spent.ever, budget) if spent.periods > 1 else now,
+        periods=spent.periods,
+        epsilon_at=epsilon(now.events, delta=delta) if delta else None,
+        figures=figures(now.events, unit=budget.unit, delta=budget.delta),
+    )
 
 
 def _check_unit(unit: str) -> None:

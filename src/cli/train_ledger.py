@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Final, TypeVar
@@ -15,10 +15,10 @@ from sqlalchemy import Connection, MetaData
 from ..errors import BudgetError, ConflictError, StateError
 from ..jobs.states import utc
 from ..privacy import ledger
-from ..privacy.budget import ANY, Account, Limits, balance, check_affordable, entered, subject_of
+from ..privacy.budget import ANY, Account, Ledger, Limits, balance, check_affordable, entered, subject_of
 from ..privacy.events import Event, NonPrivate
 from ..privacy.in_force import limits_epsilon, without_epsilon
-from ..privacy.ledger import Entry, Limit, charges
+from ..privacy.ledger import Limit, charges
 from ..privacy.moved import reason_of
 from ..protocol.ledger import EntrySigner
 from ..protocol.signing import SigningKey
@@ -42,7 +42,7 @@ class DefaultLimits(Limits):
 
     __slots__ = ()
 
-    def sources(self, entries: Iterable[Entry], account: Account) -> dict[str, Limit]:
+    def sources(self, entries: Ledger, account: Account) -> dict[str, Limit]:
         """The account's limit alone."""
         limit = entered(entries, account)
         if limit is not None:
@@ -50,7 +50,7 @@ class DefaultLimits(Limits):
         limit = self.configured(account)
         return {} if limit is None else {"the default of a node without a configuration": limit}
 
-    def differences(self, entries: Sequence[Entry]) -> dict[Account, tuple[Limit | None, Limit]]:
+    def differences(self, entries: Ledger) -> dict[Account, tuple[Limit | None, Limit]]:
         """None: nothing else says anything."""
         return {}
 

@@ -11,8 +11,7 @@ from ..config import PartyConfig
 from ..config_budgets import apart, party_limits
 from ..errors import BudgetError
 from ..jobs.states import utc
-from ..privacy.budget import Account, Budget, balance, subject_of
-from ..privacy.entries import Limit
+from ..privacy.budget import Account, epsilon_spent, subject_of
 from ..privacy.guarantee import check_guarantee
 from ..privacy.in_force import in_force, without_effect, without_epsilon
 from ..privacy.moved import reason_of
@@ -56,7 +55,7 @@ class PartyAccounts:
 
     def in_force(self, connection: Connection) -> tuple[list[str], list[str]]:
         """(which limits are in force for every dataset and for the party, warnings), in words."""
-        entries, limits = self._store.entries(connection), self._books.limits
+        entries, limits = self._store.standing(connection), self._books.limits
         rows: list[Account] = [*dict.fromkeys(limits.dataset(task) for task in self._config.datasets)]
         party: Account = ("party", subject_of("federation", self._config.federation))
         lines = [in_force(limits, entries, account) for account in (*rows, party)]
@@ -84,32 +83,35 @@ class PartyAccounts:
         self._books.refuse(connection, plan.job_id, plan.round, costs, error=error, at=utc(now))
 
     def spend(
-        self, connection: Connection, job_id: str, number: int, *, now: float, reason: str = "the upload begins"
+        self, connection: Connection, job_id: str, number: int, *, now: float, reason: str = "training begins"
     ) -> None:
-        """Something of the data may leave: the round's charges are irrevocable."""
+        """Something of the data may be told, if only how long work on it takes: the round's charges are irrevocable."""
         self._books.spend(connection, job_id, number, at=utc(now), reason=reason)
 
     def return_(self, connection: Connection, job_id: str, number: int, *, now: float, reason: str) -> None:
-        """Give back what a round reserved of which no byte left."""
+        """Give back what a round reserved for which no data was touched; of too many a day it is spent."""
         self._books.give_back(connection, job_id, number, at=utc(now), reason=reason)
 
     def release(
         self, connection: Connection, job_id: str, number: int, *, figures: Mapping[str, str], now: float
     ) -> None:
-        """Enter what left: the digests of what was delivered, say. Raises LedgerError unless the round is final."""
+        """Enter what is shown: the digests of what is delivered, say. Raises LedgerError unless the round is final."""
         self._books.release(connection, job_id, number, figures=figures, at=utc(now))
+
+    def is_over(self, connection: Connection, job_id: str, number: int) -> bool:
+        """Whether a budget that the round counts on was reset since the round was shown: it counts there no more."""
+        return self._books.is_over(connection, job_id, number)
 
     def example_balance(self, connection: Connection, task: str, *, delta: float) -> ExampleBalance:
         """What a dataset's rows have spent, at `delta`, and what is left, at the δ of its limit."""
-        entries = self._store.entries(connection)
-        account = self._books.limits.dataset(task)
-        unlimited = Limit(max_rounds=None, epsilon=None, delta=delta)
-        everything = Budget.of(account, unlimited, against=self._books.limits.against)
-        limits = [each for each in self._books.limits.budgets(entries, account) if each.epsilon is not None]
-        spent = balance(entries, everything).epsilon_spent
-        if len(limits) != 1:
+        entries, limits = self._store.standing(connection), self._books.limits
+        account = limits.dataset(task)
+        stated = [each for each in limits.budgets(entries, account) if each.epsilon is not None]
+        spent = epsilon_spent(entries, account, delta=delta, against=limits.against)
+        if len(stated) != 1 or stated[0].epsilon is None:
             return ExampleBalance(spent, None, None)
-        return ExampleBalance(spent, balance(entries, limits[0]).epsilon_left, limits[0].delta)
+        left = stated[0].epsilon - epsilon_spent(entries, account, delta=stated[0].delta, against=limits.against)
+        return ExampleBalance(spent, max(0.0, left), stated[0].delta)
 
     def verify(self, connection: Connection) -> None:
         """Raises LedgerError, which names the first bad entry, when the chain is broken."""
@@ -122,7 +124,7 @@ class PartyAccounts:
     def check_heads(self, connection: Connection, heads: Sequence[Head]) -> None:
         """Raises LedgerError unless this ledger once had the heads that the aggregator remembers of it."""
         check_heads(
-            self._store.entries(connection),
+            self._store.standing(connection),
             heads,
             whose=f"party {self._config.name}'s",
             told_by="the aggregator",
@@ -162,5 +164,5 @@ class PartyAccounts:
 
     def _rounds(self, connection: Connection, checked: CheckedPlan, account: Account) -> int:
         """That the job is still priced for."""
-        charged = self._books.of_job(connection, checked.plan.job_id, account)
-        return max(1, checked.plan.priced_rounds - len(charged))
+        charged = self._books.charged(connection, checked.plan.job_id, account)
+        return max(1, checked.plan.priced_rounds - charged)

@@ -13,22 +13,43 @@ subject and of all of its kind, in the ledger as in the configuration: whatever 
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Final
 
 from ..errors import BudgetError, InvalidInput
 from .accounting import epsilon as composed_epsilon
-from .entries import CHARGES, Entry, Limit
+from .entries import Entry, Limit
 from .events import RELATIONS, Event, NonPrivate, Unit
 from .figures import Against, counted
-from .ledger import Charge, charges
+from .standing import Account, Standing, may_invite_anybody, standing_of
+
+__all__ = [
+    "ANY",
+    "Account",
+    "Balance",
+    "Budget",
+    "Ledger",
+    "Limits",
+    "any_of",
+    "balance",
+    "balance_of",
+    "binds",
+    "check_affordable",
+    "concerns",
+    "entered",
+    "epsilon_spent",
+    "period_start",
+    "resets",
+    "subject_of",
+]
 
 ANY: Final = "*"
 """The name in a subject that stands for all of its kind without a limit of their own: "dataset:*"."""
 
-Account = tuple[Unit, str]
-"""Unit and subject."""
+Ledger = Iterable[Entry] | Standing
+"""All entries in order, or what follows from them."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -117,18 +138,14 @@ def concerns(entry: Entry, account: Account) -> bool:
     by_name = {
         "user": entry.user == name,
         "job": entry.job_id == name,
-        "party": name in entry.parties or (not entry.parties and _may_invite(entry)),
+        "party": name in entry.parties or may_invite_anybody(entry),
     }
     return entry.unit == unit and (entry.subject == subject or (bool(name) and by_name.get(kind, False)))
 
 
-def _may_invite(entry: Entry) -> bool:
-    return entry.kind in CHARGES and entry.subject.startswith("federation:")
-
-
-def period_start(entries: Iterable[Entry], account: Account) -> int:
+def period_start(entries: Ledger, account: Account) -> int:
     """Sequence of the last reset of an account; 0 when there was none."""
-    return max((entry.sequence for entry in entries if resets(entry, account)), default=0)
+    return standing_of(entries).period_start(account)
 
 
 def resets(entry: Entry, account: Account) -> bool:
@@ -137,33 +154,7 @@ def resets(entry: Entry, account: Account) -> bool:
     return corrected is not None and corrected.action == "reset" and (entry.unit, entry.subject) == account
 
 
-def _of_period(charge: Charge, start: int) -> bool:
-    """Whether it counts since a reset: only what was released by then, and opening balances, are over.
-
-    What was merely final may be shown after the reset. A round that is final and never released counts on for ever:
-    that nothing of it was seen is more than a ledger can know. (Version 1 entered no releases: there, final is over.)
-    """
-    last = charge.released or charge.settled or charge.entry
-    over = charge.entry.kind == "opening_balance" or charge.released is not None
-    over = over or (charge.settled is not None and charge.settled.version == 1)
-    return last.sequence > start or not over
-
-
-def _spent(entries: Sequence[Entry], account: Account, *, ever: bool = False) -> tuple[int, tuple[Event, ...]]:
-    """Rounds and events of every charge on an account that was not given back: of this accounting period, or ever."""
-    rounds = 0
-    events: list[Event] = []
-    start = 0 if ever else period_start(entries, account)
-    for charge in charges(entries).values():
-        entry = charge.entry
-        if charge.counts and concerns(entry, account) and _of_period(charge, start):
-            rounds += entry.charged_rounds
-            if entry.event is not None:
-                events.append(entry.event)
-    return rounds, tuple(events)
-
-
-def balance(entries: Iterable[Entry], budget: Budget, *, ever: bool = False) -> Balance:
+def balance(entries: Ledger, budget: Budget, *, ever: bool = False) -> Balance:
     """What is spent and left. Every reservation that was not given back counts, settled or not.
 
     ε left is the difference to the limit; because ε does not add up, more of a mechanism may fit than it suggests.
@@ -174,15 +165,31 @@ def balance(entries: Iterable[Entry], budget: Budget, *, ever: bool = False) -> 
     Raises:
         LedgerError: `entries` break a rule.
     """
-    rounds, events = _spent(list(entries), (budget.unit, budget.subject), ever=ever)
-    spent = budget.cost(events)
+    rounds, events = standing_of(entries).spent((budget.unit, budget.subject), ever=ever)
+    return balance_of(rounds, events, budget)
+
+
+def balance_of(rounds: int, events: Counter[Event], budget: Budget) -> Balance:
+    """The same of what a `Standing` says is spent."""
+    spent = budget.cost(_together(events))
     return Balance(
         rounds_spent=rounds,
         epsilon_spent=spent,
         rounds_left=None if budget.max_rounds is None else max(0, budget.max_rounds - rounds),
         epsilon_left=None if budget.epsilon is None else max(0.0, budget.epsilon - spent),
-        events=events,
+        events=tuple(events.elements()),
     )
+
+
+def epsilon_spent(entries: Ledger, account: Account, *, delta: float, against: Against = "release") -> float:
+    """ε at `delta` of all that counts on an account now; a balance's, whose events are not asked for."""
+    events = _together(standing_of(entries).spent(account)[1])
+    return composed_epsilon([counted(event, against) for event in events], delta=delta)
+
+
+def _together(events: Mapping[Event, int]) -> list[Event]:
+    """Equal events as one, which composes to the same ε to the last bit (`accounting.merged`)."""
+    return [event.repeated(count) for event, count in events.items()]
 
 
 # --- which limit is in force ------------------------------------------------------------------------------------------
@@ -217,7 +224,7 @@ class Limits:
         unit, subject = account
         return self.keys.get(account if account in self.rows else (unit, any_of(subject)), "")
 
-    def knows(self, entries: Iterable[Entry], account: Account) -> bool:
+    def knows(self, entries: Ledger, account: Account) -> bool:
         """Whether somebody is known here: by the configuration, or by name, by an operator's entry.
 
         What the ledger once took over from the configuration makes nobody known whom that no longer names.
@@ -225,18 +232,18 @@ class Limits:
         if self.configured(account) is not None:
             return True
         by_name = account[1] != any_of(account[1])
-        return by_name and any((entry.unit, entry.subject) == account for entry in entries if _sets(entry))
+        return by_name and account in standing_of(entries).set_by_hand
 
-    def sources(self, entries: Iterable[Entry], account: Account) -> dict[str, Limit]:
+    def sources(self, entries: Ledger, account: Account) -> dict[str, Limit]:
         """Every limit that an account has to stay within, by who says so, for people."""
         unit, subject = account
         kind: Account = (unit, any_of(subject))
-        by_ledger = _corrected(entries)
+        by_ledger = standing_of(entries).limits
         found = {f"entered for {each[1]}": by_ledger.get(each) for each in (account, kind)}
         found |= {self.keys.get(each) or f"configured for {each[1]}": self.rows.get(each) for each in (account, kind)}
         return {source: limit for source, limit in found.items() if limit is not None}
 
-    def budgets(self, entries: Iterable[Entry], account: Account) -> tuple[Budget, ...]:
+    def budgets(self, entries: Ledger, account: Account) -> tuple[Budget, ...]:
         """What an account has to stay within: of each quantity the smallest limit that anything says.
 
         Several, where there is ε at several δ, which cannot be compared: each holds by itself. None where nothing says
@@ -245,22 +252,22 @@ class Limits:
         limits = self.sources(entries, account).values()
         return tuple(Budget.of(account, limit, against=self.against) for limit in intersected(limits))
 
-    def invited(self, entries: Sequence[Entry]) -> list[Account]:
+    def invited(self, entries: Ledger) -> list[Account]:
         """The parties with a budget that rounds have invited so far."""
-        names = sorted({name for entry in entries for name in entry.parties})
-        accounts: list[Account] = [("party", subject_of("party", name)) for name in names]
-        return [account for account in accounts if self.budgets(entries, account)]
+        standing = standing_of(entries)
+        accounts: list[Account] = [("party", subject_of("party", name)) for name in sorted(standing.invited)]
+        return [account for account in accounts if self.budgets(standing, account)]
 
-    def unentered(self, entries: Sequence[Entry]) -> dict[Account, Limit]:
+    def unentered(self, entries: Ledger) -> dict[Account, Limit]:
         """What the ledger has seen no limit for yet."""
-        return {account: limit for account, limit in self.rows.items() if entered(entries, account) is None}
+        standing = standing_of(entries)
+        return {account: limit for account, limit in self.rows.items() if entered(standing, account) is None}
 
-    def differences(self, entries: Sequence[Entry]) -> dict[Account, tuple[Limit | None, Limit]]:
+    def differences(self, entries: Ledger) -> dict[Account, tuple[Limit | None, Limit]]:
         """Accounts for which the configuration (first; None: nothing) says something else than the ledger."""
-        accounts = dict.fromkeys([*self.rows, *_corrected(entries)])
-        found = {}
-        for account in accounts:
-            by_ledger, by_file = entered(entries, account), self.configured(account)
+        standing, found = standing_of(entries), {}
+        for account in dict.fromkeys([*self.rows, *standing.limits]):
+            by_ledger, by_file = entered(standing, account), self.configured(account)
             kind, _, name = account[1].partition(":")
             of_one_job = kind == "job" and name != ANY  # over by the time somebody reads the warning
             if by_ledger is not None and by_ledger != by_file and not of_one_job:
@@ -268,24 +275,10 @@ class Limits:
         return found
 
 
-def _sets(entry: Entry) -> bool:
-    corrected = entry.correction
-    return corrected is not None and corrected.action == "set"
-
-
-def _corrected(entries: Iterable[Entry]) -> dict[Account, Limit]:
-    """The last limit that was entered for each subject, those that stand for a kind included."""
-    found: dict[Account, Limit] = {}
-    for entry in entries:
-        if entry.correction is not None and entry.correction.limit is not None:
-            found[entry.unit, entry.subject] = entry.correction.limit
-    return found
-
-
-def entered(entries: Iterable[Entry], account: Account) -> Limit | None:
+def entered(entries: Ledger, account: Account) -> Limit | None:
     """By the ledger: the last limit entered for an account, or else for all of its kind; None: none ever."""
     unit, subject = account
-    found = _corrected(entries)
+    found = standing_of(entries).limits
     return found.get(account) or found.get((unit, any_of(subject)))
 
 
@@ -341,7 +334,7 @@ def _refuse(what: str, budget: Budget, *, name_user: bool, said: str = "", **fig
 
 
 def check_affordable(
-    entries: Iterable[Entry],
+    entries: Ledger,
     budget: Budget,
     planned: Sequence[tuple[int, Event]],
     *,
@@ -365,7 +358,8 @@ def check_affordable(
     if any(event.unit != budget.unit for _, event in planned):
         raise InvalidInput("a planned event is of another unit than the budget")
     asked_rounds = sum(rounds for rounds, _ in planned)
-    spent_rounds, events = _spent(list(entries), (budget.unit, budget.subject))
+    spent_rounds, spent_events = standing_of(entries).spent((budget.unit, budget.subject))
+    events = _together(spent_events)
     if budget.max_rounds is not None and spent_rounds + asked_rounds > budget.max_rounds:
         raise _refuse(
             f"round budget {_whose(budget, name_user=name_user)}",

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 
-from .budget import Account, Limits, any_of
-from .entries import Entry, Limit
+from .budget import Account, Ledger, Limits, any_of
+from .entries import Limit
 
 
-def in_force(limits: Limits, entries: Sequence[Entry], account: Account) -> str:
+def in_force(limits: Limits, entries: Ledger, account: Account) -> str:
     """Of one account: "dataset:randhie (example level): 10 rounds (datasets.randhie.budget), ε 4 at δ 1e-05 (…)"."""
     sources = limits.sources(entries, account)
     parts = []
@@ -29,12 +29,12 @@ def in_force(limits: Limits, entries: Sequence[Entry], account: Account) -> str:
     return f"{named(account)}{shared}: {', '.join(parts)}"
 
 
-def limits_epsilon(limits: Limits, entries: Sequence[Entry], account: Account) -> bool:
+def limits_epsilon(limits: Limits, entries: Ledger, account: Account) -> bool:
     """Whether anything limits the ε of an account."""
     return any(limit.epsilon is not None for limit in limits.sources(entries, account).values())
 
 
-def without_epsilon(limits: Limits, entries: Sequence[Entry], accounts: Iterable[Account]) -> list[str]:
+def without_epsilon(limits: Limits, entries: Ledger, accounts: Iterable[Account]) -> list[str]:
     """A warning for each account of rows in `accounts` whose ε nothing limits."""
     return [
         f"no limit in ε is in force for {named(account)}: in time, what is trained may give a row away entirely. To "

@@ -8,20 +8,19 @@ What is spent: a reservation counts from the moment it is written. `final` makes
 back, and only before `final`. A reservation with neither counts as spent. A `release` says what was shown, and only of
 what is final: nothing is shown that was not spent before.
 
-`reserve`, `finalise`, `give_back`, `release`, `refuse`, `correct` and `open_balance` take the ledger as it is and
-return the entry to append, or the entry already there when the call is a repetition; they write nothing. One entry by
-itself, and its line, are in `entries`; budgets are in `budget`.
+`reserve`, `finalise`, `give_back`, `release`, `refuse`, `correct` and `open_balance` take the ledger as it is (its
+entries, or a `standing.Standing` of them) and return the entry to append, or the entry already there when the call is a
+repetition; they write nothing. One entry by itself, and its line, are in `entries`; what follows from all of them is
+kept in `standing`; budgets are in `budget`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
 from typing import Final
 
 from ..errors import ConflictError, LedgerError, NotFoundError
 from .entries import (
-    CHARGES,
     GENESIS,
     LONGEST_TEXT,
     VERSION,
@@ -38,6 +37,7 @@ from .entries import (
     to_line,
 )
 from .events import Event, Unit
+from .standing import Charge, Standing, standing_of
 
 __all__ = [
     "GENESIS",
@@ -49,6 +49,7 @@ __all__ = [
     "Entry",
     "Figures",
     "Kind",
+    "Ledger",
     "Limit",
     "Replay",
     "append",
@@ -100,67 +101,17 @@ def verify_lines(
 # --- Rules ---------------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True, slots=True)
-class Charge:
-    """One charge and what became of it.
-
-    Attributes:
-        entry: that charged.
-        settled: the `final` or `returned` entry; None while open.
-        released: the entry that says what was shown; None where nothing says so.
-    """
-
-    entry: Entry
-    settled: Entry | None
-    released: Entry | None = None
-
-    @property
-    def counts(self) -> bool:
-        """Whether it is spent: everything that was not given back."""
-        return self.settled is None or self.settled.kind != "returned"
+Ledger = Sequence[Entry] | Standing
+"""All entries in order, or what follows from them."""
 
 
-def _apply(books: dict[str, Charge], entry: Entry) -> str:
-    """Put `entry` on the books; returns what rule it breaks, "" if none."""
-    if entry.kind in {"refusal", "correction"}:
-        return ""
-    known = books.get(entry.reservation_id)
-    if entry.kind in CHARGES:
-        if known is not None:
-            return "it charges a reservation_id a second time"
-        books[entry.reservation_id] = Charge(entry, None)
-        return ""
-    if known is None:
-        return "it settles or releases a reservation that does not exist"
-    if _owner(entry) != _owner(known.entry):
-        return "it settles or releases a reservation of another job, round, unit, subject, user or parties"
-    if entry.kind == "release":
-        if known.settled is None or known.settled.kind != "final" or known.released is not None:
-            return "it releases what is not final, or was released before"
-        books[entry.reservation_id] = replace(known, released=entry)
-        return ""
-    if known.settled is not None or known.entry.kind == "opening_balance":
-        return "it settles a charge that is settled already"
-    books[entry.reservation_id] = replace(known, settled=entry)
-    return ""
-
-
-def _owner(entry: Entry) -> tuple[object, ...]:
-    return entry.job_id, entry.round, entry.unit, entry.subject, entry.user, entry.parties
-
-
-def charges(entries: Iterable[Entry]) -> dict[str, Charge]:
+def charges(entries: Iterable[Entry] | Standing) -> Mapping[str, Charge]:
     """Every charge by `reservation_id`, in order of charging.
 
     Raises:
         LedgerError: an entry breaks a rule; `metadata["entry"]` is its sequence.
     """
-    books: dict[str, Charge] = {}
-    for entry in entries:
-        wrong = _apply(books, entry)
-        if wrong:
-            raise LedgerError(f"ledger entry {entry.sequence}: {wrong}", entry=entry.sequence)
-    return books
+    return standing_of(entries).charges
 
 
 class Replay:
@@ -175,9 +126,17 @@ class Replay:
         self._judge = judge
         self.head = GENESIS
         self.count = 0
+        self.standing = Standing()
+        """After what was added so far."""
         self._version = 1
-        self._seen = {GENESIS}
-        self._books: dict[str, Charge] = {}
+
+    def cut(self, entries: Sequence[Entry]) -> Replay:
+        """The same after the first of the entries that were added here, and verified then."""
+        fewer = Replay(self._judge)
+        fewer.standing = Standing.of(entries)
+        fewer.head, fewer.count = (entries[-1].digest, len(entries)) if entries else (GENESIS, 0)
+        fewer._version = entries[-1].version if entries else 1
+        return fewer
 
     def add(self, entry: Entry) -> None:
         """The next one.
@@ -196,28 +155,29 @@ class Replay:
             wrong = "its content does not match its digest"
         elif entry.version < self._version:
             wrong = "it is of an older version than the entry before it"
-        wrong = wrong or problem(entry) or _apply(self._books, entry)
+        wrong = wrong or problem(entry) or self.standing.apply(entry)
         if wrong:
             raise LedgerError(f"ledger entry {place}: {wrong}", entry=place)
         if self._judge is not None:
             self._judge(entry)
         self.head, self.count, self._version = entry.digest, place, entry.version
-        self._seen.add(self.head)
 
     def check_heads(self, known_heads: Iterable[str]) -> None:
         """Raises LedgerError unless each of these was once the head."""
-        missing = sorted(set(known_heads) - self._seen)
+        missing = sorted(set(known_heads) - self.standing.digests)
         if missing:
             raise LedgerError(
                 f"the ledger lacks an entry that was once its last ({missing[0][:16]}…): it was cut or rewritten"
             )
 
 
-def _head(entries: Sequence[Entry]) -> Entry | None:
+def _head(entries: Ledger) -> Entry | None:
+    if isinstance(entries, Standing):
+        return entries.head
     return entries[-1] if entries else None
 
 
-def _charge(entries: Sequence[Entry], entry: Entry) -> Entry:
+def _charge(entries: Ledger, entry: Entry) -> Entry:
     """`entry`, or the one that charged the same before."""
     known = charges(entries).get(entry.reservation_id)
     if known is None:
@@ -232,7 +192,7 @@ def _charge(entries: Sequence[Entry], entry: Entry) -> Entry:
 
 
 def reserve(
-    entries: Sequence[Entry],
+    entries: Ledger,
     *,
     at: str,
     job_id: str,
@@ -276,7 +236,7 @@ def reserve(
 
 
 def open_balance(
-    entries: Sequence[Entry],
+    entries: Ledger,
     *,
     at: str,
     unit: Unit,
@@ -305,16 +265,14 @@ def open_balance(
     return _charge(entries, entry)
 
 
-def _known(entries: Sequence[Entry], reservation_id: str) -> Charge:
+def _known(entries: Ledger, reservation_id: str) -> Charge:
     known = charges(entries).get(reservation_id)
     if known is None:
         raise NotFoundError("no such reservation in this ledger")
     return known
 
 
-def _follow(
-    entries: Sequence[Entry], kind: Kind, held: Entry, *, at: str, reason: str = "", figures: Figures = ()
-) -> Entry:
+def _follow(entries: Ledger, kind: Kind, held: Entry, *, at: str, reason: str = "", figures: Figures = ()) -> Entry:
     """An entry about what `held` charged."""
     return append(
         _head(entries),
@@ -332,7 +290,7 @@ def _follow(
     )
 
 
-def _settle(entries: Sequence[Entry], kind: Kind, reservation_id: str, *, at: str, reason: str) -> Entry:
+def _settle(entries: Ledger, kind: Kind, reservation_id: str, *, at: str, reason: str) -> Entry:
     known = _known(entries, reservation_id)
     if known.settled is not None and known.settled.kind == kind:
         return known.settled
@@ -343,7 +301,7 @@ def _settle(entries: Sequence[Entry], kind: Kind, reservation_id: str, *, at: st
     return _follow(entries, kind, held, at=at, reason=reason)
 
 
-def finalise(entries: Sequence[Entry], reservation_id: str, *, at: str, reason: str = "") -> Entry:
+def finalise(entries: Ledger, reservation_id: str, *, at: str, reason: str = "") -> Entry:
     """The `final` entry to append for a reservation; the one already there on repetition.
 
     Raises:
@@ -353,7 +311,7 @@ def finalise(entries: Sequence[Entry], reservation_id: str, *, at: str, reason: 
     return _settle(entries, "final", reservation_id, at=at, reason=reason)
 
 
-def give_back(entries: Sequence[Entry], reservation_id: str, *, at: str, reason: str) -> Entry:
+def give_back(entries: Ledger, reservation_id: str, *, at: str, reason: str) -> Entry:
     """The `returned` entry to append for a reservation of which nothing left; the one already there on repetition.
 
     Raises:
@@ -363,9 +321,7 @@ def give_back(entries: Sequence[Entry], reservation_id: str, *, at: str, reason:
     return _settle(entries, "returned", reservation_id, at=at, reason=reason)
 
 
-def release(
-    entries: Sequence[Entry], reservation_id: str, *, at: str, figures: Mapping[str, str], reason: str = ""
-) -> Entry:
+def release(entries: Ledger, reservation_id: str, *, at: str, figures: Mapping[str, str], reason: str = "") -> Entry:
     """The `release` entry to append once something was shown; the one already there on repetition.
 
     Args:
@@ -387,7 +343,7 @@ def release(
 
 
 def refuse(
-    entries: Sequence[Entry],
+    entries: Ledger,
     *,
     at: str,
     job_id: str,
@@ -420,7 +376,7 @@ def refuse(
 
 
 def correct(
-    entries: Sequence[Entry],
+    entries: Ledger,
     *,
     at: str,
     unit: Unit,

@@ -8,14 +8,14 @@ has, as opening balances, so that a change of the configuration forgets nothing.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Final
 
 from .budget import Account, subject_of
 from .entries import Entry
 from .events import Event
-from .ledger import charges
+from .ledger import Ledger, charges
 
 _ROWS_OF: Final = re.compile(r"rows of dataset ([^;]+)(?:;.*)?")
 _MOVED: Final = "moved/"
@@ -38,7 +38,7 @@ def reason_of(dataset: str, account: Account, *, further: str = "") -> str:
     return "; ".join(text for text in (rows, further) if text)
 
 
-def moved(entries: Iterable[Entry], datasets: Mapping[str, str]) -> Iterator[Moved]:
+def moved(entries: Ledger, datasets: Mapping[str, str]) -> Iterator[Moved]:
     """What is missing on the accounts that datasets have now.
 
     Args:

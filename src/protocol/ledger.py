@@ -16,6 +16,7 @@ from .canonical import canonical_bytes
 from .signing import Signed, SigningKey, open_signed
 
 ENTRY_KIND: Final = "ledger-entry"
+CHECKPOINT_KIND: Final = "ledger-checkpoint"
 _KEY_DIGITS: Final = 64
 
 
@@ -33,6 +34,20 @@ class EntrySigner:
         """192 hex digits: the public key (32 bytes) and the signature (64 bytes) over the entry's digest."""
         signed = self._key.sign(ENTRY_KIND, _statement(entry), signer="")
         return (self._key.verify_key + signed.signature).hex()
+
+    def attest(self, count: int, rows: str) -> str:
+        """The signature, hex, on the first `count` rows of the ledger having this digest (hex): they were verified."""
+        return self._key.sign(CHECKPOINT_KIND, {"entries": count, "rows": rows}, signer="").signature.hex()
+
+    def attested(self, count: int, rows: str, signature: str) -> bool:
+        """Whether this key signed that."""
+        body = canonical_bytes({"entries": count, "rows": rows, "kind": CHECKPOINT_KIND})
+        try:
+            signed = Signed(body, "the ledger's role", bytes.fromhex(signature))
+            open_signed(signed, CHECKPOINT_KIND, verify_key=self._key.verify_key)
+        except (SignatureError, InvalidInput, ValueError):
+            return False
+        return True
 
     def judge(self) -> Signatures:
         """Of a whole ledger, with this key as the only one."""

@@ -16,12 +16,18 @@ from ..errors import BudgetError, NotFoundError
 from ..privacy import ledger
 from ..privacy.budget import ANY, Account, Budget, Limits, binds, check_affordable, subject_of
 from ..privacy.events import Event
-from ..privacy.ledger import LONGEST_TEXT, Charge, Entry, Limit, charges
+from ..privacy.ledger import LONGEST_TEXT, Entry, Ledger, Limit
 from ..privacy.moved import moved
 from .ledger import LedgerStore
 
-REFUSALS_A_DAY: Final = 200
-"""As many are entered: whoever may ask could otherwise fill the ledger, which is read as a whole, for nothing."""
+REFUSALS_A_DAY: Final = 50
+"""As many are entered: whoever may ask could otherwise fill the ledger, which a role reads as a whole when it starts,
+for nothing."""
+RETURNS_A_DAY: Final = 50
+"""Rounds that are given back; what is charged beyond stays spent. To reserve and to give back costs nothing, and is at
+least two entries for ever."""
+RETURNS_OF_A_JOB_A_DAY: Final = 10
+"""The same of one job: more than the spare rounds of most."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -72,20 +78,20 @@ class Books:
         Raises:
             LedgerError: the chain is broken, or an entry is not signed as it must be; names the first bad entry.
         """
-        self.store.verify(connection)
-        for (unit, subject), limit in self.limits.unentered(self.store.entries(connection)).items():
+        self.store.start(connection)
+        for (unit, subject), limit in self.limits.unentered(self.store.standing(connection)).items():
             self.correct(connection, (unit, subject), action="configured", limit=limit, at=at, reason="")
-        found = self.limits.differences(self.store.entries(connection))
+        found = self.limits.differences(self.store.standing(connection))
         warnings = [difference(account, *both, key=self.limits.key(account)) for account, both in found.items()]
         return [*warnings, *self._move(connection, at=at)]
 
     def _move(self, connection: Connection, *, at: str) -> list[str]:
         """Enter what datasets were charged on other accounts than theirs on theirs; says what."""
         said = []
-        for each in moved(self.store.entries(connection), self.limits.datasets):
+        for each in list(moved(self.store.standing(connection), self.limits.datasets)):
             unit, subject = each.account
             entry = ledger.open_balance(
-                self.store.entries(connection),
+                self.store.standing(connection),
                 at=at,
                 unit=unit,
                 subject=subject,
@@ -110,11 +116,11 @@ class Books:
     ) -> Entry:
         """Enter a change of a budget. Raises InvalidInput as `privacy.ledger.correct`."""
         unit, subject = account
-        entries = self.store.entries(connection)
+        entries = self.store.standing(connection)
         entry = ledger.correct(entries, at=at, unit=unit, subject=subject, action=action, limit=limit, reason=reason)
         return self.store.add(connection, entry)
 
-    def budgets(self, entries: Sequence[Entry], cost: Cost, *, job_id: str) -> tuple[Budget, ...]:
+    def budgets(self, entries: Ledger, cost: Cost, *, job_id: str) -> tuple[Budget, ...]:
         """All that a cost has to stay within.
 
         Raises:
@@ -138,7 +144,7 @@ class Books:
             found += self.limits.budgets(entries, (unit, subject_of("job", job_id)))
         return found
 
-    def check(self, entries: Sequence[Entry], cost: Cost, *, job_id: str) -> None:
+    def check(self, entries: Ledger, cost: Cost, *, job_id: str) -> None:
         """Raises BudgetError unless every budget allows all rounds that are priced."""
         for budget in self.budgets(entries, cost, job_id=job_id):
             planned = [(cost.rounds, cost.event)]
@@ -153,15 +159,14 @@ class Books:
             BudgetError: some budget does not allow it; nothing is written.
             ConflictError: the round was charged with another content, or was given back.
         """
-        entries = self.store.entries(connection)
-        known = charges(entries)
-        fresh = [cost for cost in costs if reservation_id(job_id, number, cost.account) not in known]
+        entries = self.store.standing(connection)
+        fresh = [cost for cost in costs if reservation_id(job_id, number, cost.account) not in entries.charges]
         for cost in fresh:
             self.check(entries, cost, job_id=job_id)
         for cost in costs:
             unit, subject = cost.account
             entry = ledger.reserve(
-                self.store.entries(connection),
+                self.store.standing(connection),
                 at=at,
                 job_id=job_id,
                 round=number,
@@ -179,18 +184,28 @@ class Books:
     def spend(self, connection: Connection, job_id: str, number: int, *, at: str, reason: str) -> None:
         """From here on the round's charges are irrevocable. Raises NotFoundError when it was never charged."""
         for key in self._charged(connection, job_id, number):
-            self.store.add(connection, ledger.finalise(self.store.entries(connection), key, at=at, reason=reason))
+            self.store.add(connection, ledger.finalise(self.store.standing(connection), key, at=at, reason=reason))
 
     def give_back(self, connection: Connection, job_id: str, number: int, *, at: str, reason: str) -> None:
-        """Give back what a round reserved, of which nothing left. Raises LedgerError once it is final."""
-        for key in self._of_round(connection, job_id, number):
-            entries = self.store.entries(connection)
-            self.store.add(connection, ledger.give_back(entries, key, at=at, reason=reason[:LONGEST_TEXT]))
+        """Give back what a round reserved, of which nothing was shown. Of more than `RETURNS_A_DAY`, or more than
+        `RETURNS_OF_A_JOB_A_DAY` of its job, it is spent instead. Raises LedgerError once it is final."""
+        standing = self.store.standing(connection)
+        keys = standing.of_round(job_id, number)
+        is_open = any(standing.charges[key].settled is None for key in keys)
+        if is_open and (
+            standing.returns(at) >= RETURNS_A_DAY or standing.returns_of_job(job_id, at) >= RETURNS_OF_A_JOB_A_DAY
+        ):
+            self.spend(connection, job_id, number, at=at, reason="not given back: too many rounds were, today")
+            self.release(connection, job_id, number, figures={"shown": "nothing"}, at=at)  # a reset ends it
+            return
+        for key in keys:
+            entry = ledger.give_back(self.store.standing(connection), key, at=at, reason=reason[:LONGEST_TEXT])
+            self.store.add(connection, entry)
 
     def release(self, connection: Connection, job_id: str, number: int, *, figures: Mapping[str, str], at: str) -> None:
         """Enter what was shown of a round. Raises LedgerError unless it is final, NotFoundError if never charged."""
         for key in self._charged(connection, job_id, number):
-            self.store.add(connection, ledger.release(self.store.entries(connection), key, at=at, figures=figures))
+            self.store.add(connection, ledger.release(self.store.standing(connection), key, at=at, figures=figures))
 
     def refuse(
         self,
@@ -210,17 +225,17 @@ class Books:
         Args:
             request: where there is no job yet: tells one that asks for something from others that ask for the same.
         """
-        entries = self.store.entries(connection)
         reason = error.message[:LONGEST_TEXT]
         for cost in costs:
             unit, subject = cost.account
             key = reservation_id(job_id or f"request:{request}", number or 0, cost.account)
-            today = [entry for entry in entries if entry.kind == "refusal" and entry.at[:10] == at[:10]]
-            again = any((entry.reservation_id, entry.reason) == (key, reason) for entry in today)
+            standing = self.store.standing(connection)
+            today = standing.refused(at)
+            again = (key, reason) in today
             if again or len(today) >= REFUSALS_A_DAY or error.metadata.get("unit", unit) != unit:
                 continue
             entry = ledger.refuse(
-                entries,
+                standing,
                 at=at,
                 job_id=job_id,
                 round=number,
@@ -233,24 +248,21 @@ class Books:
                 parties=cost.parties,
                 scientist=cost.scientist,
             )
-            entries.append(self.store.add(connection, entry))
+            self.store.add(connection, entry)
 
-    def of_job(self, connection: Connection, job_id: str, account: Account) -> list[Charge]:
-        """What a job was charged on an account."""
-        books = charges(self.store.entries(connection)).values()
-        return [
-            each for each in books if (each.entry.job_id, each.entry.unit, each.entry.subject) == (job_id, *account)
-        ]
+    def charged(self, connection: Connection, job_id: str, account: Account) -> int:
+        """How many rounds a job was charged on an account, given back or not."""
+        return self.store.standing(connection).charged(job_id, account)
 
-    def _charged(self, connection: Connection, job_id: str, number: int) -> list[str]:
-        keys = self._of_round(connection, job_id, number)
+    def is_over(self, connection: Connection, job_id: str, number: int) -> bool:
+        """Whether a round does not count any more on some account that it was charged to, since that was reset."""
+        return self.store.standing(connection).over(job_id, number)
+
+    def _charged(self, connection: Connection, job_id: str, number: int) -> tuple[str, ...]:
+        keys = self.store.standing(connection).of_round(job_id, number)
         if not keys:
             raise NotFoundError(f"round {number} of job {job_id} was never charged")
         return keys
-
-    def _of_round(self, connection: Connection, job_id: str, number: int) -> list[str]:
-        books = charges(self.store.entries(connection))
-        return [key for key, charge in books.items() if (charge.entry.job_id, charge.entry.round) == (job_id, number)]
 
 
 def reservation_id(job_id: str, number: int, account: Account) -> str:

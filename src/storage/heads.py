@@ -16,7 +16,8 @@ from typing import Final
 from sqlalchemy import Column, Connection, Integer, MetaData, String, Table, func, select
 
 from ..errors import InvalidInput, LedgerError
-from ..privacy.ledger import GENESIS, Entry
+from ..privacy.entries import Entry
+from ..privacy.standing import Standing, standing_of
 from .columns import text
 
 HEADS_KEPT: Final = 64
@@ -85,7 +86,7 @@ class HeadStore:
 
 
 def check_heads(
-    entries: Iterable[Entry], heads: Sequence[Head], *, whose: str, told_by: str, account: tuple[str, str]
+    entries: Iterable[Entry] | Standing, heads: Sequence[Head], *, whose: str, told_by: str, account: tuple[str, str]
 ) -> None:
     """Fail closed unless a ledger once ended with each of `heads`, or its operator has answered for the loss.
 
@@ -101,10 +102,9 @@ def check_heads(
     Raises:
         LedgerError: neither; names what is missing, as far as one reason can name it.
     """
-    entries = list(entries)
-    had = {GENESIS, *(entry.digest for entry in entries)}
-    reasons = [entry.reason for entry in entries if entry.kind == "correction"]
-    missing = [head for head in heads if head.digest not in had and not any(_name(head) in each for each in reasons)]
+    known = standing_of(entries)
+    unknown = [head for head in heads if head.digest not in known.digests]
+    missing = [head for head in unknown if not any(_name(head) in each for each in known.reasons)]
     if not missing:
         return
     last, (unit, subject) = missing[-1], account

@@ -1,9 +1,13 @@
 """The privacy ledger as a table of the role's own database, so that a charge commits with what it is charged for.
 
 A row is the entry's canonical line and nothing that could contradict it. Triggers make the table append-only; the chain
-of digests (`privacy.ledger`) shows what got past them. Every reading of entries verifies the whole chain: nothing is
-priced, reserved or released on top of a broken ledger. (Lines that are, letter for letter, those of the reading before
-were verified then.)
+of digests (`privacy.ledger`) shows what got past them. The whole chain is verified by the first reading of a
+connection, and by `verify`; a start may take over what the last one verified and signed (`checkpoints`). Nothing is
+priced, reserved or released on top of a broken ledger.
+
+What was verified stays verified: a later reading takes what came after it, as long as the database says that nobody
+else has written since, and the last row is the one that was last. Else all rows are read again, and those that are not,
+letter for letter, what they were are verified again.
 """
 
 from __future__ import annotations
@@ -13,11 +17,26 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Final, Protocol
 
-from sqlalchemy import DDL, Column, Connection, Integer, MetaData, Table, event, insert, select
+from sqlalchemy import (
+    DDL,
+    Column,
+    ColumnElement,
+    Connection,
+    Integer,
+    MetaData,
+    Table,
+    event,
+    func,
+    insert,
+    literal_column,
+    select,
+)
 
 from ..errors import LedgerError
 from ..privacy import ledger
 from ..privacy.ledger import GENESIS, Entry, Replay
+from ..privacy.standing import Standing
+from .checkpoints import EVERY, Attester, Row, checkpoint, checkpoint_table, verified_before
 from .columns import text
 
 TRIGGERS: Final[Mapping[str, tuple[str, ...]]] = {
@@ -57,7 +76,7 @@ Judge = Callable[[Entry], None]
 """Raises LedgerError for an entry that is not signed as it must be; is called with each in order, once."""
 
 
-class Signer(Protocol):
+class Signer(Attester, Protocol):
     """Whoever keeps the ledger, as `protocol.ledger.EntrySigner`."""
 
     def sign(self, entry: Entry) -> str:
@@ -67,13 +86,27 @@ class Signer(Protocol):
         """Of one reading of the whole ledger: refuses what this signer did not sign."""
 
 
+Mark = tuple[object, ...]
+"""What a database says of the ledger besides its rows: as long as it stays, nobody else has changed any."""
+
+
 @dataclass(slots=True)
 class _Read:
-    """What was read and verified last."""
+    """What was read and verified last.
 
-    rows: list[tuple[int, str, str]] = field(default_factory=list)
+    Attributes:
+        mark: when these rows were read; None: nothing is known.
+    """
+
+    rows: list[Row] = field(default_factory=list)
     entries: list[Entry] = field(default_factory=list)
     replay: Replay = field(default_factory=Replay)
+    mark: Mark | None = None
+
+    def cut(self, count: int) -> _Read:
+        """The first `count` rows of it."""
+        entries = self.entries[:count]
+        return _Read(self.rows[:count], entries, self.replay.cut(entries))
 
 
 def version_1_table(metadata: MetaData) -> Table:
@@ -98,6 +131,8 @@ class LedgerStore:
     def __init__(self, metadata: MetaData, *, signer: Signer | None = None) -> None:
         self._signer = signer
         self._read = _Read()
+        self._judged = False
+        """Whether signatures are checked of what is read: once `verify` has checked them."""
         self._table = Table(
             "ledger",
             metadata,
@@ -106,6 +141,7 @@ class LedgerStore:
             Column("line", text(), nullable=False),
         )
         self._version_1 = version_1_table(metadata)
+        self._checkpoint = checkpoint_table(metadata)
         for dialect, statements in TRIGGERS.items():
             for statement in statements:
                 ddl = DDL(statement).execute_if(dialect=dialect)  # type: ignore[no-untyped-call]
@@ -126,19 +162,16 @@ class LedgerStore:
         Raises:
             LedgerError: it is neither the ledger's next entry nor one of its entries.
         """
-        table = self._table
-        held = connection.execute(select(table).where(table.c.sequence == entry.sequence)).first()
-        if held is not None and held.digest == entry.digest:
-            return ledger.from_line(held.line, number=entry.sequence)
-        last = self._last(connection)
-        follows = entry.sequence == (last.sequence + 1 if last else 1)
-        if held is not None or not follows or entry.previous != (last.digest if last else GENESIS):
+        entries = self._verified(connection).entries
+        if 1 <= entry.sequence <= len(entries) and entries[entry.sequence - 1].digest == entry.digest:
+            return entries[entry.sequence - 1]
+        last = entries[-1] if entries else None
+        if entry.sequence != len(entries) + 1 or entry.previous != (last.digest if last else GENESIS):
             raise LedgerError(f"ledger entry {entry.sequence} does not follow the last one", entry=entry.sequence)
         if self._signer is not None:
             entry = replace(entry, signature=self._signer.sign(entry))
-        connection.execute(
-            insert(table).values(sequence=entry.sequence, digest=entry.digest, line=ledger.to_line(entry))
-        )
+        values = {"sequence": entry.sequence, "digest": entry.digest, "line": ledger.to_line(entry)}
+        connection.execute(insert(self._table).values(**values))
         return entry
 
     def entries(self, connection: Connection, *, unit: str | None = None, subject: str | None = None) -> list[Entry]:
@@ -147,16 +180,41 @@ class LedgerStore:
         Raises:
             LedgerError: the chain is broken; names the first bad entry.
         """
-        return [
-            entry
-            for entry in self._verified(connection).entries
-            if unit in (None, entry.unit) and subject in (None, entry.subject)
-        ]
+        entries = self._verified(connection).entries
+        if unit is subject is None:
+            return entries.copy()
+        return [each for each in entries if unit in (None, each.unit) and subject in (None, each.subject)]
+
+    def standing(self, connection: Connection) -> Standing:
+        """What follows from all entries, from a chain that was verified as a whole; for this transaction alone.
+
+        Raises:
+            LedgerError: the chain is broken; names the first bad entry.
+        """
+        return self._verified(connection).replay.standing
 
     def head(self, connection: Connection) -> str:
         """The digest of the last entry, hex; `privacy.ledger.GENESIS` of an empty ledger."""
         last = self._last(connection)
         return last.digest if last else GENESIS
+
+    def start(self, connection: Connection) -> str:
+        """As `verify`, but for what is, to the bit, what this signer verified at an earlier start; returns the head.
+
+        Raises:
+            LedgerError: names the first bad entry.
+        """
+        if self._signer is None:
+            return self.verify(connection)
+        rows = self._rows(connection)
+        count = verified_before(connection, self._checkpoint, rows, attester=self._signer)
+        entries = [ledger.from_line(line, number=number) for number, _, line in rows[:count]]
+        self._judged = True
+        self._read = _Read(rows[:count], entries, Replay(self._signer.judge()).cut(entries))
+        read = self._verified(connection)
+        if len(read.rows) >= count + EVERY:
+            checkpoint(connection, self._checkpoint, read.rows, attester=self._signer)
+        return read.replay.head
 
     def verify(self, connection: Connection, *, known_heads: Iterable[str] = (), judge: Judge | None = None) -> str:
         """Verifies the whole chain, its signatures, and that each of `known_heads` was once its head; returns the head.
@@ -168,6 +226,7 @@ class LedgerStore:
         Raises:
             LedgerError: names the first bad entry, or says that a known head is missing.
         """
+        self._judged = judge is None and self._signer is not None
         if judge is None and self._signer is not None:
             judge = self._signer.judge()
         self._read = _Read(replay=Replay(judge))
@@ -176,24 +235,57 @@ class LedgerStore:
         return read.replay.head
 
     def _verified(self, connection: Connection) -> _Read:
-        table = self._table
-        rows: Sequence[Any] = connection.execute(select(table).order_by(table.c.sequence)).all()
-        found = [(row.sequence, row.digest, row.line) for row in rows]
-        read, self._read = self._read, _Read()
-        if found[: len(read.rows)] != read.rows:
-            read = _Read()
-        for row in found[len(read.rows) :]:
+        known, self._read = self._read, _Read()  # kept only once all of it is verified
+        since = self._since(connection, known)
+        read, rows = (known, since) if since is not None else self._anew(connection, known)
+        pinned = since is None
+        for row in rows:
             number = len(read.entries) + 1
             entry = ledger.from_line(row[2], number=number)
             read.replay.add(entry)
             if (row[0], row[1]) != (entry.sequence, entry.digest):
                 raise LedgerError(f"ledger entry {entry.sequence}: its row says otherwise", entry=entry.sequence)
+            read.rows.append(row)
             read.entries.append(entry)
-        if len(found) > len(read.rows) or not found:
+            pinned = pinned or entry.version == 1
+        if pinned:
             self._check_version_1(connection, read.entries)
-        read.rows = found
-        self._read = read  # only once all of it is verified
+        if rows or since is None:
+            read.mark = self._mark(connection, len(read.rows))
+        self._read = read
         return read
+
+    def _since(self, connection: Connection, known: _Read) -> list[Row] | None:
+        """The rows after those that were verified; None where these are not sure to be there as they were."""
+        if not known.rows or known.mark != self._mark(connection, len(known.rows)):
+            return None
+        rows = self._rows(connection, first=len(known.rows))
+        return rows[1:] if rows[:1] == known.rows[-1:] else None
+
+    def _anew(self, connection: Connection, known: _Read) -> tuple[_Read, list[Row]]:
+        """Of all rows those that are, letter for letter, what was verified, and the others."""
+        found, count = self._rows(connection), len(known.rows)
+        if found[:count] == known.rows:
+            return known, found[count:]
+        if found and known.rows[: len(found)] == found:  # a transaction was undone
+            return known.cut(len(found)), []
+        return _Read(replay=Replay(self._signer.judge() if self._signer and self._judged else None)), found
+
+    def _rows(self, connection: Connection, *, first: int = 0) -> list[Row]:
+        table = self._table
+        query = select(table).where(table.c.sequence >= first) if first else select(table)
+        return [(row.sequence, row.digest, row.line) for row in connection.execute(query.order_by(table.c.sequence))]
+
+    def _mark(self, connection: Connection, count: int) -> Mark:
+        """Of the connection, and of what others wrote: SQLite counts their commits (PRAGMA data_version), PostgreSQL
+        knows the transaction that wrote each row (xmin)."""
+        own = connection.info.setdefault("sotto.ledger", object())
+        if connection.dialect.name == "sqlite":
+            return own, connection.exec_driver_sql("PRAGMA data_version").scalar_one()
+        table = self._table
+        writers: ColumnElement[int] = func.coalesce(func.sum(literal_column("xmin::text::bigint")), 0)
+        query = select(func.count(), writers).select_from(table).where(table.c.sequence <= count)
+        return own, *connection.execute(query).one()
 
     def _check_version_1(self, connection: Connection, entries: Sequence[Entry]) -> None:
         """Raises LedgerError unless the lines of version 1 are those that were there at the upgrade."""

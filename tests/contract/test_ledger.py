@@ -16,6 +16,9 @@ from src.errors import InvalidInput, LedgerError
 from src.privacy import ledger
 from src.privacy.events import DpSgdSteps, NoisySum
 from src.privacy.ledger import GENESIS, Entry
+from src.protocol.ledger import EntrySigner
+from src.protocol.signing import SigningKey
+from src.storage.checkpoints import digest_of
 from src.storage.database import Database
 from src.storage.ledger import LedgerStore
 from src.storage.schema import FromMetadata, Schema
@@ -239,3 +242,190 @@ async def test_a_ledger_cut_at_its_end_is_noticed_by_a_head_that_was_signed(
     await again.run(STORE.verify)
     with pytest.raises(LedgerError, match="cut or rewritten"):
         await again.run(lambda c: STORE.verify(c, known_heads=[head]))
+
+
+# --- what was verified stays verified ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("number", "statement", "named"), [row[1:] for row in TAMPERING], ids=[r[0] for r in TAMPERING]
+)
+async def test_what_is_changed_behind_a_running_roles_back_is_named_by_its_next_reading(
+    database: Database, database_url: URL, number: int, statement: str, named: str
+) -> None:
+    """It has read all of it, and the last row stays. Yet it takes nothing from memory once others have written."""
+    entry = (await database.run(STORE.entries))[number - 1]
+    await database.run(lambda connection: _reserve(connection, 4, **PARTY))
+    changed = {"changed": _as_json(ledger.to_line(entry), reason="free")} if ":changed" in statement else {}
+    _tamper(database_url, statement, **changed)
+    for reading in (STORE.standing, STORE.entries, lambda c: _reserve(c, 5, **PARTY)):
+        with pytest.raises(LedgerError, match=named):
+            await database.run(reading)
+
+
+async def test_what_another_process_adds_is_verified_and_goes_on(database: Database, database_url: URL) -> None:
+    """As when a lock was overcome: what is right is taken, what is not is named."""
+    last = (await database.run(STORE.entries))[-1]
+    fields: dict[str, Any] = {"at": AT, "kind": "reservation", "job_id": "j", "round": 4, "charged_rounds": 1, **PARTY}
+    right = ledger.append(last, reservation_id="r4", **fields)
+    wrong = replace(right, sequence=5, previous=right.digest)  # its digest is another's
+    for entry, digest in ((right, right.digest), (wrong, "x")):
+        insert = "INSERT INTO ledger VALUES (:sequence, :digest, :line)"
+        line = ledger.to_line(entry)
+        engine = sqlalchemy.create_engine(database_url)
+        with engine.begin() as connection:
+            connection.execute(text(insert), {"sequence": entry.sequence, "digest": digest, "line": line})
+        engine.dispose()
+        if entry is right:
+            assert (await database.run(STORE.standing)).head == right
+    with pytest.raises(LedgerError, match="entry 5"):
+        await database.run(STORE.standing)
+
+
+async def test_a_transaction_that_is_undone_leaves_nothing_of_it_behind(database: Database) -> None:
+    def charge_and_fail(connection: Connection) -> None:
+        for number in (4, 5):
+            _reserve(connection, number, **PARTY)
+            assert f"r{number}" in STORE.standing(connection).charges
+        raise KeyError("the round could not be stored")
+
+    before = await database.run(STORE.entries)
+    with pytest.raises(KeyError):
+        await database.run(charge_and_fail)
+    assert set((await database.run(STORE.standing)).charges) == {"r1", "r2"}
+    assert await database.run(STORE.entries) == before
+    await database.run(lambda connection: _reserve(connection, 6, **PARTY))
+    assert set((await database.run(STORE.standing)).charges) == {"r1", "r2", "r6"}
+    assert len(await database.run(STORE.entries)) == 4
+
+
+async def test_a_reading_of_a_ledger_that_nobody_else_wrote_takes_what_is_new_alone(
+    database: Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read: list[int] = []
+    rows = LedgerStore._rows
+
+    def counting(*args: Any, **more: Any) -> Any:
+        found = rows(*args, **more)
+        read.append(len(found))
+        return found
+
+    await database.run(STORE.standing)
+    monkeypatch.setattr(LedgerStore, "_rows", counting)
+    for number in range(4, 10):
+        await database.run(lambda connection, number=number: _reserve(connection, number, **PARTY))  # type: ignore[misc]
+        await database.run(STORE.entries)
+    assert max(read) <= 2  # the last that is known, and what came after it
+
+
+# --- checkpoints ------------------------------------------------------------------------------------------------------
+
+KEY = SigningKey.from_bytes(b"checkpoints".ljust(32, b"-"))
+
+
+class Counting(EntrySigner):
+    """Counts the entries whose signatures are verified."""
+
+    def __init__(self, key: SigningKey = KEY) -> None:
+        super().__init__(key)
+        self.judged = 0
+
+    def judge(self) -> Any:
+        checks = super().judge()
+
+        def count(entry: Entry) -> None:
+            self.judged += 1
+            checks(entry)
+
+        return count
+
+
+def _role(key: SigningKey = KEY) -> tuple[LedgerStore, Counting]:
+    """As a process that has just begun has it."""
+    signer = Counting(key)
+    return LedgerStore(MetaData(), signer=signer), signer
+
+
+def _fill(count: int) -> Callable[[Connection], None]:
+    def fill(connection: Connection) -> None:
+        store, _ = _role()
+        for _ in range(count):
+            number = len(store.entries(connection))
+            fields: dict[str, Any] = {"at": AT, "kind": "reservation", "job_id": "j", "round": number, **PARTY}
+            store.append(connection, reservation_id=f"r{number}", charged_rounds=1, **fields)
+
+    return fill
+
+
+@pytest.fixture
+async def long(open_database: OpenDatabase, monkeypatch: pytest.MonkeyPatch) -> Database:
+    """Seven signed entries; five are enough for a checkpoint."""
+    monkeypatch.setattr("src.storage.ledger.EVERY", 5)
+    database = await open_database(SCHEMA)
+    await database.run(_fill(7))
+    return database
+
+
+async def test_a_start_verifies_what_came_since_the_last_one_and_a_verification_all_of_it(long: Database) -> None:
+    judged = []
+    for more in (0, 0, 3, 4, 0):
+        await long.run(_fill(more))
+        store, signer = _role()
+        head = await long.run(store.start)
+        judged.append(signer.judged)
+        assert head == await long.run(store.head)
+        entries = await long.run(store.entries)
+        assert len((await long.run(store.standing)).charges) == len(entries) == entries[-1].sequence
+    assert judged == [7, 0, 3, 7, 0]  # of fewer than five no new checkpoint is made
+    assert await long.run(store.verify) == head
+    assert signer.judged == 14
+
+
+@pytest.mark.parametrize("number", [1, 4, 7])
+@pytest.mark.parametrize("column", ["line", "digest", "sequence"])
+async def test_a_checkpoint_hides_no_row_that_has_changed_since(
+    long: Database, open_database: OpenDatabase, database_url: URL, number: int, column: str
+) -> None:
+    store, _ = _role()
+    await long.run(store.start)
+    await long.close()
+    changes = {"line": "replace(line, '\"round\":', '\"round\": ')", "digest": "'x'", "sequence": "sequence + 100"}
+    _tamper(database_url, f"UPDATE ledger SET {column} = {changes[column]} WHERE sequence = {number}")
+    again, (fresh, _) = await open_database(SCHEMA), _role()
+    with pytest.raises(LedgerError, match=f"(entry|line) {number}"):
+        await again.run(fresh.start)
+
+
+FORGED = {
+    "signed by another key": lambda rows: EntrySigner(SigningKey.from_bytes(b"other".ljust(32, b"-"))).attest(7, rows),
+    "of fewer rows": lambda rows: EntrySigner(KEY).attest(6, rows),
+    "of other rows": lambda _rows: EntrySigner(KEY).attest(7, "0" * 64),
+    "of no form": lambda _rows: "not hex",
+}
+
+
+@pytest.mark.parametrize("forge", FORGED.values(), ids=FORGED.keys())
+async def test_a_checkpoint_that_this_roles_key_did_not_sign_for_these_rows_is_not_believed(
+    long: Database, forge: Callable[[str], str]
+) -> None:
+    """Whoever can write to the database and has no key: everything is verified, and the bad entry named."""
+
+    def put(connection: Connection) -> None:
+        connection.exec_driver_sql("DELETE FROM ledger_checkpoint")
+        table = METADATA.tables["ledger"]
+        rows = [tuple(row) for row in connection.execute(table.select().order_by(table.c.sequence))]
+        digest = digest_of(rows)
+        values = {"entries": 7, "digest": digest, "signature": forge(digest)}
+        connection.execute(METADATA.tables["ledger_checkpoint"].insert().values(**values))
+
+    await long.run(put)
+    store, signer = _role()
+    await long.run(store.start)
+    assert signer.judged == 7
+
+
+async def test_entries_that_another_key_signed_stop_a_start_checkpoint_or_not(long: Database) -> None:
+    await long.run(_role()[0].start)
+    stranger, _ = _role(SigningKey.from_bytes(b"other".ljust(32, b"-")))
+    with pytest.raises(LedgerError, match="entry 1: it is signed by another key"):
+        await long.run(stranger.start)

@@ -19,10 +19,12 @@ from .aggregator import v0002 as aggregator_v0002
 from .aggregator import v0003 as aggregator_v0003
 from .aggregator import v0004 as aggregator_v0004
 from .aggregator import v0005 as aggregator_v0005
+from .aggregator import v0006 as aggregator_v0006
 from .party import v0001 as party_v0001
 from .party import v0002 as party_v0002
 from .party import v0003 as party_v0003
 from .party import v0004 as party_v0004
+from .party import v0005 as party_v0005
 
 if TYPE_CHECKING:
     from types import ModuleType
@@ -45,9 +47,16 @@ class Revision(Protocol):
 HISTORIES: Final[dict[History, tuple[Revision, ...]]] = {
     "aggregator": tuple(
         cast(Revision, each)
-        for each in (aggregator_v0001, aggregator_v0002, aggregator_v0003, aggregator_v0004, aggregator_v0005)
+        for each in (
+            aggregator_v0001,
+            aggregator_v0002,
+            aggregator_v0003,
+            aggregator_v0004,
+            aggregator_v0005,
+            aggregator_v0006,
+        )
     ),
-    "party": tuple(cast(Revision, each) for each in (party_v0001, party_v0002, party_v0003, party_v0004)),
+    "party": tuple(cast(Revision, each) for each in (party_v0001, party_v0002, party_v0003, party_v0004, party_v0005)),
 }
 """Revisions, oldest first."""
 

@@ -49,3 +49,13 @@ def refuse_a_digest_twice(op: Operations) -> None:
     if op.get_bind().dialect.name == "sqlite":
         op.execute("DROP TRIGGER IF EXISTS ledger_in_order")
         op.execute(next(each for each in TRIGGERS["sqlite"] if "ledger_in_order" in each))
+
+
+def create_ledger_checkpoint(op: Operations) -> None:
+    """The table `ledger_checkpoint` of `storage.checkpoints`; empty until a role has verified its ledger."""
+    op.create_table(
+        "ledger_checkpoint",
+        Column("entries", Integer, primary_key=True, autoincrement=False),
+        Column("digest", text(), nullable=False),
+        Column("signature", text(), nullable=False),
+    )
