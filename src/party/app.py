@@ -58,7 +58,7 @@ class App:
             workspace=state / "work",
             preload=("learning.dpsgd", "learning.warm"),
         )
-        worker = RoundWorker(
+        self._worker = RoundWorker(
             home=home,
             database=self._database,
             memory=self._memory,
@@ -72,7 +72,7 @@ class App:
             database=self._database,
             memory=self._memory,
             accounts=self._accounts,
-            worker=worker,
+            worker=self._worker,
             dial=self._dial,
         )
 
@@ -101,6 +101,7 @@ class App:
             await self._pool.start()
             await self._node.run()
         finally:
+            await self._worker.stop()
             await self._pool.close()
             await self._database.close()
             LOG.info("stopped")

@@ -34,7 +34,8 @@ from ..protocol.signing import open_signed
 from ..storage.database import Database
 from .accounts import PartyAccounts
 from .home import Home
-from .rounds import RoundWorker, Stub
+from .means import Stub
+from .rounds import RoundWorker
 from .store import RoundMemory
 
 LOG = logging.getLogger("sotto.party")

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import asyncio
-import json
 import logging
 import time
 from collections.abc import AsyncIterator, Callable
 from dataclasses import replace
-from typing import Any, Final, TypeAlias
+from typing import Any, Final
 
 from sqlalchemy import Connection
 
-from ..communication.generated import federation_pb2, federation_pb2_grpc
+from ..communication.generated import federation_pb2
 from ..communication.messages import signed_from_proto, signed_to_proto
 from ..communication.streams import blob_pieces, receive_blob
 from ..errors import (
@@ -26,40 +25,41 @@ from ..errors import (
     meaning,
 )
 from ..jobs.executors.pool import WorkerPool
-from ..protocol.batches import StoredBatch, expected_header
+from ..protocol.batches import StoredBatch
 from ..protocol.canonical import finite
-from ..protocol.plan import ROOT_KIND, SHARES_KIND, TRANSCRIPT_KIND, OpeningStatement, RootStatement, RoundPlan
+from ..protocol.plan import ROOT_KIND, TRANSCRIPT_KIND, RootStatement, RoundPlan
 from ..protocol.roster import AGGREGATOR
 from ..protocol.signing import Signed, open_signed
 from ..storage.blobs import Blobs
 from ..storage.database import Database
 from ..storage.heads import Head
-from .accounts import PartyAccounts
+from ..storage.leftovers import BlobUses
+from .accounts import ExampleBalance, PartyAccounts
 from .home import Home
-from .orders import OrderBook, Ordered, check_order
+from .means import PIECE_BYTES, Means, Stub, round_name
+from .openings import Openings
+from .orders import OrderBook, Ordered
 from .rules import (
     CheckedPlan,
     check_contribution,
     check_list,
-    check_opening,
-    check_plan,
     check_reveal,
     describe,
-    open_plan,
 )
 from .store import PartyRound, RoundMemory, Stage, check_same
 from .work import dataset_options
 
 LOG = logging.getLogger("sotto.party")
 
-PIECE_BYTES: Final = 1 << 19
-"""Of an upload in one message."""
-
 NO_CONTRIBUTION: Final = "this party could not compute its contribution"
 """All that anybody hears of a failure once data was touched: which failure it was may tell of a row."""
 
-Stub: TypeAlias = "federation_pb2_grpc.FederationServiceAsyncStub"
-"""Exists for the type checker only: the generated stub's asynchronous face."""
+MOST_TRAININGS: Final = 3
+"""As often may the training of one round begin, of which a stop of this process ends all but the last. Each shows how
+long it takes, or that it takes longer, for one charge."""
+
+ENDS: Final = frozenset({"RELEASED", "FAILED", "CANCELLED"})
+"""In what a round ends; of an aggregator that says something else only that it has ended is kept."""
 
 
 class RoundWorker:
@@ -85,15 +85,25 @@ class RoundWorker:
         self._blobs = blobs
         self._pool = pool
         self._clock = clock
+        self._uses = BlobUses(database, blobs, memory)
+        self._means = Means(home=home, database=database, memory=memory, blobs=blobs, pool=pool, uses=self._uses)
+        self._openings = Openings(self._means, orders, clock=clock)
+        self._trainings: dict[tuple[str, int], asyncio.Task[PartyRound]] = {}
+
+    async def stop(self) -> None:
+        """End what runs whoever is connected; the rows stay as they are."""
+        for key in list(self._trainings):
+            await self._stop_training(*key)
+        await self._uses.settled()
 
     # --- contribute ---------------------------------------------------------------------------------------------------
 
     async def contribute(self, stub: Stub, name: federation_pb2.RoundName, work: federation_pb2.Contribute) -> None:
         """Train and commit: send the signed root of the finished batch."""
         signed = signed_from_proto(work.plan)
-        checked = self._check(signed, name)
+        checked = self._means.check(signed, name)
         check_contribution(checked.plan, self._home.config)
-        ordered = await self._check_order(work, checked)
+        ordered = await self._means.check_order(work, checked)
         checked = replace(checked, scientist=ordered.order.scientist if ordered else "")
         try:
             row = await self._database.run(lambda c: self._begin(c, checked, ordered))
@@ -106,11 +116,9 @@ class RoundWorker:
             return
         if row.stage is Stage.RESERVED:
             LOG.info("contributing", extra={**describe(checked.plan), "ordered_by": checked.scientist or "nobody"})
-            row = await self._train(stub, checked, signed, row)
+            await self._train(stub, checked, signed, row)
         plan, disclose = checked.plan, self._home.config.policy.disclose_epsilon
-        balance = await self._database.run(
-            lambda c: self._accounts.example_balance(c, plan.task, delta=float(plan.local.delta))
-        )
+        row, balance = await self._database.run(lambda c: self._about_to_tell(c, name, plan))
         request = federation_pb2.CommitRootRequest(
             round=name,
             root=signed_to_proto(Signed.from_json(row.root or {})),
@@ -129,37 +137,89 @@ class RoundWorker:
             check_same(known, fresh)
             if known.ended:
                 raise PlanError("this round has ended")
+            if known.stage is Stage.WITNESS:
+                raise PlanError("this party has opened this round: it takes no other part in it")
             return known
         self._orders.begin(connection, ordered, plan, now=self._clock())
         self._accounts.reserve(connection, checked, now=self._clock())
         self._memory.put(connection, fresh)
         return fresh
 
-    async def _train(self, stub: Stub, checked: CheckedPlan, signed: Signed, row: PartyRound) -> PartyRound:
-        plan = checked.plan
-        dataset = self._home.config.datasets[plan.task]
-        options = dataset_options(dataset.options, plan)
-        request = federation_pb2.DownloadModelRequest(round=_round_name(row))
+    def _about_to_tell(
+        self, connection: Connection, name: federation_pb2.RoundName, plan: RoundPlan
+    ) -> tuple[PartyRound, ExampleBalance]:
+        """The round with its root, which may be told now, and what it leaves of the budget. The charge is final: when
+        the root comes tells how long the work took. (It is final since training began, but for rounds of before.)"""
+        row = self._memory.find(connection, name.job_id, name.round)
+        if row is None or row.root is None or row.ended:
+            raise PlanError("this round has ended")
+        self._accounts.spend(connection, row.job_id, row.number, now=self._clock(), reason="its root is told")
+        return row, self._accounts.example_balance(connection, plan.task, delta=float(plan.local.delta))
+
+    async def _train(self, stub: Stub, checked: CheckedPlan, signed: Signed, row: PartyRound) -> None:
+        """Fetch the model and train, or wait for the training that is under way: it goes on without a connection. Else
+        whoever breaks that could time the same round again and again, for one charge."""
+        plan, key = checked.plan, (row.job_id, row.number)
+        options = dataset_options(self._home.config.datasets[plan.task].options, plan)
         limit = self._home.config.limits.max_update_bytes
-        await receive_blob(stub.DownloadModel(request), self._blobs, max_bytes=limit, expected_sha256=plan.model_sha256)
+        with self._uses.using(plan.model_sha256):
+            if key not in self._trainings:
+                pieces = stub.DownloadModel(federation_pb2.DownloadModelRequest(round=round_name(row)))
+                await receive_blob(pieces, self._blobs, max_bytes=limit, expected_sha256=plan.model_sha256)
+            if key not in self._trainings:
+                self._trainings[key] = asyncio.create_task(self._contribution(checked, signed, options))
+                self._trainings[key].add_done_callback(lambda done: self._training_ended(key, done))
+            await asyncio.shield(self._trainings[key])
+
+    def _training_ended(self, key: tuple[str, int], task: asyncio.Task[PartyRound]) -> None:
+        """What came of it is in the round's row, also if nobody waits for it any more."""
+        self._trainings.pop(key, None)
+        if not task.cancelled():
+            task.exception()
+
+    async def _stop_training(self, job_id: str, number: int) -> None:
+        task = self._trainings.get((job_id, number))
+        if task is not None:
+            task.cancel()
+            await asyncio.gather(task, return_exceptions=True)
+
+    async def _contribution(self, checked: CheckedPlan, signed: Signed, options: dict[str, Any]) -> PartyRound:
+        """The round with its stored batch. From its first line on the charge is final: that no root has come by a time
+        of the aggregator's choosing tells as much as when one comes."""
+        plan = checked.plan
         params = {
-            **self._params(checked, signed),
+            **self._means.params(checked, signed),
             "name": self._home.name,
             "options": options,
-            "declared_rows": dataset.declared_rows,
+            "declared_rows": self._home.config.datasets[plan.task].declared_rows,
         }
-        try:
-            batch = StoredBatch(**await self._pool.run("contribute", params))
-        except (AbandonedError, UnavailableError):  # this process is being stopped: it is done again
-            raise
-        except Exception as error:
-            raise await self._failed_on_data(row, error) from None
-        finally:
-            self._blobs.path(plan.model_sha256).unlink(missing_ok=True)
-        return await self._database.run(lambda c: self._commit(c, row, plan, batch))
+        with self._uses.using(plan.model_sha256), self._uses.storing():
+            row = await self._database.run(lambda c: self._begin_training(c, plan))
+            try:
+                if row.trainings > MOST_TRAININGS:
+                    raise WorkerError("the training of this round was begun too often")
+                batch = StoredBatch(**await self._pool.run("contribute", params))
+                return await self._database.run(lambda c: self._commit(c, plan, batch))
+            except (AbandonedError, UnavailableError):  # this process is being stopped: it is done again
+                raise
+            except Exception as error:
+                raise await self._failed_on_data(row, error) from None
 
-    def _commit(self, connection: Connection, row: PartyRound, plan: RoundPlan, batch: StoredBatch) -> PartyRound:
-        """Sign for the batch, and for where the ledger is: others then know an entry that it must have from now on."""
+    def _begin_training(self, connection: Connection, plan: RoundPlan) -> PartyRound:
+        row = self._memory.find(connection, plan.job_id, plan.round)
+        if row is None or row.ended or row.stage is not Stage.RESERVED:
+            raise PlanError("this round has ended")
+        self._accounts.spend(connection, row.job_id, row.number, now=self._clock(), reason="training begins")
+        row = replace(row, trainings=row.trainings + 1)
+        self._memory.put(connection, row)
+        return row
+
+    def _commit(self, connection: Connection, plan: RoundPlan, batch: StoredBatch) -> PartyRound:
+        """Sign for the batch, and for where the ledger is: others then know an entry that it must have from now on.
+        Of a round that has ended or is being opened meanwhile nothing is kept."""
+        row = self._memory.find(connection, plan.job_id, plan.round)
+        if row is None or row.ended or row.aggregate_root or row.stage is not Stage.RESERVED:
+            raise PlanError("this round has ended")
         statement = RootStatement(
             plan=row.plan,
             contributor=self._home.name,
@@ -180,15 +240,18 @@ class RoundWorker:
         # Of the worker's own errors the private text is a place in the code or an exit status; others may quote a row.
         detail = error.private if isinstance(error, WorkerError) else ""
         LOG.error("no contribution: %s %s", type(error).__name__, detail, extra={"job": row.job_id})
-        said = replace(row, stage=Stage.FAILED, failure=(meaning(failure).reason, failure.message))
+        said = (meaning(failure).reason, failure.message)
 
         def note(connection: Connection) -> None:
+            now = self._memory.find(connection, row.job_id, row.number)
+            if now is None or now.ended or now.stage is not Stage.RESERVED:
+                return  # it ended meanwhile, and what there is to enter was entered then
             reason = "computing the contribution failed after data was touched"
             self._accounts.spend(connection, row.job_id, row.number, now=self._clock(), reason=reason)
             # That it failed is all that anybody is ever told of it: nothing more can come, after a reset say.
-            figures = {"failure": said.failure[0] if said.failure else ""}
+            figures = {"failure": said[0]}
             self._accounts.release(connection, row.job_id, row.number, figures=figures, now=self._clock())
-            self._memory.put(connection, said)
+            self._memory.put(connection, replace(now, stage=Stage.FAILED, failure=said))
 
         try:
             await self._database.run(note)
@@ -201,7 +264,7 @@ class RoundWorker:
     async def reveal(self, stub: Stub, name: federation_pb2.RoundName, work: federation_pb2.Reveal) -> None:
         """Upload the stored batch, once the frozen list is one that this party can live with."""
         signed, listed = signed_from_proto(work.plan), signed_from_proto(work.frozen_list)
-        checked = self._check(signed, name)
+        checked = self._means.check(signed, name)
         roots = check_list(listed, self._home.roster, plan=checked.plan, plan_digest=checked.digest)
 
         def accept(connection: Connection) -> tuple[PartyRound, str]:
@@ -212,27 +275,37 @@ class RoundWorker:
                 raise PlanError("this round has ended")
             digest = check_reveal(row, listed, roots, name=self._home.name)
             if row.stage is Stage.COMMITTED:
-                self._accounts.spend(connection, row.job_id, row.number, now=self._clock())
+                if row.aggregate_root:
+                    raise PlanError("this round is being opened without this party's update: it is too late for it")
                 row = replace(row, stage=Stage.REVEALED, list=digest)
+                self._enter_shown(connection, row, reason="the upload begins")
                 self._memory.put(connection, row)
+            elif self._accounts.is_over(connection, row.job_id, row.number):
+                raise PlanError("this round was charged to an accounting period that is over: it is not sent again")
             return row, self._accounts.head(connection)
 
         row, head = await self._database.run(accept)
         answer = await stub.UploadUpdate(self._upload(row, ledger_head=head))
         if answer.accepted:
-            await self._database.run(lambda c: self._delivered(c, row))
+            await self._database.run(lambda c: self._delivered(c, name))
             LOG.info("delivered", extra={"job": row.job_id, "round": row.number})
 
-    def _delivered(self, connection: Connection, row: PartyRound) -> None:
-        """What was shown is entered with it."""
-        figures = {"plan": row.plan, "list": row.list, "root": str((row.batch or {})["root"])}
-        self._accounts.release(connection, row.job_id, row.number, figures=figures, now=self._clock())
-        self._memory.put(connection, replace(row, stage=Stage.DELIVERED))
+    def _delivered(self, connection: Connection, name: federation_pb2.RoundName) -> None:
+        row = self._memory.find(connection, name.job_id, name.round)
+        if row is not None and row.stage is Stage.REVEALED:
+            self._enter_shown(connection, row, reason="the upload is done")
+            self._memory.put(connection, replace(row, stage=Stage.DELIVERED))
+
+    def _enter_shown(self, connection: Connection, row: PartyRound, *, reason: str) -> None:
+        """The charge is final, and the ledger holds what of the round anybody may have seen; once, whoever asks."""
+        now = self._clock()
+        self._accounts.spend(connection, row.job_id, row.number, now=now, reason=reason)
+        self._accounts.release(connection, row.job_id, row.number, figures=_shown(row), now=now)
 
     async def _upload(self, row: PartyRound, *, ledger_head: str) -> AsyncIterator[federation_pb2.UploadUpdateRequest]:
         batch = StoredBatch(**(row.batch or {}))
         header = federation_pb2.UpdateHeader(
-            round=_round_name(row),
+            round=round_name(row),
             root=signed_to_proto(Signed.from_json(row.root or {})),
             batch_header=bytes.fromhex(batch.header),
             ledger_head=ledger_head,
@@ -245,157 +318,54 @@ class RoundWorker:
 
     async def open(self, stub: Stub, name: federation_pb2.RoundName, work: federation_pb2.Open) -> None:
         """Send a share of the aggregate that this party multiplied itself, and of no other in this round, ever."""
-        signed, listed = signed_from_proto(work.plan), signed_from_proto(work.frozen_list)
-        checked = self._check(signed, name)
-        roots = check_list(listed, self._home.roster, plan=checked.plan, plan_digest=checked.digest)
-        row = await self._database.run(lambda c: self._memory.find(c, name.job_id, name.round))
-        ordered = await self._check_order(work, checked) if row is None else None  # else it was, for this plan
-        row = row or PartyRound(job_id=name.job_id, number=name.round, plan=checked.digest, stage=Stage.WITNESS)
-        opening = check_opening(
-            signed_from_proto(work.opening),
-            self._home.roster,
-            row=row,
-            plan=checked.plan,
-            listed=listed,
-            roots=roots,
-            name=self._home.name,
-        )
-        if not row.share:
-            row = await self._make_share(stub, row, checked, ordered, signed=signed, opening=opening, roots=roots)
-        await stub.UploadShares(self._shares(row))
-        LOG.info("opened", extra={"job": row.job_id, "round": row.number, "contributions": len(opening.contributors)})
-
-    async def _make_share(
-        self,
-        stub: Stub,
-        row: PartyRound,
-        checked: CheckedPlan,
-        ordered: Ordered | None,
-        *,
-        signed: Signed,
-        opening: OpeningStatement,
-        roots: dict[str, RootStatement],
-    ) -> PartyRound:
-        mine = (row.batch or {}).get("sha256")
-        fetched: set[str] = set()
-        try:
-            return await self._open_fetched(
-                stub, row, checked, ordered, signed=signed, opening=opening, roots=roots, fetched=fetched
-            )
-        finally:
-            for blob in fetched - {mine}:  # refused or opened: nobody needs them any more
-                self._blobs.path(blob).unlink(missing_ok=True)
-
-    async def _open_fetched(
-        self,
-        stub: Stub,
-        row: PartyRound,
-        checked: CheckedPlan,
-        ordered: Ordered | None,
-        *,
-        signed: Signed,
-        opening: OpeningStatement,
-        roots: dict[str, RootStatement],
-        fetched: set[str],
-    ) -> PartyRound:
-        batches = {}
-        for name in opening.contributors:
-            batches[name] = await self._fetch(stub, row, checked, roots[name])
-            fetched.add(batches[name].sha256)
-        params = self._params(checked, signed)
-        own = {name: batch.to_json() for name, batch in batches.items()}
-        aggregate = StoredBatch(
-            **await self._pool.run("recompute", {**params, "name": self._home.name, "batches": own})
-        )
-        fetched.add(aggregate.sha256)
-        if aggregate.root != opening.aggregate_root:
-            raise OpeningError("the aggregate that this party multiplied is not the one it is asked to open")
-        row = replace(row, aggregate_root=aggregate.root, list=opening.list)
-        # Before a share exists: from here on no other aggregate of this round is opened, whatever happens.
-        await self._database.run(lambda c: self._witness(c, row, checked.plan, ordered))
-        share = await self._pool.run(
-            "open_share",
-            {
-                **params,
-                "name": self._home.name,
-                "share": str(self._home.config.keys.share),
-                "aggregate": aggregate.sha256,
-                "aggregate_root": aggregate.root,
-            },
-        )
-        row = replace(row, share=share["sha256"])
-        await self._database.run(lambda c: self._memory.put(c, row))
-        return row
-
-    def _witness(self, connection: Connection, row: PartyRound, plan: RoundPlan, ordered: Ordered | None) -> None:
-        """Note what is about to be opened. Of a round that this party hears of only now, begun elsewhere before, the
-        order counts it too."""
-        late_s = ordered.spec.round_timeout_s if ordered else 0.0
-        self._orders.begin(connection, ordered, plan, now=self._clock(), late_s=late_s)
-        self._memory.put(connection, row)
-
-    async def _fetch(self, stub: Stub, row: PartyRound, checked: CheckedPlan, root: RootStatement) -> StoredBatch:
-        """A contributor's batch; its own it has. Whether it has its root is found while multiplying."""
-        header = expected_header(checked.plan, checked.digest, root.contributor).encode().hex()
-        if root.contributor == self._home.name and row.batch is not None:
-            return StoredBatch(**row.batch)
-        request = federation_pb2.DownloadContributionRequest(round=_round_name(row), contributor=root.contributor)
-        limit = min(self._home.config.limits.max_update_bytes, root.body_bytes)
-        ref = await receive_blob(stub.DownloadContribution(request), self._blobs, max_bytes=limit)
-        return StoredBatch(header, ref.sha256, ref.size, root.root, root.proof)
-
-    async def _shares(self, row: PartyRound) -> AsyncIterator[federation_pb2.UploadSharesRequest]:
-        size = await asyncio.to_thread(self._blobs.size, row.share)
-        statement = {
-            "plan": row.plan,
-            "aggregate_root": row.aggregate_root,
-            "party": self._home.name,
-            "sha256": row.share,
-            "bytes": size,
-        }
-        signed = self._home.signing_key.sign(SHARES_KIND, statement, signer=self._home.name)
-        header = federation_pb2.SharesHeader(round=_round_name(row), shares=signed_to_proto(signed))
-        yield federation_pb2.UploadSharesRequest(header=header)
-        async for piece in blob_pieces(self._blobs, row.share, piece_bytes=PIECE_BYTES):
-            yield federation_pb2.UploadSharesRequest(body=piece)
+        await self._openings.open(stub, name, work)
 
     # --- the end of a round -------------------------------------------------------------------------------------------
 
     async def ended(self, name: federation_pb2.RoundName, work: federation_pb2.RoundEnded) -> None:
-        """Note how the round ended; give back what was reserved if no byte left; drop what nobody needs any more."""
+        """Note how the round ended; give back what was reserved if no training began; let go of what nobody needs."""
         head: Head | None = None
         if work.HasField("transcript"):
             signed = signed_from_proto(work.transcript)
             transcript = open_signed(signed, TRANSCRIPT_KIND, verify_key=self._home.roster.verify_key(AGGREGATOR))
             head = Head(str(transcript.get("ledger_head")), name.job_id, name.round)
 
+        state = work.state if work.state in ENDS else "ENDED"
+
         def note(connection: Connection) -> PartyRound | None:
             row = self._memory.find(connection, name.job_id, name.round)
             if row is None or row.ended:
                 return None
-            if row.stage in (Stage.RESERVED, Stage.COMMITTED):
-                reason = f"the round ended ({work.state[:20]}) before anything was sent"
-                self._accounts.return_(connection, row.job_id, row.number, now=self._clock(), reason=reason)
-            self._memory.put(connection, replace(row, ended=work.state[:20] or "ENDED"))
+            self._settle(connection, row, state)
+            self._memory.put(connection, replace(row, ended=state))
             if head is not None:
                 self._accounts.remember(connection, head, key=self._home.aggregator_key)
             return row
 
+        await self._stop_training(name.job_id, name.round)
         row = await self._database.run(note)
         if row is not None:
             LOG.info("round ended: %s %s", work.state, work.reason, extra={"job": row.job_id, "round": row.number})
-            for blob in [(row.batch or {}).get("sha256", ""), row.share]:
-                if blob:
-                    self._blobs.path(blob).unlink(missing_ok=True)
+            self._uses.let_go([(row.batch or {}).get("sha256", ""), row.share])
+
+    def _settle(self, connection: Connection, row: PartyRound, state: str) -> None:
+        """The ledger's last word on a round: given back if no training began, else spent, with what was shown of it.
+        After this nothing more is."""
+        if row.stage is Stage.RESERVED and not row.trainings:
+            reason = f"the round ended ({state}) before training began"
+            self._accounts.return_(connection, row.job_id, row.number, now=self._clock(), reason=reason)
+        elif row.stage in (Stage.RESERVED, Stage.COMMITTED, Stage.REVEALED):
+            self._enter_shown(connection, row, reason=f"the round ended ({state})")
 
     # --- refusals -----------------------------------------------------------------------------------------------------
 
     async def failed(
         self, stub: Stub, name: federation_pb2.RoundName, *, stage: str, plan: str, error: BaseException
     ) -> None:
-        """Remember a refusal or failure, give back what did not leave, and tell the aggregator, by public text.
+        """Remember a refusal or failure, give back what was charged if no training began, and tell the aggregator, by
+        public text.
 
-        A round in which data was touched is not given back: `_failed_on_data` has entered it as spent.
+        A round in which data was touched is not given back: its charge is final.
         `plan` is the digest of what was asked for: a refusal of another plan changes nothing in the round as it is.
         """
         text = error.message if isinstance(error, SottoError) else "internal error"
@@ -405,7 +375,9 @@ class RoundWorker:
 
         def note(connection: Connection) -> None:
             row = self._memory.find(connection, name.job_id, name.round)
-            if stage == "contribute" and row is not None and (row.stage, row.plan) == (Stage.RESERVED, plan):
+            if stage != "contribute" or row is None or row.plan != plan or row.ended:
+                return
+            if row.stage is Stage.RESERVED and not row.trainings:
                 self._accounts.return_(connection, row.job_id, row.number, now=self._clock(), reason=failure[0])
                 self._memory.put(connection, replace(row, stage=Stage.FAILED, failure=failure))
 
@@ -416,42 +388,9 @@ class RoundWorker:
         request = federation_pb2.ReportFailureRequest(round=name, reason=failure[0], message=failure[1], stage=stage)
         await stub.ReportFailure(request)
 
-    # --- shared -------------------------------------------------------------------------------------------------------
 
-    def _check(self, signed: Signed, name: federation_pb2.RoundName) -> CheckedPlan:
-        """The plan, verified before anything in it is believed, and of the round that the assignment names."""
-        plan, _ = open_plan(signed, self._home.roster)
-        if (plan.job_id, plan.round) != (name.job_id, name.round):
-            raise PlanError("the assignment names another round than its plan")
-        return check_plan(
-            signed,
-            self._home.roster,
-            config=self._home.config,
-            scheme=self._home.scheme(plan.scheme),
-            pinned=self._home.pinned,
-        )
-
-    async def _check_order(
-        self, work: federation_pb2.Contribute | federation_pb2.Open, checked: CheckedPlan
-    ) -> Ordered | None:
-        """The order that a round rests on. To see that it follows, it is planned again: that is for a thread."""
-        return await asyncio.to_thread(
-            check_order,
-            signed_from_proto(work.order) if work.HasField("order") else None,
-            checked.plan,
-            roster=self._home.roster,
-            scheme=self._home.scheme(checked.plan.scheme),
-            allow_unsigned=self._home.config.policy.allow_unsigned_jobs,
-        )
-
-    def _params(self, checked: CheckedPlan, signed: Signed) -> dict[str, Any]:
-        return {
-            "plan": signed.statement.decode(),
-            "plan_digest": checked.digest,
-            "public": json.dumps(self._home.keyring.to_json()),
-            "processes": self._pool.cores_for_a_unit(),
-        }
-
-
-def _round_name(row: PartyRound) -> federation_pb2.RoundName:
-    return federation_pb2.RoundName(job_id=row.job_id, round=row.number)
+def _shown(row: PartyRound) -> dict[str, str]:
+    """Of a round as far as it has come, what anybody may have seen of it, as the ledger keeps it."""
+    if row.batch is None:
+        return {"plan": row.plan}
+    return {"plan": row.plan, **({"list": row.list} if row.list else {}), "root": str(row.batch["root"])}

@@ -265,21 +265,22 @@ def test_no_word_of_the_encoded_values_is_in_a_protected_body(federation: Any) -
 # --- cancelling, and budgets ------------------------------------------------------------------------------------------
 
 
-def test_a_running_job_can_be_cancelled_and_gives_back_what_was_not_opened(
+def test_a_running_job_can_be_cancelled_and_the_federation_gets_back_what_was_not_opened(
     running: Any, wait_until: Callable[..., Any]
 ) -> None:
+    """Each party has trained, or begun to, and its time has told something: that round of it is spent."""
     with running.processes.hold("b"):
         job_id = running.submit(rounds=2)
         running.reached(job_id, lambda row: {"a", "c"} <= set(row.roots), "a and c commit")
+        wait_until(lambda: (row := running.memory("b", job_id)) and row.trainings, "b trains")
         assert running.client.get(job_id).state == jobs_pb2.RUNNING
         running.client.cancel(job_id)
         assert running.end(job_id).state == jobs_pb2.CANCELLED
     (row,) = running.rounds(job_id)
     assert (row.state, row.spent, row.asked) == ("CANCELLED", False, ())
-    for name, count in {AGGREGATOR: 1, "a": 2, "b": 2, "c": 2}.items():
-        wait_until(
-            lambda name=name: _kinds(running, name, job_id) == {"returned"}, f"{name} gets back what it reserved"
-        )
+    for name, (count, kind) in {AGGREGATOR: (1, "returned"), **dict.fromkeys("abc", (2, "final"))}.items():
+        wait_until(lambda name=name: (row := running.memory(name, job_id)) is None or row.ended, f"{name} heard of it")
+        assert _kinds(running, name, job_id) == {kind}
         assert len(running.charges(name, job_id)) == count
     running.succeed(running.submit())  # b's worker was busy with what nobody needs any more: it is free again
 

@@ -121,7 +121,8 @@ class CheatingAggregator(federation_pb2_grpc.FederationServiceServicer):
         self.received: list[Answer] = []
         self.told: list[str] = []
         self.answers: asyncio.Queue[Answer] = asyncio.Queue()
-        self._work: asyncio.Queue[federation_pb2.Assignment] = asyncio.Queue()
+        self._work: asyncio.Queue[federation_pb2.Assignment | None] = asyncio.Queue()
+        self.gates: dict[str, asyncio.Event] = {}
         self.gone = asyncio.Event()
         self.joined: list[federation_pb2.JoinRequest] = []
         self.party_ledger: list[federation_pb2.LedgerHead] = []
@@ -145,12 +146,13 @@ class CheatingAggregator(federation_pb2_grpc.FederationServiceServicer):
     async def StreamAssignments(self, request: Any, context: Any) -> AsyncIterator[federation_pb2.Assignment]:
         self.gone.clear()
         try:
-            while True:
-                yield await self._work.get()
+            while (work := await self._work.get()) is not None:
+                yield work
         finally:
             self.gone.set()
 
     async def DownloadModel(self, request: Any, context: Any) -> AsyncIterator[common_pb2.DataChunk]:
+        await self._let_through("model")
         async for chunk in send_bytes(self.model):
             yield chunk
 
@@ -167,6 +169,7 @@ class CheatingAggregator(federation_pb2_grpc.FederationServiceServicer):
         return federation_pb2.UploadUpdateResponse(accepted=True)
 
     async def DownloadContribution(self, request: Any, context: Any) -> AsyncIterator[common_pb2.DataChunk]:
+        await self._let_through(request.contributor)
         async for chunk in send_bytes(self.served[request.contributor]):
             yield chunk
 
@@ -179,6 +182,11 @@ class CheatingAggregator(federation_pb2_grpc.FederationServiceServicer):
         self.told.append(request.message)
         self._came("failure", (request.stage, request.reason))
         return federation_pb2.ReportFailureResponse()
+
+    async def _let_through(self, what: str) -> None:
+        """What a asks for waits as long as there is a gate that is not open: the model, or a contributor's batch."""
+        if what in self.gates:
+            await self.gates[what].wait()
 
     def _told(self, name: federation_pb2.RoundName, digest: str) -> None:
         """In this it is honest: it remembers the heads of a's ledger."""
@@ -207,6 +215,11 @@ class CheatingAggregator(federation_pb2_grpc.FederationServiceServicer):
     async def tell(self, name: federation_pb2.RoundName, **work: Any) -> None:
         """Push an assignment."""
         self._work.put_nowait(federation_pb2.Assignment(sequence=1, round=name, **work))
+
+    async def drop(self) -> None:
+        """End the stream of assignments, as a broken connection does; a comes back by itself."""
+        self._work.put_nowait(None)
+        await self.gone.wait()
 
     async def ask_contribute(self, round_: Round) -> Answer:
         work = federation_pb2.Contribute(plan=signed_to_proto(round_.signed))
@@ -352,12 +365,18 @@ class Pool:
         self._blobs = blobs
         self.dies_at = ""
         self.error: Exception | None = None
+        self.gates: dict[str, asyncio.Event] = {}
+        """By unit: what is begun waits for it."""
+        self.begun: list[str] = []
 
     def cores_for_a_unit(self) -> int:
         """One: batches here are small."""
         return 1
 
     async def run(self, name: str, params: Mapping[str, Any]) -> dict[str, Any]:
+        self.begun.append(name)
+        if name in self.gates:
+            await self.gates[name].wait()
         if name == self.dies_at:
             raise self.error or WorkerError(f"unit {name} was killed")
         data = json.loads(json.dumps(params))
@@ -431,6 +450,7 @@ class PartyA:
     async def stop(self) -> None:
         self._task.cancel()
         await asyncio.gather(self._task, return_exceptions=True)
+        await self.worker.stop()
         await self._database.close()
 
 

@@ -89,16 +89,16 @@ async def test_a_party_with_a_rolled_back_database_does_nothing_until_what_is_lo
 
 
 async def test_what_a_party_signs_says_where_its_ledger_was(meeting: Meeting) -> None:
-    """In the root before a byte has left, with the charge in it; with the upload once the charge is final."""
+    """In the root before it is told, with the final charge in it; with the upload once what it shows is entered."""
     round_ = await meeting.committed()
     signed = open_signed(round_.roots["a"], ROOT_KIND, verify_key=meeting.them.roster.verify_key("a"))
     entries = await meeting.a.entries()
-    assert entries[-1].kind == "reservation"
+    assert entries[-1].kind == "final"
     assert RootStatement.from_statement(signed).ledger_head == entries[-1].digest
     answer = await meeting.them.ask_reveal(round_, meeting.them.freeze(round_))
     assert answer.kind == "upload"
-    final = [entry.digest for entry in await meeting.a.entries() if entry.kind == "final"]
-    assert meeting.them.party_ledger[-1].digest == final[-1]
+    shown = [entry.digest for entry in await meeting.a.entries() if entry.kind == "release"]
+    assert meeting.them.party_ledger[-1].digest == shown[-1]
 
 
 async def test_a_party_tells_the_aggregator_the_last_head_that_a_transcript_of_its_ledger_had(meeting: Meeting) -> None:
