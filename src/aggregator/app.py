@@ -19,7 +19,7 @@ from ..communication.generated import budget_pb2_grpc, federation_pb2_grpc, jobs
 from ..communication.grpc_server import GrpcServer
 from ..communication.tls import TlsFiles
 from ..config import AggregatorConfig
-from ..config_budgets import limits_of
+from ..config_budgets import limit_of, limits_of
 from ..config_database import located
 from ..config_sections import split_address
 from ..descriptors import descriptor_limit, room_for_connections
@@ -240,7 +240,12 @@ def log_start(config: AggregatorConfig, federation: Federation, address: str) ->
         federation.roster.threshold,
         len(federation.roster.holders),
     )
-    LOG.info("noise by %s, %d colluders tolerated", privacy.noise_by, privacy.colluders)
+    LOG.info(
+        "noise by %s, %d colluders tolerated, party-level budget: %s",
+        privacy.noise_by,
+        privacy.colluders,
+        limit_of(privacy.budget),
+    )
     LOG.info("%d descriptors, %d of them for connections", descriptor_limit(), room_for_connections())
     LOG.info(
         "%d to %d workers, %s at the start; state in %s",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import os
 import time
 from collections.abc import Callable, Mapping
@@ -15,7 +16,7 @@ from sqlalchemy import Connection, MetaData
 from ..errors import BudgetError, ConflictError, StateError
 from ..jobs.states import utc
 from ..privacy import ledger
-from ..privacy.budget import ANY, Account, Ledger, Limits, balance, check_affordable, entered, subject_of
+from ..privacy.budget import ANY, Account, Ledger, Limits, balance, check_affordable, subject_of
 from ..privacy.events import Event, NonPrivate
 from ..privacy.in_force import limits_epsilon, without_epsilon
 from ..privacy.ledger import Limit, charges
@@ -43,19 +44,16 @@ class DefaultLimits(Limits):
     __slots__ = ()
 
     def sources(self, entries: Ledger, account: Account) -> dict[str, Limit]:
-        """The account's limit alone."""
-        limit = entered(entries, account)
-        if limit is not None:
-            return {f"entered for {account[1]}": limit}
-        limit = self.configured(account)
-        return {} if limit is None else {"the default of a node without a configuration": limit}
+        """The first of them alone: its own entry, that of all of its kind, the default."""
+        return dict(itertools.islice(super().sources(entries, account).items(), 1))
 
     def differences(self, entries: Ledger) -> dict[Account, tuple[Limit | None, Limit]]:
         """None: nothing else says anything."""
         return {}
 
 
-DEFAULT_LIMITS: Final = DefaultLimits({("example", subject_of("user", ANY)): DEFAULT_USER_LIMIT})
+_ANY_USER: Final[Account] = ("example", subject_of("user", ANY))
+DEFAULT_LIMITS: Final = DefaultLimits({_ANY_USER: DEFAULT_USER_LIMIT}, keys={_ANY_USER: "the default"})
 
 DATABASE_FILE: Final = "party.sqlite"
 KEY_FILE: Final = "signing.key"
