@@ -312,6 +312,9 @@ PLD: Final = "PLD (dp-accounting)"
 PLD_LIMIT: Final = 50.0
 """Above it a PLD takes long (36 s and 4.7 GB at ε = 1 200), and its figure says nothing."""
 
+PLD_RELEASES: Final = 1 << 20
+"""Sampled releases beyond this take minutes (10^6: 16 s; 10^9: no end in sight)."""
+
 _PLD_INTERVAL: Final = 1e-4
 """Of the privacy loss; dp-accounting's default, which rounds upwards."""
 
@@ -350,8 +353,10 @@ def epsilon_estimates(events: Iterable[Event], *, delta: float) -> tuple[Estimat
     composed, delta = _checked(events, delta)
     charged = epsilon(composed, delta=delta)
     bound = Estimate(accountant=ACCOUNTANT, epsilon=charged, standing="bound", note="an upper bound: what is charged")
-    if charged > PLD_LIMIT:
-        note = f"not computed: epsilon is above {PLD_LIMIT:g}"
+    many = sum(map(_count, _parts(composed)[1])) > PLD_RELEASES
+    if charged > PLD_LIMIT or many:
+        note = f"more than {PLD_RELEASES} sampled releases" if many else f"epsilon is above {PLD_LIMIT:g}"
+        note = f"not computed: {note}"
         return bound, Estimate(accountant=PLD, epsilon=None, standing="skipped", note=note)
     value = _pld(composed, delta=delta) if composed else 0.0
     if all(isinstance(event, DpSgdSteps) for event in composed):

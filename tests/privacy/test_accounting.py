@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import subprocess
 import sys
+import time
 
 import dp_accounting as dp
 import pytest
@@ -84,6 +85,19 @@ def test_a_privacy_loss_distribution_is_not_computed_where_it_takes_minutes() ->
     assert (tighter.standing, tighter.epsilon) == ("skipped", None)
     assert epsilon_estimates([NonPrivate(unit="party", reason="x")], delta=1e-5)[1].standing == "skipped"
     assert [each.epsilon for each in epsilon_estimates([], delta=1e-5)] == [0.0, 0.0]
+
+
+def test_nor_of_more_releases_than_it_ends_with() -> None:
+    """A ledger may hold 2⁵³; whoever asks for estimates gets the bound at once, and why there is no more."""
+    begun = time.process_time()
+    bound, other = epsilon_estimates([DpSgdSteps(sampling_rate=1e-6, noise_multiplier=1.0, steps=2**53)], delta=1e-5)
+    assert time.process_time() - begun < 20.0
+    assert bound.epsilon is not None
+    assert (other.epsilon, other.standing, other.note) == (
+        None,
+        "skipped",
+        "not computed: more than 1048576 sampled releases",
+    )
 
 
 def test_many_small_releases_are_one_to_a_privacy_loss_distribution() -> None:
