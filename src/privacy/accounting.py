@@ -19,7 +19,6 @@ from typing import Any, Final, Literal, TypeGuard
 
 from ..errors import InvalidInput
 from .events import DpSgdSteps, Event, NoisySum, NonPrivate, Relation, SampledNoisySum, real
-from .renyi import loses_digits, sampled_gaussian
 
 ACCOUNTANT: Final = "RDP (dp-accounting)"
 """How a manifest names the accountant."""
@@ -211,6 +210,8 @@ def _renyi_of_one(event: DpSgdSteps | SampledNoisySum) -> Any:
     negative, is no bound.
     """
     import numpy as np
+
+    from .renyi import loses_digits, sampled_gaussian
 
     rate, multiplier, orders = event.sampling_rate, _usable(event.noise_multiplier), _own_orders(event)
     known = 0 if loses_digits(rate, multiplier) else len(orders) - len(_LARGE_ORDERS)
