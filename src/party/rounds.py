@@ -274,9 +274,9 @@ class RoundWorker:
             if row.ended:
                 raise PlanError("this round has ended")
             digest = check_reveal(row, listed, roots, name=self._home.name)
+            if row.aggregate_root and row.stage is not Stage.DELIVERED:
+                raise PlanError("this round is being opened: it is too late for this party's update")
             if row.stage is Stage.COMMITTED:
-                if row.aggregate_root:
-                    raise PlanError("this round is being opened without this party's update: it is too late for it")
                 row = replace(row, stage=Stage.REVEALED, list=digest)
                 self._enter_shown(connection, row, reason="the upload begins")
                 self._memory.put(connection, row)

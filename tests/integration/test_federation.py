@@ -278,8 +278,9 @@ def test_a_running_job_can_be_cancelled_and_the_federation_gets_back_what_was_no
         assert running.end(job_id).state == jobs_pb2.CANCELLED
     (row,) = running.rounds(job_id)
     assert (row.state, row.spent, row.asked) == ("CANCELLED", False, ())
-    for name, (count, kind) in {AGGREGATOR: (1, "returned"), **dict.fromkeys("abc", (2, "final"))}.items():
-        wait_until(lambda name=name: (row := running.memory(name, job_id)) is None or row.ended, f"{name} heard of it")
+    for name in PARTIES:
+        wait_until(lambda name=name: running.memory(name, job_id).ended, f"{name} heard of it")
+    for name, (count, kind) in {AGGREGATOR: (1, "returned"), **dict.fromkeys(PARTIES, (2, "final"))}.items():
         assert _kinds(running, name, job_id) == {kind}
         assert len(running.charges(name, job_id)) == count
     running.succeed(running.submit())  # b's worker was busy with what nobody needs any more: it is free again

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from sqlalchemy import Engine, MetaData
 
-from src.errors import PlanError
+from src.errors import PlanError, StateError
 from src.party.store import PartyRound, RoundMemory, Stage, check_same
 
 NEW = PartyRound(job_id="job", number=1, plan="p" * 64, stage=Stage.RESERVED)
@@ -82,6 +82,64 @@ def test_a_party_s_memory_does_not_take(
         memory.put(connection, replace(row, number=2, **changes))
     with pytest.raises(PlanError):
         check_same(row, replace(row, **changes))
+
+
+LATER = {
+    Stage.WITNESS: (),
+    Stage.RESERVED: (Stage.COMMITTED, Stage.REVEALED, Stage.DELIVERED, Stage.FAILED),
+    Stage.COMMITTED: (Stage.REVEALED, Stage.DELIVERED),
+    Stage.REVEALED: (Stage.DELIVERED,),
+    Stage.DELIVERED: (),
+    Stage.FAILED: (),
+}
+
+
+@pytest.mark.parametrize("to", Stage)
+@pytest.mark.parametrize("since", Stage)
+def test_no_stage_goes_back(engine: Engine, memory: RoundMemory, since: Stage, to: Stage) -> None:
+    """Whoever writes what it read before somebody else wrote is refused, and what was written stays."""
+    known, row = replace(NEW, stage=since), replace(NEW, stage=to)
+    with engine.begin() as connection:
+        memory.put(connection, known)
+        if to is since or to in LATER[since]:
+            memory.put(connection, row)
+            return
+        with pytest.raises(StateError, match=f"does not go on from {since.value} to {to.value}"):
+            memory.put(connection, row)
+        assert memory.find(connection, "job", 1) == known
+
+
+OLD: dict[str, tuple[PartyRound, dict[str, Any], str]] = {
+    "without the batch that was stored": (FULL, {"batch": None}, "another batch"),
+    "with another batch": (
+        FULL,
+        {"batch": {"header": "00", "sha256": "other", "size": 7, "root": "r"}},
+        "another batch",
+    ),
+    "without its root": (FULL, {"root": None}, "another root"),
+    "without the share that was made": (FULL, {"share": ""}, "another share"),
+    "open again": (replace(FULL, ended="FAILED"), {"ended": ""}, "another ended"),
+    "ended otherwise": (replace(FULL, ended="FAILED"), {"ended": "RELEASED"}, "another ended"),
+    "with another failure": (replace(NEW, stage=Stage.FAILED, failure=("A", "a")), {"failure": ("B", "b")}, "failure"),
+    "with fewer trainings": (replace(NEW, trainings=2), {"trainings": 1}, "another trainings"),
+}
+
+
+@pytest.mark.parametrize(("known", "changes", "words"), OLD.values(), ids=OLD.keys())
+def test_what_a_party_made_or_heard_once_stays(
+    engine: Engine, memory: RoundMemory, known: PartyRound, changes: dict[str, Any], words: str
+) -> None:
+    with engine.begin() as connection:
+        memory.put(connection, known)
+        with pytest.raises(StateError, match=words):
+            memory.put(connection, replace(known, **changes))
+        assert memory.find(connection, "job", 1) == known
+
+
+def test_a_round_that_earlier_software_wrote_is_read() -> None:
+    """It does not say how often training began; what is not known counts as never."""
+    old = {name: value for name, value in NEW.to_json().items() if name != "trainings"}
+    assert PartyRound.from_json(json.loads(json.dumps(old))) == NEW
 
 
 def test_rounds_whose_end_is_not_known_keep_their_blobs(engine: Engine, memory: RoundMemory) -> None:

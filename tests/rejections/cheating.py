@@ -366,7 +366,7 @@ class Pool:
         self.dies_at = ""
         self.error: Exception | None = None
         self.gates: dict[str, asyncio.Event] = {}
-        """By unit: what is begun waits for it."""
+        """By unit, or unit and job ("contribute of job"): what is begun waits for it."""
         self.begun: list[str] = []
 
     def cores_for_a_unit(self) -> int:
@@ -375,16 +375,18 @@ class Pool:
 
     async def run(self, name: str, params: Mapping[str, Any]) -> dict[str, Any]:
         self.begun.append(name)
-        if name in self.gates:
-            await self.gates[name].wait()
+        data = json.loads(json.dumps(params))
+        statement = parse_canonical(data["plan"].encode())
+        for gate in (name, f"{name} of {statement['job_id']}"):
+            if gate in self.gates:
+                await self.gates[gate].wait()
         if name == self.dies_at:
             raise self.error or WorkerError(f"unit {name} was killed")
-        data = json.loads(json.dumps(params))
         if name != "contribute":
             return HANDLERS[name](data, WorkContext(self._blobs, Path()))
-        statement = parse_canonical(data["plan"].encode())
         del statement["kind"]
         plan = RoundPlan.from_statement(statement)
+        self._blobs.read(plan.model_sha256)  # as the real unit begins
         keyring = Keyring.from_json(json.loads(data["public"]), insecure_small=True)
         values = np.random.default_rng(7).integers(-50, 50, DIMENSION)
         round_ = Round(plan, Signed(data["plan"].encode(), AGGREGATOR, b""))

@@ -105,6 +105,58 @@ async def test_a_failure_leaves_everything_to_the_next_start_and_breaks_nothing(
     assert "collected at the next start" in caplog.text
 
 
+async def test_what_several_use_goes_when_the_last_of_them_lets_go(room: Room) -> None:
+    model = room.put("model")
+    with room.leftovers.using(model):
+        with room.leftovers.using(model, model):
+            pass
+        await room.leftovers.settled()
+        assert room.disk.exists(model)
+    await room.leftovers.settled()
+    assert not room.disk.exists(model)
+
+
+async def test_what_a_row_names_stays_when_whoever_used_it_lets_go(room: Room) -> None:
+    batch = room.put("batch")
+    room.named = {batch}
+    with room.leftovers.using(batch):
+        pass
+    await room.leftovers.settled()
+    assert room.disk.exists(batch)
+    room.named = set()
+    room.leftovers.let_go([batch, "", "0" * 64])
+    await room.leftovers.settled()
+    assert not room.disk.exists(batch)
+
+
+async def test_what_is_stored_again_and_used_while_somebody_lets_go_of_it_stays(room: Room) -> None:
+    """Between the look at the file and its removal."""
+    model = room.put("model")
+    with room.leftovers.storing():
+        room.leftovers.let_go([model])
+        await room.looked()
+        using = room.leftovers.using(model)
+        using.__enter__()
+        room.put("model")
+    await room.leftovers.settled()
+    assert room.disk.exists(model)
+    using.__exit__(None, None, None)
+    await room.leftovers.settled()
+    assert not room.disk.exists(model)
+
+
+async def test_what_a_worker_is_storing_for_another_is_not_taken_from_it(room: Room) -> None:
+    """Its digest is known to nobody yet, and may be that of what is let go."""
+    model = room.put("model")
+    with room.leftovers.storing():
+        room.leftovers.let_go([model])
+        await room.looked()
+        assert room.disk.exists(model)
+        room.named = {room.put("model")}
+    await room.leftovers.settled()
+    assert room.disk.exists(model)
+
+
 def test_a_file_is_removed_only_as_the_one_that_was_looked_at(tmp_path: Path) -> None:
     blobs = Blobs(tmp_path / "blobs")
     sha256 = blobs.write(b"x").sha256
