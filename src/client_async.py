@@ -21,6 +21,7 @@ from .communication.identity import Identity
 from .communication.options import CLIENT_PING_INTERVAL_S, DEFAULT_MAX_MESSAGE_BYTES, PING_TIMEOUT_S
 from .communication.tls import TlsFiles
 from .errors import (
+    PASSING,
     AbandonedError,
     DeadlineError,
     DigestError,
@@ -104,15 +105,13 @@ class Patience:
         self._began = self._clock()
 
 
-_AWAY: Final = (UnavailableError, AbandonedError)
-"""What a call fails with when the aggregator goes away under it: a stopping server cancels the streams it still has."""
-
-
 class AsyncSottoClient:
     """A connection to an aggregator. To be made inside a running event loop, and closed.
 
-    Every method raises the error that the aggregator raised (`errors`), `UnavailableError` when it could not be reached
-    for `retry_for_s`, and `AuthenticationError` or `AccessError` when it does not take this caller.
+    A call is repeated for `retry_for_s` while it fails with what may pass (`errors.PASSING`: the aggregator is away or
+    stopping, its disk is full, the caller has too many calls under way). Every method raises the error that the
+    aggregator raised (`errors`), `UnavailableError` when it could not be reached, and `AuthenticationError` or
+    `AccessError` when it does not take this caller.
 
     Args:
         address: "host:port".
@@ -295,7 +294,7 @@ class AsyncSottoClient:
                 if not state or state in AT_REST:
                     return
                 raise UnavailableError(f"the aggregator ended the watch of job {job_id}, which goes on")
-            except _AWAY as error:
+            except PASSING as error:
                 await patience.pause(error)
 
     async def wait(self, job_id: str, timeout_s: float | None = None) -> Job:
@@ -372,17 +371,17 @@ class AsyncSottoClient:
                     patience.reset()
                 if not partial.complete:
                     raise DigestError(f"{partial.name} ended after {partial.size} of {partial.total} bytes")
-            except _AWAY as error:
+            except PASSING as error:
                 await patience.pause(error)
         await asyncio.to_thread(partial.verify)
 
     async def _patiently(self, call: Callable[[], Awaitable[T]]) -> T:
-        """Repeat a call while the aggregator is away. Every RPC here may be sent twice."""
+        """Repeat a call while what keeps it may pass. Every RPC here may be sent twice."""
         patience = Patience(self._retry_for_s)
         while True:
             try:
                 return await call()
-            except _AWAY as error:
+            except PASSING as error:
                 await patience.pause(error)
 
 

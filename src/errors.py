@@ -37,6 +37,7 @@ row.
     ├── RoundFailed, JobFailed      a round or job ended without a result; says who and why
     ├── LedgerError                 a ledger whose chain is broken, or that cannot be written
     ├── StorageError                a database or blob that is damaged or of another version
+    │   └── StorageFullError        there is no room for it now
     └── WorkerError                 a unit of CPU work died or failed for a reason of its own
 """
 
@@ -71,6 +72,8 @@ class SottoError(Exception):
         super().__init__(self.message)
         self.private = printable(private, MAX_TEXT_CHARACTERS)
         self.metadata: dict[str, str] = public_texts(metadata)
+        self.remote = False
+        """Whether another process raised it. Then it is that one's word, and nothing that was found out here."""
 
 
 class ConfigError(SottoError):
@@ -211,6 +214,10 @@ class StorageError(SottoError):
     """A database or blob that is damaged, or was written by another version."""
 
 
+class StorageFullError(StorageError):
+    """There is no room to write now: a full disk, a used-up quota, no file left. It passes when somebody makes room."""
+
+
 class WorkerError(SottoError):
     """A unit of CPU work died, or failed for a reason of its own."""
 
@@ -276,6 +283,7 @@ CATALOGUE: Final[dict[type[SottoError], Meaning]] = {
     JobFailed: Meaning("ABORTED", "JOB_FAILED", 13),
     LedgerError: Meaning("DATA_LOSS", "LEDGER_DAMAGED", 14),
     StorageError: Meaning("DATA_LOSS", "STORAGE_DAMAGED", 14),
+    StorageFullError: Meaning("RESOURCE_EXHAUSTED", "STORAGE_FULL", 14),
     WorkerError: Meaning("INTERNAL", "WORKER_FAILED", 15),
 }
 
@@ -287,6 +295,11 @@ def meaning(error: BaseException) -> Meaning:
             return CATALOGUE[cls]
     return UNEXPECTED
 
+
+PASSING: Final = (UnavailableError, AbandonedError, BusyError, StorageFullError, LeaseError)
+"""What may be gone when the same call is made again a little later, with nothing changed by its caller: a service that
+is away or stopping, too many calls at a time, a full disk, a job that is about to be somebody else's. All others come
+again: what was asked is wrong or refused, or something is broken that only people mend."""
 
 BY_REASON: Final[dict[str, type[SottoError]]] = {
     row.reason: cls for cls, row in CATALOGUE.items() if cls is not SottoError

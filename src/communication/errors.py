@@ -123,7 +123,7 @@ def from_status(status: status_pb2.Status) -> SottoError | None:
     if info.domain != DOMAIN:
         return None
     error = BY_REASON.get(info.reason, SottoError)(status.message)
-    error.metadata = public_texts(dict(info.metadata))
+    error.metadata, error.remote = public_texts(dict(info.metadata)), True
     if isinstance(error, InvalidInput):
         error.violations = public_texts({each.field: each.description for each in bad.field_violations})
     return error
@@ -141,7 +141,9 @@ def from_rpc_error(error: grpc.aio.AioRpcError, *, address: str) -> SottoError:
     code = error.code()
     text = _cut(error.details() or code.name, _MAX_TEXT_BYTES)  # made printable by the error that quotes it
     verb = _VERBS.get(code, f"answered {code.name}")
-    return _WITHOUT_DETAILS.get(code, SottoError)(f"{address} {verb}: {text}", address=address)
+    said = _WITHOUT_DETAILS.get(code, SottoError)(f"{address} {verb}: {text}", address=address)
+    said.remote = True
+    return said
 
 
 class ServerErrors(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]  # generic in the stubs only

@@ -26,6 +26,7 @@ def connect(
     insecure: bool = False,
     identity: Identity | None = None,
     max_message_bytes: int = DEFAULT_MAX_MESSAGE_BYTES,
+    call_timeout_s: float | None = None,
 ) -> grpc.aio.Channel:
     """A channel to `address`; generated stubs take it like any other. It dials with the first call.
 
@@ -38,6 +39,7 @@ def connect(
         insecure: plaintext; loopback addresses only.
         identity: who calls, where `insecure`; with TLS the certificate says it.
         max_message_bytes: of one message, both ways.
+        call_timeout_s: of a call that does not stream and names no timeout of its own; None: as long as it takes.
 
     Raises:
         ConfigError: neither TLS nor plaintext on loopback, or TLS files that cannot be used.
@@ -53,19 +55,27 @@ def connect(
             metadata = ((METADATA_KEY, str(identity)),)
     else:
         channel = grpc.aio.secure_channel(address, client_credentials(tls), options=options)
-    return _Channel(channel, address, metadata)
+    return _Channel(channel, address, metadata, call_timeout_s=call_timeout_s)
 
 
 class _Channel(grpc.aio.Channel):
     """Makes what generated stubs ask a channel for, wrapped."""
 
-    def __init__(self, channel: grpc.aio.Channel, address: str, metadata: tuple[tuple[str, str], ...]) -> None:
+    def __init__(
+        self,
+        channel: grpc.aio.Channel,
+        address: str,
+        metadata: tuple[tuple[str, str], ...],
+        *,
+        call_timeout_s: float | None,
+    ) -> None:
         self._channel = channel
         self._address = address
         self._metadata = metadata
+        self._call_timeout_s = call_timeout_s
 
     def unary_unary(self, method: str, *args: Any, **kwargs: Any) -> Any:
-        return self._wrap(self._channel.unary_unary(method, *args, **kwargs))
+        return self._wrap(self._channel.unary_unary(method, *args, **kwargs), timeout_s=self._call_timeout_s)
 
     def unary_stream(self, method: str, *args: Any, **kwargs: Any) -> Any:
         return self._wrap(self._channel.unary_stream(method, *args, **kwargs))
@@ -76,8 +86,12 @@ class _Channel(grpc.aio.Channel):
     def stream_stream(self, method: str, *args: Any, **kwargs: Any) -> Any:
         return self._wrap(self._channel.stream_stream(method, *args, **kwargs), streams_requests=True)
 
-    def _wrap(self, inner: Callable[..., Any], *, streams_requests: bool = False) -> _MultiCallable:
-        return _MultiCallable(inner, self._address, metadata=self._metadata, streams_requests=streams_requests)
+    def _wrap(
+        self, inner: Callable[..., Any], *, streams_requests: bool = False, timeout_s: float | None = None
+    ) -> _MultiCallable:
+        return _MultiCallable(
+            inner, self._address, metadata=self._metadata, streams_requests=streams_requests, timeout_s=timeout_s
+        )
 
     async def close(self, grace: float | None = None) -> None:
         await self._channel.close(grace)
@@ -102,8 +116,15 @@ class _MultiCallable:
     """A method of a stub: called with a request (or an iterator of requests), it returns the call."""
 
     def __init__(
-        self, inner: Callable[..., Any], address: str, *, metadata: tuple[tuple[str, str], ...], streams_requests: bool
+        self,
+        inner: Callable[..., Any],
+        address: str,
+        *,
+        metadata: tuple[tuple[str, str], ...],
+        streams_requests: bool,
+        timeout_s: float | None,
     ) -> None:
+        self._timeout_s = timeout_s
         self._inner = inner
         self._address = address
         self._metadata = metadata
@@ -112,6 +133,8 @@ class _MultiCallable:
     def __call__(self, request: Any = None, *, metadata: Iterable[tuple[str, Any]] | None = None, **kwargs: Any) -> Any:
         source = _Source(request) if self._streams_requests and request is not None else None
         args = () if request is None else (source or request,)
+        if self._timeout_s is not None:
+            kwargs = {"timeout": self._timeout_s, **kwargs}
         call = self._inner(*args, metadata=(*(metadata or ()), *self._metadata), **kwargs)
         return _Call(call, self._address, source)
 

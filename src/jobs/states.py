@@ -97,9 +97,9 @@ TRANSITIONS: Final[Mapping[tuple[JobState, EventKind], JobState]] = {
 }
 """(state, event) → next state. What is not here is a StateError; nothing leads out of a state at rest."""
 
-MENDABLE: Final = frozenset({"WORKER_FAILED", "UNAVAILABLE"})
-"""Reasons of the error catalogue that another attempt may mend: a process that died, a service that was away. For all
-others (a budget, a policy, bad input, damage, a mistake of ours) another attempt would end alike."""
+MENDABLE: Final = frozenset({"WORKER_FAILED", "UNAVAILABLE", "STORAGE_FULL"})
+"""Reasons of the error catalogue that another attempt may mend: a process that died, a service that was away, a disk
+that was full. For all others (a budget, a policy, bad input, damage, a mistake of ours) another one would end alike."""
 
 
 @dataclass(frozen=True, slots=True)

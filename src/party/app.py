@@ -7,6 +7,7 @@ import contextlib
 import logging
 import signal
 import time
+from typing import Final
 
 import grpc
 from sqlalchemy import MetaData
@@ -33,6 +34,10 @@ from .rounds import RoundWorker
 from .store import RoundMemory
 
 LOG = logging.getLogger("sotto.party")
+
+CALL_S: Final = 60.0
+"""How long the aggregator may take for one answer: it is some reads and one write of its database. What streams ends
+with its round."""
 
 
 class App:
@@ -85,6 +90,7 @@ class App:
             insecure=server.insecure,
             identity=Identity("party", self.config.name),
             max_message_bytes=self.config.limits.max_message_bytes,
+            call_timeout_s=CALL_S,
         )
 
     async def run(self) -> None:

@@ -4,16 +4,25 @@ from __future__ import annotations
 
 import json
 import logging
+from datetime import UTC, datetime
 from typing import Any, Final
 
 from ..communication.generated import federation_pb2
-from ..communication.identity import Identity, certified
+from ..communication.identity import Identity, certified, expired
 from ..communication.messages import signed_from_proto
 from ..communication.tls import TlsFiles
 from ..config import PartyConfig
 from ..encryption.keys import check_kit
 from ..encryption.scheme import Scheme
-from ..errors import AuthenticationError, ConfigError, KeyMaterialError, PolicyError, VersionError
+from ..errors import (
+    AuthenticationError,
+    ConfigError,
+    InvalidInput,
+    KeyMaterialError,
+    PolicyError,
+    SottoError,
+    VersionError,
+)
 from ..files import is_there, write_new
 from ..protocol.canonical import parse_canonical
 from ..protocol.keyring import Keyring, load_share
@@ -76,6 +85,41 @@ class Home:
         path = self.config.state_dir / ACQUAINTANCE_FILE
         return str(json.loads(path.read_text())["aggregator_verify_key"]) if path.exists() else ""
 
+    def fingerprint(self) -> dict[str, str]:
+        """What an aggregator has to fit to: what the kit pins, empty where there is none, and the protocol."""
+        return {
+            "protocol": PROTOCOL_VERSION.partition(".")[0],
+            "federation": self.config.federation,
+            "custody": self.config.keys.custody,
+            "verify_key": self.signing_key.verify_key.hex(),
+            "key_id": self._keyring.key_id if self.pinned and self._keyring else "",
+            "roster_digest": self._roster.digest if self.pinned and self._roster else "",
+        }
+
+    def check_files(self) -> None:
+        """Look at the kit's files as they are now, as at the start.
+
+        Raises:
+            ConfigError: they cannot be used (any more).
+        """
+        try:
+            self.check_certificate()
+            if self.config.keys.roster is not None:
+                self._check_kit(load_roster(self.config.keys.roster)[1])
+        except ConfigError:
+            raise
+        except (OSError, SottoError, ValueError) as error:
+            problem = f"the kit's files cannot be used: {error}"
+            raise ConfigError(problem, problems=(problem,)) from error
+
+    def check_certificate(self) -> None:
+        """Raises ConfigError when this party's certificate cannot be read, is another's, or has expired."""
+        problems = self._certificate_problems()
+        if problems:
+            raise ConfigError(
+                "this party's certificate cannot be used: " + "; ".join(problems), problems=tuple(problems)
+            )
+
     def introduction(self) -> federation_pb2.JoinRequest:
         """What the party says of itself when it joins."""
         from .. import __version__
@@ -93,7 +137,8 @@ class Home:
         """Check the aggregator's answer against the kit, or against the acquaintance.
 
         Raises:
-            VersionError, KeyMaterialError, SignatureError: when it is not whom or what this party expects.
+            VersionError, KeyMaterialError, PolicyError, SignatureError: it is not whom or what this party expects.
+            InvalidInput: it is malformed.
         """
         if answer.protocol_version.partition(".")[0] != PROTOCOL_VERSION.partition(".")[0]:
             raise VersionError(
@@ -108,9 +153,12 @@ class Home:
             raise PolicyError(
                 f"the aggregator's custody is {answer.custody}, this party's keys.custody is {self.config.keys.custody}"
             )
-        keyring = Keyring.from_json(
-            parse_canonical(answer.public_key), insecure_small=self.config.keys.insecure_small_modulus
-        )
+        try:
+            keyring = Keyring.from_json(
+                parse_canonical(answer.public_key), insecure_small=self.config.keys.insecure_small_modulus
+            )
+        except InvalidInput as error:  # it is nobody's, rather than another's
+            raise InvalidInput(f"the aggregator's public key cannot be used: {error.message}") from error
         if self.pinned:
             self._check_pinned(answer, keyring)
             return
@@ -170,8 +218,14 @@ class Home:
         tls = self.config.server.tls
         if tls is None:
             return []
+        pem = TlsFiles(tls.certificate, tls.key, tls.ca).read()[0]
+        ended = expired(pem, now=datetime.now(UTC))
+        if ended is not None:
+            return [f"server.tls.certificate: expired on {ended:%Y-%m-%d %H:%M} UTC: ask your operator for a new one"]
+        if not self.pinned:
+            return []
         try:
-            federation, identity = certified(TlsFiles(tls.certificate, tls.key, tls.ca).read()[0])
+            federation, identity = certified(pem)
         except AuthenticationError as error:
             return [f"server.tls.certificate: {error.message}"]
         if (federation, identity) == (self.config.federation, Identity("party", self.name)):

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
 import secrets
+import time
 from collections.abc import Awaitable, Callable
 from typing import Final
 
@@ -13,21 +13,7 @@ import grpc
 
 from ..communication.generated import federation_pb2, federation_pb2_grpc
 from ..communication.messages import heads_from_proto, heads_to_proto, signed_from_proto
-from ..errors import (
-    AccessError,
-    AuthenticationError,
-    BudgetError,
-    ConfigError,
-    ConflictError,
-    DeadlineError,
-    InvalidInput,
-    LedgerError,
-    NotFoundError,
-    Refused,
-    SottoError,
-    StorageError,
-    UnavailableError,
-)
+from ..errors import PASSING, BudgetError, ConfigError, DeadlineError, LedgerError, SottoError, UnavailableError
 from ..protocol.plan import PLAN_KIND, signed_digest
 from ..protocol.roster import AGGREGATOR
 from ..protocol.signing import open_signed
@@ -36,28 +22,13 @@ from .accounts import PartyAccounts
 from .home import Home
 from .means import Stub
 from .rounds import RoundWorker
+from .standing import LASTED_S, LASTING, Acceptance, Away, Ends, Patience, heartbeat_of, is_trouble
 from .store import RoundMemory
 
 LOG = logging.getLogger("sotto.party")
 
-FIRST_PAUSE_S: Final = 0.2
-LONGEST_PAUSE_S: Final = 10.0
 MISSED_HEARTBEATS: Final = 3
 """After so many the stream counts as dead, whatever TCP says."""
-
-
-FATAL: Final = (
-    AccessError,
-    AuthenticationError,
-    ConfigError,
-    ConflictError,
-    InvalidInput,
-    LedgerError,
-    NotFoundError,
-    Refused,
-    StorageError,
-)
-"""What no later try can mend: the node ends and says so. Everything else is taken for an aggregator that is away."""
 
 
 class Node:
@@ -81,28 +52,59 @@ class Node:
         self._dial = dial
         self._session_id = secrets.token_hex(8)
         self._last_sequence = 0
-        self._pause_s = FIRST_PAUSE_S
+        self._patience = Patience()
+        self._away = Away()
+        self._acceptance = Acceptance(home)
         self._tasks: dict[tuple[str, int, str], asyncio.Task[None]] = {}
 
     async def run(self) -> None:
-        """Until cancelled. An aggregator that is away is waited for; one that is wrong ends the node."""
+        """Until cancelled. Whatever the aggregator says or does is waited out; what the party finds out about itself
+        ends the node (`standing`)."""
         while True:
+            began = time.monotonic()
             try:
                 async with self._dial() as channel:
                     await self._session(federation_pb2_grpc.FederationServiceStub(channel))
-            except SottoError as error:
-                if isinstance(error, FATAL):
-                    raise
-                level = logging.INFO if self._pause_s > 1 else logging.DEBUG
-                LOG.log(level, "waiting for the aggregator: %s", error.message)
+            except Ends as ending:
+                raise ending.error from ending
+            except Exception as error:  # from outside comes anything, and nothing of it ends the node
+                await self._consider(error)
             finally:
                 await self._cancel_tasks()
-            jitter = 0.5 + secrets.randbelow(1000) / 1000  # parties do not come in step
-            await asyncio.sleep(self._pause_s * jitter)
-            self._pause_s = min(self._pause_s * 2, LONGEST_PAUSE_S)
+            if time.monotonic() - began >= LASTED_S:
+                self._patience.reset()
+            await asyncio.sleep(self._patience.next_s())
+
+    async def _consider(self, error: Exception) -> None:
+        """Raises what ends the node: what the error is, or makes the party find when it looks at itself."""
+        new = self._away.note(error)
+        found: SottoError | None = error if isinstance(error, LASTING) and not error.remote else None
+        if found is None:
+            blamed = new and isinstance(error, SottoError) and error.remote and not isinstance(error, PASSING)
+            found = await self._look_at_itself(thoroughly=blamed or self._away.suspected)
+        if self._away.lasts(found) and found is not None:
+            raise found
+
+    async def _look_at_itself(self, *, thoroughly: bool) -> SottoError | None:
+        """What this party finds about itself: its certificate, and where it was blamed its kit and ledger."""
+        try:
+            await asyncio.to_thread(self._home.check_files if thoroughly else self._home.check_certificate)
+            if thoroughly:
+                await self._database.run(self._accounts.verify)
+        except (ConfigError, LedgerError) as error:
+            return error
+        except Exception as error:  # its own disk, say: then it cannot work now, and looks again
+            LOG.warning("this party cannot look at itself: %s", error)
+        return None
 
     async def _session(self, stub: Stub) -> None:
-        heartbeat_s = await self._join(stub)
+        try:
+            heartbeat_s = await self._join(stub)
+        except SottoError as error:
+            misfit = self._acceptance.misfit(error)
+            if misfit is not None:
+                raise Ends(misfit) from error
+            raise
         rows = await self._database.run(self._memory.open_rounds)
         in_hand = [federation_pb2.RoundName(job_id=row.job_id, round=row.number) for row in rows]
         request = federation_pb2.StreamAssignmentsRequest(
@@ -116,10 +118,10 @@ class Node:
                 async with asyncio.timeout(heartbeat_s * MISSED_HEARTBEATS):
                     assignment = await anext(iterator)
             except StopAsyncIteration:
-                return
+                raise UnavailableError("the aggregator ended the stream of assignments") from None
             except TimeoutError:
                 raise UnavailableError("the aggregator has stopped sending heartbeats") from None
-            if assignment.WhichOneof("work") != "heartbeat":
+            if assignment.WhichOneof("work") not in (None, "heartbeat"):  # None: what a later version asks for
                 self._last_sequence = assignment.sequence
                 self._take(stub, assignment)
 
@@ -129,10 +131,12 @@ class Node:
         seen = await self._database.run(lambda c: self._accounts.aggregator_heads(c, key=key))
         request.aggregator_ledger.extend(heads_to_proto(seen))
         answer = await stub.Join(request)
+        heartbeat_s = heartbeat_of(answer)
         self._home.accept(answer)
         told = heads_from_proto(answer.party_ledger)
         await self._database.run(lambda c: self._accounts.check_heads(c, told))
-        self._pause_s = FIRST_PAUSE_S  # it is there: the next time it is away is a first time again
+        self._acceptance.note()
+        self._away.over()
         LOG.info(
             "joined federation %s at %s (key id %s, custody %s)",
             answer.federation,
@@ -140,7 +144,7 @@ class Node:
             self._home.keyring.key_id,
             answer.custody,
         )
-        return float(answer.heartbeat_interval_s)
+        return heartbeat_s
 
     def _take(self, stub: Stub, assignment: federation_pb2.Assignment) -> None:
         """Begin what is asked, once: the same work that is already under way is left to itself."""
@@ -154,12 +158,20 @@ class Node:
         task.add_done_callback(lambda _: self._tasks.pop(key, None))
 
     async def _do(self, stub: Stub, assignment: federation_pb2.Assignment, kind: str) -> None:
-        name = assignment.round
+        name, patience = assignment.round, Patience()
         try:
             if kind == "ended":
                 await self._abandon(name)
-            await self._refresh_roster(stub, assignment, kind)
-            await self._work(stub, assignment, kind)
+            while True:
+                try:
+                    await self._refresh_roster(stub, assignment, kind)
+                    await self._work(stub, assignment, kind)
+                except SottoError as error:
+                    if not is_trouble(error):
+                        raise
+                    await self._wait_out(error, kind, name, patience)
+                else:
+                    return
         except (UnavailableError, DeadlineError) as error:
             LOG.warning("%s of round %d is interrupted: %s", kind, name.round, error.message)
         except Exception as error:
@@ -172,9 +184,28 @@ class Node:
                 LOG.exception("unexpected")
             if kind == "ended":
                 return
-            with contextlib.suppress(SottoError):
+            await self._report(stub, assignment, kind, error)
+
+    async def _wait_out(self, error: SottoError, kind: str, name: federation_pb2.RoundName, patience: Patience) -> None:
+        """Before the same is done again; when the round ends, or the stream, there is nothing to wait for any more."""
+        pause_s = patience.next_s()
+        level = logging.WARNING if patience.first else logging.DEBUG
+        LOG.log(level, "%s of round %d is tried again: %s", kind, name.round, error.message)
+        await asyncio.sleep(pause_s)
+
+    async def _report(self, stub: Stub, assignment: federation_pb2.Assignment, kind: str, error: Exception) -> None:
+        """Tell the aggregator, so that the round does not wait in silence."""
+        name, patience = assignment.round, Patience()
+        while True:
+            try:
                 plan = signed_digest(signed_from_proto(getattr(assignment, kind).plan), PLAN_KIND)
                 await self._worker.failed(stub, name, stage=kind, plan=plan, error=error)
+            except SottoError as failure:
+                if not is_trouble(failure):
+                    return
+                await self._wait_out(failure, "a report", name, patience)
+            else:
+                return
 
     def _work(self, stub: Stub, assignment: federation_pb2.Assignment, kind: str) -> Awaitable[None]:
         name = assignment.round

@@ -8,6 +8,7 @@ is no state beside the files, so that worker processes may use the same director
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import hashlib
 import os
@@ -20,7 +21,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import BinaryIO, Final, Self
 
-from ..errors import DigestError, InvalidInput, NotFoundError, StateError, StorageError
+from ..errors import DigestError, InvalidInput, NotFoundError, StateError, StorageError, StorageFullError
 from ..files import DIRECTORY_MODE, SECRET_MODE, make_private_directory
 
 CHUNK_BYTES: Final = 1 << 20
@@ -31,6 +32,7 @@ Mark = tuple[int, int, int]
 
 _DIGEST: Final = re.compile(r"[0-9a-f]{64}")
 _TEMPORARY: Final = ".incoming-"
+_NO_ROOM: Final = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EMFILE, errno.ENFILE})
 _FULL_SYNC: Final = getattr(fcntl, "F_FULLFSYNC", None)  # macOS: fsync alone leaves the data in the drive's cache
 
 
@@ -320,7 +322,8 @@ def _storing() -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise StorageError(f"a blob cannot be stored: {error.strerror}", private=str(error)) from error
+        kind = StorageFullError if error.errno in _NO_ROOM else StorageError
+        raise kind(f"a blob cannot be stored: {error.strerror}", private=str(error)) from error
 
 
 def _missing(sha256: str) -> NotFoundError:

@@ -27,7 +27,7 @@ from sqlalchemy.engine import ExceptionContext
 from sqlalchemy.exc import DBAPIError, IntegrityError, OperationalError, PendingRollbackError
 from sqlalchemy.pool import NullPool
 
-from ..errors import ConfigError, ConflictError, SottoError, StorageError, UnavailableError
+from ..errors import ConfigError, ConflictError, SottoError, StorageError, StorageFullError, UnavailableError
 from .schema import Schema
 from .transport import transport_of
 
@@ -76,6 +76,7 @@ _SESSION: Final = (
 # https://www.postgresql.org/docs/current/errcodes-appendix.html
 _GAVE_UP: Final = {"40001": "another transaction", "40P01": "a deadlock", "55P03": "a lock", "57014": "a time limit"}
 """Failures that say nothing about the data: the same work may succeed later."""
+_DISK_FULL: Final = "53100"
 
 _HOLDER: Final = """
 SELECT a.application_name, l.pid FROM pg_locks AS l LEFT JOIN pg_stat_activity AS a USING (pid)
@@ -301,7 +302,8 @@ class PostgresqlAdapter:
                 private=f"{url}: {cause}",
                 committed="no",
             )
-        return StorageError(f"the database {self.name} failed: {cause}", private=url)
+        kind = StorageFullError if state == _DISK_FULL else StorageError
+        return kind(f"the database {self.name} failed: {cause}", private=url)
 
 
 def _without_values(context: ExceptionContext) -> None:

@@ -20,7 +20,7 @@ from sqlalchemy import URL, Connection, Engine, event
 from sqlalchemy.exc import DatabaseError, IntegrityError
 from sqlalchemy.pool import StaticPool
 
-from ..errors import ConflictError, NotFoundError, StorageError
+from ..errors import ConflictError, NotFoundError, StorageError, StorageFullError
 from ..files import make_private_directory, open_private
 from .schema import Schema
 
@@ -115,7 +115,9 @@ class SqliteAdapter:
             raise
         except (DatabaseError, sqlite3.DatabaseError) as error:
             cause = error.orig if isinstance(error, DatabaseError) else error
-            raise StorageError(f"the database {self.name} failed: {cause}", private=str(self._path)) from error
+            full = getattr(cause, "sqlite_errorcode", None) == sqlite3.SQLITE_FULL
+            kind = StorageFullError if full else StorageError
+            raise kind(f"the database {self.name} failed: {cause}", private=str(self._path)) from error
 
 
 def back_up(connection: Connection, suffix: str) -> Path:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import signal
 from collections.abc import AsyncIterator
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
 
@@ -59,7 +60,7 @@ class Channel:
 
 
 @pytest.mark.parametrize("moment", MOMENTS)
-async def test_a_stop_is_not_lost_when_the_stream_breaks_at_the_same_time(moment: int) -> None:
+async def test_a_stop_is_not_lost_when_the_stream_breaks_at_the_same_time(moment: int, tmp_path: Path) -> None:
     channel = Channel()
 
     async def no_rounds(_: Any) -> list[Any]:
@@ -69,7 +70,9 @@ async def test_a_stop_is_not_lost_when_the_stream_breaks_at_the_same_time(moment
         introduction=federation_pb2.JoinRequest,
         aggregator_key="",
         accept=lambda _: None,
-        config=SimpleNamespace(server=SimpleNamespace(address="nowhere")),
+        config=SimpleNamespace(server=SimpleNamespace(address="nowhere"), state_dir=tmp_path),
+        fingerprint=dict,
+        check_certificate=lambda: None,
         keyring=SimpleNamespace(key_id="k"),
     )
     node = Node(

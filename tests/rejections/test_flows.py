@@ -35,6 +35,7 @@ class Sending:
         for message in messages:
             self.send(message)
         self.answer = asyncio.ensure_future(self._call(call))
+        self.answer.add_done_callback(lambda done: done.cancelled() or done.exception())
 
     def send(self, message: Any) -> None:
         """None: no further one comes."""

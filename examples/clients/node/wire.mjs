@@ -58,6 +58,9 @@ function* missing(given, kept, path) {
   }
 }
 
+// As in src/errors.py.
+const PASSING = new Set(["UNAVAILABLE", "CANCELLED", "TOO_MANY_CALLS", "STORAGE_FULL", "LEASE_LOST"]);
+
 const CODE_NAMES = Object.fromEntries(Object.entries(grpc.status).map(([name, number]) => [number, name]));
 
 /**
@@ -96,8 +99,8 @@ export class SottoError extends Error {
     return new SottoError(error.details || error.message, { code: CODE_NAMES[error.code], cause: error });
   }
 
-  /** The aggregator is away or going: the same call may be sent again. */
+  /** The aggregator is away or going, or has no room for it now: the same call may be sent again. */
   get isAway() {
-    return this.code === "UNAVAILABLE" || (this.code === "CANCELLED" && !this.reason);
+    return this.code === "UNAVAILABLE" || (this.code === "CANCELLED" && !this.reason) || PASSING.has(this.reason);
   }
 }

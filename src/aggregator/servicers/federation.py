@@ -137,8 +137,10 @@ class FederationServicer(federation_pb2_grpc.FederationServiceServicer):
     async def _admit(self, name: str, request: federation_pb2.JoinRequest) -> tuple[Head, ...]:
         """What is remembered of the party's ledger, once all that it says of itself is in order."""
         if request.protocol_version.partition(".")[0] != PROTOCOL_VERSION.partition(".")[0]:
+            spoken = request.protocol_version or "none"
             raise VersionError(
-                f"this aggregator speaks protocol {PROTOCOL_VERSION}, party {name} {request.protocol_version or 'none'}"
+                f"this aggregator speaks protocol {PROTOCOL_VERSION}, party {name} {spoken}",
+                protocol=PROTOCOL_VERSION.partition(".")[0],
             )
         if len(request.verify_key) != 32:  # Ed25519
             raise InvalidInput("a verification key has 32 bytes", violations={"verify_key": "must have 32 bytes"})
@@ -159,11 +161,20 @@ class FederationServicer(federation_pb2_grpc.FederationServiceServicer):
                 f"party {name} has public key {request.key_id}, this federation has {roster.key_id}: "
                 "use the kit of this deal",
                 party=name,
+                key_id=roster.key_id,
             )
         if request.roster_digest and request.roster_digest != roster.digest:
-            raise KeyMaterialError(f"party {name} has another roster than this aggregator: use one kit", party=name)
+            raise KeyMaterialError(
+                f"party {name} has another roster than this aggregator: use one kit",
+                party=name,
+                roster_digest=roster.digest,
+            )
         if member.verify_key != request.verify_key:
-            raise SignatureError(f"party {name} signs with another key than the roster has", party=name)
+            raise SignatureError(
+                f"party {name} signs with another key than the roster has",
+                party=name,
+                verify_key=member.verify_key.hex(),
+            )
 
     async def StreamAssignments(  # noqa: N802
         self, request: federation_pb2.StreamAssignmentsRequest, context: Any
