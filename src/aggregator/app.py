@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
 import signal
 import time
@@ -23,6 +22,7 @@ from ..config_budgets import limit_of, limits_of
 from ..config_database import located
 from ..config_sections import split_address
 from ..descriptors import descriptor_limit, room_for_connections
+from ..errors import UnavailableError
 from ..files import make_private_directory, open_state_directory, write_over
 from ..jobs.admission import JobSettings
 from ..jobs.executors.pool import WorkerPool
@@ -187,6 +187,23 @@ class App:
         for warning in warnings:
             LOG.warning("%s", warning)
 
+    async def watch(self) -> None:
+        """Until something ends without which there is no aggregator: what drives the jobs, or the server.
+
+        Raises:
+            UnavailableError: which of them; the log has the rest.
+        """
+        assert self._loop is not None
+        server = asyncio.create_task(self._server.ended())
+        try:
+            await asyncio.wait({self._loop, server}, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            server.cancel()
+        what, ended = ("what drives its jobs", self._loop) if self._loop.done() else ("its server", server)
+        (cause,) = await asyncio.gather(ended, return_exceptions=True)
+        why = cause if isinstance(cause, Exception) else None
+        raise UnavailableError(f"the aggregator stops: {what} has ended by itself") from why
+
     async def stop(self) -> None:
         """Take nothing more, let what runs come to its end for a while, and leave the rest to the rows, from which the
         next process goes on."""
@@ -196,8 +213,7 @@ class App:
         await self._server.stop(GRACE_S)
         if self._loop is not None:
             self._loop.cancel()
-            with contextlib.suppress(asyncio.CancelledError):
-                await self._loop
+            await asyncio.gather(self._loop, return_exceptions=True)
         await self._coordinator.stop()
         await self._pool.close()
         await self._database.close()
@@ -281,6 +297,11 @@ async def serve(config: AggregatorConfig) -> None:
         loop.add_signal_handler(number, stopping.set)
     try:
         await app.start()
-        await stopping.wait()
+        told, broken = asyncio.create_task(stopping.wait()), asyncio.create_task(app.watch())
+        await asyncio.wait({told, broken}, return_when=asyncio.FIRST_COMPLETED)
+        for task in (told, broken):
+            task.cancel()
+        if not stopping.is_set():
+            await broken
     finally:
         await app.stop()

@@ -11,7 +11,7 @@ import asyncio
 import contextlib
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from functools import partial
 from typing import Final
 
@@ -19,7 +19,7 @@ from sqlalchemy import Connection
 
 from .. import __version__
 from ..config import AggregatorConfig
-from ..errors import LeaseError, LedgerError, LimitError, SottoError
+from ..errors import LeaseError, LedgerError, LimitError, SottoError, StorageFullError, UnavailableError
 from ..jobs.scheduler import Capacity
 from ..jobs.service import Activity, PartyStatus, Status
 from ..jobs.spec import FederatedTrainingSpec
@@ -41,11 +41,15 @@ from .sessions import Sessions
 from .store import EnrolmentStore, RoundStore
 from .tasks import Tasks
 from .trainings import Trainings
+from .troubles import Troubles
 
 LOG = logging.getLogger("sotto.aggregator")
 
 TURN_S: Final = 1.0
 """Deadlines are met to the second."""
+_ROOMLESS: Final = (StorageFullError, UnavailableError)
+"""Of a full disk, or a database that is away, no job is to blame: none is given up for it, and its end could not be
+written anyway."""
 
 
 class Coordinator:
@@ -81,7 +85,7 @@ class Coordinator:
         self._clock = clock
         self._capacity = capacity_of(config)
         self._woken = asyncio.Event()
-        self._tasks = Tasks(self.wake, leftovers.storing)
+        self._tasks, self._troubles = Tasks(self.wake, leftovers.storing), Troubles()
         self._held = HeldJobs(
             database, jobs, lease_s=config.jobs.lease_s, retry_delays_s=config.jobs.retry_delays_s, clock=clock
         )
@@ -144,14 +148,9 @@ class Coordinator:
         self._tasks.spawn(("", 0, "warm"), self._pipeline.warm)
         while True:
             self._woken.clear()
-            try:
-                await self._turn()
-                if self._uncertain:
-                    self._uncertain = False
-                    self._held.notify_all()
-            except Exception:  # whatever it is: the rows are as they were, and the next turn reads them again
-                LOG.exception("a turn of the coordinator failed; the next one tries again")
-                self._uncertain = True
+            if await self._turn() and self._uncertain:
+                self._uncertain = False
+                self._held.notify_all()
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(TURN_S):  # wait_for of Python 3.11 loses a cancellation beside a wake-up
                     await self._woken.wait()
@@ -170,19 +169,44 @@ class Coordinator:
         """Something happened: turn now."""
         self._woken.set()
 
-    async def _turn(self) -> None:
+    async def _turn(self) -> bool:
+        """Every part, whatever becomes of the others; whether all went well."""
+        parts = (
+            ("starting jobs", self._start_jobs),
+            ("ending what is overdue", self._expire),
+            ("taking up what lapsed", self._take_up_lapsed),
+            ("moving jobs", self._advance_all),
+            ("telling parties", self._offer),
+        )
+        return all([await self._tried(what, work) for what, work in parts])
+
+    async def _tried(self, what: str, work: Callable[[], Awaitable[None]]) -> bool:
+        """Whatever fails: the rows are as they were, and the next turn reads them again."""
+        try:
+            await work()
+        except Exception as error:
+            self._troubles.note(what, error)
+            self._uncertain = True
+            return False
+        self._troubles.over(what)
+        return True
+
+    async def _start_jobs(self) -> None:
         while not self._stopping and await self._held.take_next(self._capacity, self._ready) is not None:
             pass
-        await self._expire()
-        if not self._stopping:
-            await self._take_up_lapsed()
+
+    async def _advance_all(self) -> None:
         for job in await self._database.run(self._jobs.active):
             if self._held.holds(job.job_id):
                 await self._advance_held(job)
+
+    async def _offer(self) -> None:
         self.trainings.offer()
 
     async def _take_up_lapsed(self) -> None:
         """Jobs under way that nobody drives: as at a start. One that is held and gets nowhere is given up instead."""
+        if self._stopping:
+            return
         for job_id in await self._held.lapsed_elsewhere():
             await self._tasks.cancel(job_id)  # whatever was begun under a lease that was lost
             try:
@@ -196,24 +220,31 @@ class Coordinator:
     async def _expire(self) -> None:
         """Jobs whose deadline has passed: one that waits has failed, one under way is stopped first."""
         for job in await self._database.run(partial(self._jobs.overdue, now=self._clock())):
-            if job.state is JobState.PENDING:
-                self._held.told(await self._database.run(partial(self._expire_waiting, job=job)))
-            elif self._held.holds(job.job_id):
-                try:
-                    await self._held.happen(job.job_id, expired_event(job))
-                except LeaseError as error:
-                    await self._let_go(job.job_id, error)
+            await self._tried(f"ending job {job.job_id}, which is overdue,", partial(self._expire_job, job))
+
+    async def _expire_job(self, job: JobRow) -> None:
+        if job.state is JobState.PENDING:
+            self._held.told(await self._database.run(partial(self._expire_waiting, job=job)))
+        elif self._held.holds(job.job_id):
+            try:
+                await self._held.happen(job.job_id, expired_event(job))
+            except LeaseError as error:
+                await self._let_go(job.job_id, error)
 
     def _expire_waiting(self, connection: Connection, job: JobRow) -> JobRow:
         return self._jobs.apply(connection, job.job_id, expired_event(job), now=self._clock())
 
     async def _advance_held(self, job: JobRow) -> None:
+        """One job; what becomes of it is not the others' business."""
         try:
             await self._advance_or_give_up(job)
         except LeaseError as error:
             await self._let_go(job.job_id, error)
+        except Exception as error:  # not even its end could be written
+            self._troubles.note(f"the end of job {job.job_id}", error)
 
     async def _advance_or_give_up(self, job: JobRow) -> None:
+        what = f"job {job.job_id}"
         try:
             await self._advance(job)
             if self._held.holds(job.job_id):
@@ -221,10 +252,12 @@ class Coordinator:
         except LeaseError:
             raise
         except Exception as error:
-            LOG.exception("job %s does not get on; the next turn tries again", job.job_id)
+            self._troubles.note(what, error)
             self._uncertain = True
-            if self._held.lapsed(job.job_id):
+            if self._held.lapsed(job.job_id) and not isinstance(error, _ROOMLESS):
                 await self._held.give_up(job, error)
+        else:
+            self._troubles.over(what)
 
     async def _let_go(self, job_id: str, error: LeaseError) -> None:
         """A job that is at rest by now, or somebody else's."""

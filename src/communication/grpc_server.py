@@ -181,6 +181,11 @@ class GrpcServer:
         except AuthenticationError:
             return "whoever has no identity in this federation"
 
+    async def ended(self) -> None:
+        """Returns when it does not serve any more, for whatever reason."""
+        if self._server is not None:
+            await self._server.wait_for_termination()
+
     async def stop(self, grace_s: float = 5.0) -> None:
         """Says NOT_SERVING, takes no new calls, gives those under way `grace_s` and then cancels them."""
         if self._server is not None:

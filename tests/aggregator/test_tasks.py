@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+from itertools import pairwise
 from typing import Any
 
 import pytest
 
 from src.aggregator.tasks import Key, Tasks
+from src.errors import StorageFullError
 
 
 class Work:
@@ -92,6 +94,54 @@ async def test_draining_waits_as_long_as_it_may_and_says_whether_that_was_enough
 async def test_work_that_is_cancelled_before_it_began_can_begin_later() -> None:
     work = Work()
     work.tasks.spawn(KEY, work)
+    await work.tasks.cancel("j")
+    work.let_go.set()
+    work.tasks.spawn(KEY, work)
+    assert await work.tasks.drain(30)
+    assert work.begun == 1
+
+
+async def test_work_that_goes_on_failing_is_begun_less_and_less_often_and_said_once(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """While a disk is full, what it computes would be computed for nothing."""
+    now, work = 100.0, Work()
+    work.tasks = Tasks(work.wake, clock=lambda: now)
+    tries: list[float] = []
+
+    async def fails() -> None:
+        tries.append(now)
+        raise StorageFullError("the disk is full")
+
+    for _ in range(200):  # turns of the loop, two a second: it is woken by every failure
+        work.tasks.spawn(KEY, fails)
+        assert await work.tasks.drain(30)
+        now += 0.5
+    assert [b - a for a, b in pairwise(tries)] == [0.5, 1.0, 2.0, 4.0, 8.0, 16.0, 30.0, 30.0]
+    assert len(caplog.records) == 1
+    assert "fold of round 1 of job j does not get on" in caplog.text
+
+    now += 30
+    work.let_go.set()
+    work.tasks.spawn(KEY, work)
+    assert await work.tasks.drain(30)
+    assert work.begun == 1
+    work.tasks.spawn(KEY, work)
+    assert await work.tasks.drain(30)
+    assert work.begun == 2
+
+
+async def test_what_is_cancelled_has_not_failed() -> None:
+    work = Work()
+
+    async def fails() -> None:
+        raise RuntimeError("no")
+
+    for _ in range(3):
+        work.tasks.spawn(KEY, fails)
+        assert await work.tasks.drain(30)
+    work.tasks.spawn(KEY, work)
+    assert work.begun == 0
     await work.tasks.cancel("j")
     work.let_go.set()
     work.tasks.spawn(KEY, work)

@@ -114,3 +114,14 @@ def test_clients_ping_no_more_often_than_the_server_tolerates_and_nothing_is_ret
     assert server["grpc.keepalive_time_ms"] == 7000
     assert client["grpc.enable_retries"] == 0
     assert (client["grpc.max_receive_message_length"], server["grpc.max_receive_message_length"]) == (1000, 2000)
+
+
+async def test_whoever_watches_a_server_learns_that_it_ended() -> None:
+    server = _server("127.0.0.1:0")
+    await server.start()
+    ended = asyncio.create_task(server.ended())
+    await asyncio.sleep(0.05)
+    assert not ended.done()
+    await server._server.stop(0)  # whoever did it
+    await asyncio.wait_for(ended, 30)
+    await server.stop(grace_s=0)

@@ -22,10 +22,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from src.errors import AbandonedError, ConfigError, InvalidInput, NotFoundError, UnavailableError, WorkerError
+from src.jobs.executors import fleet as fleet_module
 from src.jobs.executors import pool as pool_module
 from src.jobs.executors import processes
 from src.jobs.executors.limits import cores
 from src.jobs.executors.pool import WorkerPool
+from src.jobs.executors.processes import Worker
 from src.jobs.executors.settings import PoolSettings
 from src.jobs.executors.stats import DURATIONS, OUTCOMES, Outcome, Tally
 from src.storage.blobs import Blobs
@@ -232,6 +234,47 @@ async def test_a_worker_that_cannot_be_started_fails_whoever_waits_for_it_and_th
         await pool.run("echo", {})
     assert "too many open files" in caught.value.private
     monkeypatch.undo()
+    assert await pool.run("echo", {"n": 1}) == {"n": 1}
+
+
+async def test_whatever_goes_wrong_while_a_worker_is_started_nobody_waits_for_ever(
+    make_pool: MakePool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also what nobody thought of; and the next attempt may succeed."""
+    pool = await make_pool()
+
+    async def mistake(*_: Any) -> Any:
+        raise KeyError("a mistake of ours")
+
+    monkeypatch.setattr(Worker, "start", mistake)
+    with pytest.raises(WorkerError, match="died"):
+        await pool.run("die", {})
+    async with asyncio.timeout(60):
+        with pytest.raises(WorkerError, match="cannot be started"):
+            await pool.run("echo", {})
+    monkeypatch.undo()
+    assert await pool.run("echo", {"n": 1}) == {"n": 1}
+
+
+async def test_looking_after_the_workers_outlives_its_own_mistakes(
+    make_pool: MakePool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is what adds workers, and what asks whether they live: without it a pool looks well and is dead."""
+    pool = await make_pool(health_interval_s=0.05, health_timeout_s=2.0)
+    monkeypatch.setattr(fleet_module, "_RETRY_S", 0.01)
+    seen = []
+
+    def mistake(now_s: float) -> float | None:
+        seen.append(now_s)
+        raise RuntimeError("a mistake of ours")
+
+    monkeypatch.setattr(pool._fleet, "_chore", mistake)
+    pool._fleet.nudge()
+    await _until(lambda: len(seen) > 3)
+    monkeypatch.undo()
+    pid = await _pid(pool)
+    os.kill(pid, signal.SIGSTOP)
+    await _until(lambda: not psutil.pid_exists(pid))  # it was asked, did not answer, and was replaced
     assert await pool.run("echo", {"n": 1}) == {"n": 1}
 
 

@@ -31,6 +31,7 @@ from src.config import load_party_config
 from src.errors import SottoError
 from src.party.accounts import PartyAccounts
 from src.party.home import Home
+from src.party.orders import OrderBook
 from src.party.rounds import RoundWorker
 from src.party.store import PartyRound, RoundMemory, Stage
 from src.privacy.ledger import Charge, charges, from_line
@@ -195,6 +196,7 @@ class World:
             database=self.database,
             memory=RoundMemory(metadata),
             accounts=accounts,
+            orders=OrderBook(metadata),
             blobs=self.blobs,
             pool=cast(Any, pool),
             clock=lambda: 0.0,

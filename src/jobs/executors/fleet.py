@@ -290,15 +290,21 @@ class Fleet:
         try:
             worker = await self._new_worker()
         except WorkerError as error:
-            self._starting.discard(_this_task())
-            _log.error("a worker cannot be started: %s", error.private)
-            self._retry_s = time.monotonic() + _RETRY_S
-            self._wake.set()
-            if not self._workers and not self._starting:
-                self._fail_waiting(WorkerError, error.message, error.private)
+            self._not_added(error)
+        except Exception as error:  # else units would wait for a worker that nobody starts any more
+            _log.exception("starting a worker failed unexpectedly")
+            self._not_added(WorkerError("a worker process cannot be started", private=repr(error)))
         else:
             self._starting.discard(_this_task())
             self._offer(worker)
+
+    def _not_added(self, error: WorkerError) -> None:
+        self._starting.discard(_this_task())
+        _log.error("a worker cannot be started: %s", error.private)
+        self._retry_s = time.monotonic() + _RETRY_S
+        self._wake.set()
+        if not self._workers and not self._starting:
+            self._fail_waiting(WorkerError, error.message, error.private)
 
     async def _new_worker(self) -> Worker:
         """A worker that answers. Raises WorkerError."""
@@ -367,18 +373,24 @@ class Fleet:
     async def _keep_house(self) -> None:
         while True:
             now_s = time.monotonic()
-            if len(self._workers) + len(self._starting) < self._target and now_s >= self._retry_s:
-                self._fill()
-            self._grow(now_s)
-            self._shrink(now_s)
-            self._check_health(now_s)
-            due_s = min(
-                (at_s for at_s in (self._next_due_s(now_s), self._chore(now_s)) if at_s is not None), default=None
-            )
+            try:
+                due_s = self._look_after(now_s)
+            except Exception:  # this task is the only one that adds workers and asks whether they live
+                _log.exception("looking after the workers failed; it is tried again")
+                due_s = now_s + _RETRY_S
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(None if due_s is None else max(0.0, due_s - now_s)):
                     await self._wake.wait()
             self._wake.clear()
+
+    def _look_after(self, now_s: float) -> float | None:
+        """Returns when there will be something to do, if nothing happens before."""
+        if len(self._workers) + len(self._starting) < self._target and now_s >= self._retry_s:
+            self._fill()
+        self._grow(now_s)
+        self._shrink(now_s)
+        self._check_health(now_s)
+        return min((at_s for at_s in (self._next_due_s(now_s), self._chore(now_s)) if at_s is not None), default=None)
 
     def _next_due_s(self, now_s: float) -> float | None:
         """When there will be something to do, if nothing happens before."""
