@@ -390,6 +390,12 @@ class AggregatorLimits(Section):
     max_message_bytes: int = setting(4_194_304, "of one gRPC message", ge=65_536, le=2**31 - 1)
     max_parties: int = setting(100, "enrolled, with or without a session", ge=1)
     max_jobs_pending: int = setting(100, "jobs that wait; another is refused", ge=1)
+    max_jobs_a_day_per_scientist: int = setting(1000, "that one scientist may submit within 24 hours", ge=1)
+    max_stored_bytes_per_scientist: int = setting(
+        2_147_483_648,
+        "models of one scientist's jobs, until they are deleted; with another model a job is refused",
+        ge=1,
+    )
     max_rounds: int = setting(1000, "of one job", ge=1)
     max_round_timeout_s: float = setting(86_400, "longest round deadline a job may set", gt=0)
     max_streams_per_caller: int = setting(64, "uploads, downloads and watches of one caller at a time", ge=8)

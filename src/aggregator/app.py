@@ -35,6 +35,7 @@ from ..storage.database import Database
 from ..storage.ledger import LedgerStore
 from ..storage.leftovers import Leftovers
 from ..storage.migrations import Migrations
+from ..storage.sweeping import Sweeper
 from .accounts import Accounts
 from .budgets import Budgets
 from .computations import Computations
@@ -75,7 +76,8 @@ class App:
         location = located(config)
         self._database = Database(location, Migrations("aggregator"))
         blobs = Blobs(state / "blobs")
-        leftovers = Leftovers(self._database, blobs, BlobNames(jobs, rounds))
+        self._leftovers = leftovers = Leftovers(self._database, blobs, BlobNames(jobs, rounds))
+        self._sweeper = Sweeper(leftovers, blobs)
         preload = ("learning.evaluation", "learning.warm") if has_torch() and config.evaluation else ()
         self._pool = WorkerPool(
             PoolSettings(**config.workers.model_dump()),
@@ -109,7 +111,7 @@ class App:
             settings=_settings(config),
             leftovers=leftovers,
         )
-        self._coordinator.on_event(self._service.notify, self._service.notify_all)
+        self._coordinator.on_event(self._service.notify, self._service.notify_all, ended=self._sweeper.soon)
         self._budgets = Budgets(
             self._database,
             ledger,
@@ -120,6 +122,7 @@ class App:
         )
         self._server = self._make_server(blobs, pipeline)
         self._loop: asyncio.Task[None] | None = None
+        self._sweeping: asyncio.Task[None] | None = None
 
     def _make_server(self, blobs: Blobs, pipeline: AggregatorPipeline) -> GrpcServer:
         server, config = self.config.server, self.config
@@ -149,6 +152,7 @@ class App:
             pipeline=pipeline,
             sessions=self._sessions,
             blobs=blobs,
+            leftovers=self._leftovers,
         )
         grpc_server.add(
             federation_pb2_grpc.add_FederationServiceServicer_to_server, parties, federation_servicer.SERVICE
@@ -175,6 +179,7 @@ class App:
         host, _ = split_address(self.config.server.listen)
         address = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
         self._loop = asyncio.create_task(self._coordinator.run())
+        self._sweeping = asyncio.create_task(self._sweeper.run())
         log_start(self.config, self.federation, address)
         if self.config.server.address_file is not None:
             _write_address(self.config.server.address_file, address)
@@ -211,9 +216,10 @@ class App:
         await self._coordinator.drain(0.0 if self._loop is None else self.config.server.shutdown_s)
         self._sessions.close_all()
         await self._server.stop(GRACE_S)
-        if self._loop is not None:
-            self._loop.cancel()
-            await asyncio.gather(self._loop, return_exceptions=True)
+        for task in (self._loop, self._sweeping):
+            if task is not None:
+                task.cancel()
+                await asyncio.gather(task, return_exceptions=True)
         await self._coordinator.stop()
         await self._pool.close()
         await self._database.close()
@@ -235,6 +241,8 @@ def _settings(config: AggregatorConfig) -> JobSettings:
     return JobSettings(
         max_jobs_pending=limits.max_jobs_pending,
         max_pending_per_scientist=jobs.max_pending_per_scientist,
+        max_jobs_a_day_per_scientist=limits.max_jobs_a_day_per_scientist,
+        max_stored_bytes_per_scientist=limits.max_stored_bytes_per_scientist,
         max_rounds=limits.max_rounds,
         max_parties=limits.max_parties,
         max_round_timeout_s=limits.max_round_timeout_s,

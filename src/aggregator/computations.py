@@ -51,12 +51,13 @@ class Computations:
 
     # --- before a job is accepted -------------------------------------------------------------------------------------
 
-    def check(self, spec: JobSpec, source: JobRow | None, *, owner: str) -> None:
+    def check(self, spec: JobSpec, source: JobRow | None, *, owner: str, model: bytes = b"") -> None:
         """Refuse what could not be computed. No worker is asked; a model that came with the job is read (milliseconds).
 
         Args:
             source: the job of `spec.source_job_id`; None where there is none.
             owner: of the job that is to be, as "role/name".
+            model: the bytes of the model that comes with it; empty where that is stored already.
 
         Raises:
             NotFoundError: the owner has no such job.
@@ -69,7 +70,7 @@ class Computations:
         if isinstance(spec, EvaluationSpec):
             self._check_task(_task(spec, source))
             if spec.model_sha256:
-                self._check_model(spec.model_sha256)
+                self._check_model(model or self._blobs.read(spec.model_sha256))
         elif not isinstance(spec, ExportSpec):
             raise InvalidInput(f"a {spec.kind} is no computation on a model")
 
@@ -101,9 +102,9 @@ class Computations:
         if not has_torch():
             raise PolicyError("this aggregator has no torch to evaluate a model with")
 
-    def _check_model(self, sha256: str) -> None:
+    def _check_model(self, model: bytes) -> None:
         try:
-            model_shape(self._blobs.read(sha256))
+            model_shape(model)
         except InvalidInput as error:
             raise InvalidInput(
                 f"the model cannot be used: {error.message}",

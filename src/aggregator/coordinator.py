@@ -116,10 +116,13 @@ class Coordinator:
         self._uncertain = False
         """Whether something may have been committed of which nobody was told: the answer of a database can be lost."""
 
-    def on_event(self, notify: Callable[[str], None], notify_all: Callable[[], None]) -> None:
-        """Whom to tell that something happened to a job, or may have happened to any."""
+    def on_event(
+        self, notify: Callable[[str], None], notify_all: Callable[[], None], *, ended: Callable[[], None] | None = None
+    ) -> None:
+        """Whom to tell that something happened to a job, or may have happened to any; and that one came to rest."""
         self._held.notify = notify
         self._held.notify_all = notify_all
+        self._held.ended = ended or self._held.ended
 
     # --- the loop -----------------------------------------------------------------------------------------------------
 
@@ -297,13 +300,17 @@ class Coordinator:
 
     # --- what the service asks ----------------------------------------------------------------------------------------
 
-    async def price(self, spec: JobSpec, *, owner: str) -> None:
-        """Refuse a job that could not be run to its end. Of a training: within the budget, before anybody trains."""
+    async def price(self, spec: JobSpec, *, owner: str, model: bytes = b"") -> None:
+        """Refuse a job that could not be run to its end. Of a training: within the budget, before anybody trains.
+
+        Args:
+            model: the bytes of the model that comes with it, which is stored once the job is accepted.
+        """
         if isinstance(spec, FederatedTrainingSpec):
-            await self._pricing.check(spec, owner=owner)
+            await self._pricing.check(spec, owner=owner, model=model)
             return
         source = await self._database.run(partial(self._source, spec=spec))
-        await asyncio.to_thread(self._computations.check, spec, source, owner=owner)
+        await asyncio.to_thread(self._computations.check, spec, source, owner=owner, model=model)
 
     def progress(self, job_id: str) -> Activity | None:
         """What a job is doing, in words, and for whom it waits; None when nothing is known of it."""

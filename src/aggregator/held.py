@@ -59,6 +59,7 @@ class HeldJobs:
         self.notify: Callable[[str], None] = lambda _job_id: None
         self.notify_all: Callable[[], None] = lambda: None
         self.wake: Callable[[], None] = lambda: None
+        self.ended: Callable[[], None] = lambda: None
 
     # --- leases -------------------------------------------------------------------------------------------------------
 
@@ -162,6 +163,7 @@ class HeldJobs:
         """Tell everybody what was committed."""
         if row.at_rest:
             self.drop(row.job_id)
+            self.ended()
         self.notify(row.job_id)
         self.wake()
 

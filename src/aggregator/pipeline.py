@@ -63,8 +63,17 @@ class AggregatorPipeline:
         if not has_torch():
             raise PolicyError(NO_MODEL)
 
-    async def dimension(self, spec: FederatedTrainingSpec) -> int:
-        """Parameters of the model that a job trains. A task's model is measured once; its seed changes nothing here."""
+    async def dimension(self, spec: FederatedTrainingSpec, *, model: bytes = b"") -> int:
+        """Parameters of the model that a job trains. A task's model is measured once; its seed changes nothing here.
+
+        Args:
+            model: the bytes of the one that comes with the job; empty where it is stored already.
+
+        Raises:
+            InvalidInput: it is no model.
+        """
+        if model:
+            return await asyncio.to_thread(model_shape, model)
         if spec.initial_model_sha256:
             return await asyncio.to_thread(self._measure, spec.initial_model_sha256)
         if spec.task not in self._dimensions:

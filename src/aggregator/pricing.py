@@ -74,11 +74,12 @@ class Pricing:
         self._max_update_bytes = max_update_bytes
         self._known: dict[tuple[str, str], Planned] = {}
 
-    async def check(self, spec: FederatedTrainingSpec, *, owner: str) -> None:
+    async def check(self, spec: FederatedTrainingSpec, *, owner: str, model: bytes = b"") -> None:
         """Refuse a job that could not be run to its end within the budgets beside those accepted before.
 
         Args:
             owner: whose job it would be: a refusal of it is entered beside one of the same job of somebody else.
+            model: the bytes of the model that comes with it, which lies nowhere yet.
 
         Raises:
             BudgetError: it would overspend.
@@ -95,7 +96,7 @@ class Pricing:
                 f"has declared none for task {spec.task!r} since this aggregator started"
             )
         roster = self._federation.roster.digest
-        asked = await self._price(spec.digest, roster, lambda: spec)
+        asked = await self._price(spec.digest, roster, lambda: spec, model=model)
         planned: list[Planned] = []
         for row, begun, rows in await self._database.run(self._accepted):
             spec_of = partial(FederatedTrainingSpec.from_json, row.spec)
@@ -118,6 +119,7 @@ class Pricing:
         spec: Callable[[], FederatedTrainingSpec],
         *,
         planned_rows: Mapping[str, int] = MappingProxyType({}),
+        model: bytes = b"",
     ) -> Planned:
         """Rounds of a specification in all, what one costs, and whom they invite; both digests are asked for once, not
         for every job.
@@ -132,8 +134,8 @@ class Pricing:
         if set(undeclared(given, self._federation)) - planned_rows.keys():
             return Planned(given.priced_rounds, _UNKNOWN, invited(given, self._federation.roster)[0])
         rows = {**planned_rows, **declarations(given, self._federation)}
-        model = Model(_NO_MODEL, 0, await self._pipeline.dimension(given))
-        cost = await asyncio.to_thread(self._derive, given, model, rows)
+        shape = Model(_NO_MODEL, 0, await self._pipeline.dimension(given, model=model))
+        cost = await asyncio.to_thread(self._derive, given, shape, rows)
         price = Planned(given.priced_rounds, cost, invited(given, self._federation.roster)[0])
         if given.strategy == "fedavg":
             if len(self._known) >= REMEMBERED:

@@ -17,12 +17,15 @@ from sqlalchemy import (
     String,
     Table,
     Text,
+    func,
     select,
+    true,
+    tuple_,
 )
 
 from ..errors import ConflictError, NotFoundError
 from ..jobs.store import JobStore
-from .round_row import RoundRow
+from .round_row import RoundRow, RoundState
 
 
 class RoundStore:
@@ -68,16 +71,21 @@ class RoundStore:
         query = select(self._table.c.content).where(self._table.c.job_id == job_id).order_by(self._table.c.number)
         return [RoundRow.from_json(json.loads(content)) for content in connection.execute(query).scalars()]
 
-    def blobs(self, connection: Connection, *, but_of: Select[Any] | None = None) -> set[str]:
-        """Digests of all blobs that some round names; of the jobs `but_of` those do not count."""
-        query = select(self._table.c.content)
-        if but_of is not None:
-            query = query.where(self._table.c.job_id.not_in(but_of))
+    def blobs(self, connection: Connection, *, of: Select[Any] | None = None) -> set[str]:
+        """Digests of the blobs that rounds need, of the jobs `of` or of all: whatever one names that is not settled,
+        and what the last one that was released has made, from which its job goes on."""
+        table = self._table
+        wanted = table.c.job_id.in_(of) if of is not None else true()
+        released = wanted & (table.c.state == RoundState.RELEASED.value)
+        last = select(table.c.job_id, func.max(table.c.number)).where(released).group_by(table.c.job_id)
+        lasting = wanted & (table.c.settled.is_(False) | tuple_(table.c.job_id, table.c.number).in_(last))
         named: set[str] = set()
-        for content in connection.execute(query).scalars():
+        for content in connection.execute(select(table.c.content).where(lasting)).scalars():
             row = RoundRow.from_json(json.loads(content))
-            named |= {*_models(row), *row.shares.values(), *(batch.sha256 for batch in row.batches.values())}
-            named |= {row.aggregate.sha256} if row.aggregate else set()
+            named |= _models(row)
+            if not row.settled:
+                named |= {*row.shares.values(), *(batch.sha256 for batch in row.batches.values())}
+                named |= {row.aggregate.sha256} if row.aggregate else set()
         return named
 
     def models(self, connection: Connection, job_id: str) -> set[str]:
@@ -94,7 +102,8 @@ def _columns(row: RoundRow) -> dict[str, object]:
 
 
 class BlobNames:
-    """Which blobs jobs and their rounds name (`storage.leftovers.Names`): of a deleted job, what another is about."""
+    """Which blobs jobs and their rounds name (`storage.leftovers.JobNames`): rounds as long as their job is under way,
+    then its files until it is deleted, and of a deleted one what another is about."""
 
     def __init__(self, jobs: JobStore, rounds: RoundStore) -> None:
         self._jobs = jobs
@@ -102,7 +111,7 @@ class BlobNames:
 
     def blobs(self, connection: Connection) -> set[str]:
         """Digests of all that are needed."""
-        return self._jobs.blobs(connection) | self._rounds.blobs(connection, but_of=self._jobs.deleted())
+        return self._jobs.blobs(connection) | self._rounds.blobs(connection, of=self._jobs.under_way())
 
     def blobs_of(self, connection: Connection, job_id: str) -> set[str]:
         """Digests of those that a job named."""

@@ -23,6 +23,7 @@ class JobSettings:
     Attributes:
         max_jobs_pending, max_pending_per_scientist: jobs that wait, in all and of one owner.
         max_rounds, max_parties, max_round_timeout_s: what one federated training may ask for.
+        max_jobs_a_day_per_scientist, max_stored_bytes_per_scientist: what one owner may leave here (`quotas`).
         capacity: how many jobs are under way at a time.
         max_attempts: of a job, ≥ 1.
         computation_timeout_s: from submission to deadline where the job says nothing; a federated training has none.
@@ -34,6 +35,8 @@ class JobSettings:
     max_rounds: int
     max_parties: int
     max_round_timeout_s: float
+    max_jobs_a_day_per_scientist: int = 1000
+    max_stored_bytes_per_scientist: int = 2 << 30
     capacity: Capacity = field(default_factory=Capacity)
     max_attempts: int = 4
     computation_timeout_s: float = 600.0

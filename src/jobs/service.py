@@ -13,7 +13,7 @@ import time
 from collections.abc import AsyncGenerator, Callable, Coroutine, Sequence
 from dataclasses import replace
 from functools import partial
-from typing import Any, Final, Protocol, TypeVar
+from typing import Any, Final, TypeVar
 
 from sqlalchemy import Connection
 
@@ -23,7 +23,10 @@ from ..protocol.signing import Signed
 from ..storage.blobs import Blobs
 from ..storage.database import Database
 from ..storage.leftovers import Leftovers
-from .admission import JobSettings, check_request, check_room, check_same, check_size, deadline_of
+from ..storage.sweeping import trying
+from .admission import JobSettings, check_request, check_same, check_size, deadline_of
+from .driver import Coordinator
+from .quotas import check_place
 from .scheduler import Lane, lane_of
 from .specs import JobSpec
 from .states import Event, EventKind, JobRow, JobState, Priority, utc
@@ -56,26 +59,6 @@ EVENTS_A_READ: Final = 200
 MAX_EVENTS_A_PAGE: Final = 1000
 _UNDER_WAY: Final = (JobState.RUNNING, JobState.RETRYING, JobState.CANCELLING)
 _STOPPING: Final = "the aggregator is being stopped"
-
-
-class Coordinator(Protocol):
-    """Executes jobs. It writes what happens through `JobStore` and then calls `JobService.notify`."""
-
-    async def price(self, spec: JobSpec, *, owner: str) -> None:
-        """Raises BudgetError, PlanError, PolicyError, InvalidInput or StateError when the job cannot be accepted."""
-        ...
-
-    def wake(self) -> None:
-        """A job became PENDING, CANCELLING or CANCELLED, or was deleted."""
-        ...
-
-    def progress(self, job_id: str) -> Activity | None:
-        """What the job is doing; None when nothing is known of it."""
-        ...
-
-    def status(self) -> Status:
-        """`jobs_pending`, `jobs_running` and `stopping` are filled in by the service."""
-        ...
 
 
 class JobService:
@@ -170,19 +153,16 @@ class JobService:
         async with self._admission if lane_of(spec.kind) is Lane.TRAINING else contextlib.nullcontext():
             if self._notifier.closed:
                 raise UnavailableError(_STOPPING)
-            known = await self._run(lambda c: self._look(c, caller, request_id, spec=spec))
+            known = await self._run(lambda c: self._look(c, caller, request_id, spec=spec, model=model))
             if known is not None:  # a repeated request is answered even when the budget is gone by now
                 row, position = same(known), None
             else:
                 check_size(spec, self._settings)
-                with self._leftovers.storing():
-                    if model:  # pricing looks at it; of a refused job it is an orphan, collected at the next start
-                        await asyncio.to_thread(self._blobs.write, model)
-                    await self._coordinator.price(spec, owner=str(caller))
-                    row = self._new_row(caller, request_id, spec=spec, timeout_s=timeout_s)
-                    row = replace(row, display_name=display_name, priority=priority or Priority.NORMAL)
-                    row = replace(row, signed_order=order.to_text() if order else "")
-                    stored, position = await self._to_its_end(self._store_new(caller, row, spec=spec))
+                await self._coordinator.price(spec, owner=str(caller), model=model)
+                row = self._new_row(caller, request_id, spec=spec, timeout_s=timeout_s)
+                row = replace(row, display_name=display_name, priority=priority or Priority.NORMAL)
+                row = replace(row, signed_order=order.to_text() if order else "")
+                stored, position = await self._to_its_end(self._store_new(caller, row, spec=spec, model=model))
                 row = same(stored)
         if inline_wait_s > 0:
             with contextlib.suppress(UnavailableError):  # it is stored: stopping is no reason to say it is not
@@ -191,13 +171,16 @@ class JobService:
             return await self.get(caller, row.job_id, rounds=False)
         return JobView(row, self._activity(row), position)
 
-    def _look(self, connection: Connection, caller: Identity, request_id: str, *, spec: JobSpec) -> JobRow | None:
-        """The job of this request, if it is there; otherwise whether there is room for it, and it is about a job of the
-        caller's."""
-        known = self._store.find_request(connection, str(caller), request_id)
+    def _look(
+        self, connection: Connection, caller: Identity, request_id: str, *, spec: JobSpec, model: bytes
+    ) -> JobRow | None:
+        """The job of this request, if it is there; otherwise whether there is a place for it and its model, and it is
+        about a job of the caller's."""
+        known, owner = self._store.find_request(connection, str(caller), request_id), str(caller)
         if known is None:
-            pending = self._store.count(connection, JobState.PENDING)
-            check_room(pending, self._store.pending_of(connection, str(caller)), self._settings)
+            brought = (str(getattr(spec, spec.digest_field())), len(model)) if model else None
+            place = partial(check_place, owner=owner, model=brought, now=self._clock(), settings=self._settings)
+            place(connection, self._store, self._blobs)
             if spec.source_job_id:
                 self._visible(connection, caller, spec.source_job_id)
         return known
@@ -217,16 +200,20 @@ class JobService:
             deadline_at=deadline_of(spec.kind, created_at, timeout_s=timeout_s, settings=self._settings),
         )
 
-    async def _store_new(self, caller: Identity, row: JobRow, *, spec: JobSpec) -> tuple[JobRow, int]:
-        """The job and its place in the queue, read now: later it would wait for what the coordinator wakes up for."""
+    async def _store_new(self, caller: Identity, row: JobRow, *, spec: JobSpec, model: bytes) -> tuple[JobRow, int]:
+        """The job and its place in the queue, read now: later it would wait for what the coordinator wakes up for. Of a
+        model nothing is stored before the job is accepted, and nothing stays of one that is refused after all."""
 
         def store(connection: Connection) -> tuple[JobRow, int]:
             # Looks again: pricing takes time, and computations come at once.
-            known = self._look(connection, caller, row.request_id, spec=spec)
+            known = self._look(connection, caller, row.request_id, spec=spec, model=model)
             stored = self._store.create(connection, row) if known is None else known
             return stored, self._positions(connection, [stored]).get(stored.job_id, 0)
 
-        stored, position = await self._run(store)
+        with trying(self._leftovers) as kept:
+            if model:
+                kept.add((await asyncio.to_thread(self._blobs.write, model)).sha256)
+            stored, position = await self._run(store)
         self._coordinator.wake()
         return stored, position
 
@@ -344,15 +331,20 @@ class JobService:
             NotFoundError: no such job for this caller.
         """
 
+        named: set[str] = set()
+
         def stop(connection: Connection) -> None:
             row = self._visible(connection, caller, job_id)
             if row.at_rest or row.state is JobState.CANCELLING:
                 return
+            if row.state is JobState.PENDING:
+                named.update(self._store.blobs_of(connection, job_id))
             kind = EventKind.CANCELLED if row.state is JobState.PENDING else EventKind.CANCELLING
             event = Event(kind=kind, message=f"cancelled by {caller}", cause=str(caller))
             self._store.apply(connection, job_id, event, now=self._clock())
 
         await self._to_its_end(self._change(job_id, stop))
+        self._leftovers.let_go(named)
         return await self.get(caller, job_id)
 
     async def delete(self, caller: Identity, job_id: str) -> JobView:

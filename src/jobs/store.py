@@ -401,6 +401,22 @@ class JobStore:
         sources = {spec["job_id"] for spec in specs if spec.get("job_id")}
         return _blobs(specs, [*named, *self._details(connection, EventKind.SUCCEEDED, sources)])
 
+    def made_since(self, connection: Connection, owner: str, since: str) -> int:
+        """How many jobs an owner has made since then (UTC, as `states.utc` writes it), deleted ones too."""
+        jobs = self.jobs.c
+        query = select(func.count()).where(jobs.owner == owner, jobs.created_at >= since)
+        return int(connection.execute(query).scalar_one())
+
+    def kept_for(self, connection: Connection, owner: str) -> tuple[dict[str, int], set[str]]:
+        """What an owner's jobs keep on disk: the sizes (bytes) of the files of those that were not deleted, by SHA-256
+        (hex); and the models that came with jobs which are not at rest, whose sizes nobody wrote down."""
+        jobs = self.jobs.c
+        kept = select(jobs.result).where(jobs.owner == owner, jobs.result.is_not(None), jobs.deleted_at == "")
+        files = [file for result in connection.scalars(kept) for file in load(result).get("files", ())]
+        brought = select(jobs.spec).where(jobs.owner == owner, jobs.state.in_(_MOVABLE))
+        models = _blobs([load(spec) for spec in connection.scalars(brought)], [])
+        return {file["sha256"]: int(file["bytes"]) for file in files}, models
+
     def blobs_of(self, connection: Connection, job_id: str) -> set[str]:
         """SHA-256 (hex) of the blobs that a job named, deleted or not: the model that it began with, its files, and
         those of the job that it is about."""
@@ -408,9 +424,9 @@ class JobStore:
         about = {job_id, *filter(None, [spec.get("job_id")])}
         return _blobs([spec], self._details(connection, EventKind.SUCCEEDED, about))
 
-    def deleted(self) -> Select[Any]:
-        """A query for the jobs whose files were dropped."""
-        return select(self.jobs.c.job_id).where(self.jobs.c.deleted_at != "")
+    def under_way(self) -> Select[Any]:
+        """A query for the jobs that are not at rest."""
+        return select(self.jobs.c.job_id).where(self.jobs.c.state.in_(_MOVABLE))
 
     def _select(self, connection: Connection, *conditions: Any) -> list[JobRow]:
         """Jobs, who came first first."""

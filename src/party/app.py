@@ -26,6 +26,7 @@ from ..storage.blobs import Blobs
 from ..storage.database import Database
 from ..storage.ledger import LedgerStore
 from ..storage.migrations import Migrations
+from ..storage.sweeping import Sweeper
 from .accounts import PartyAccounts
 from .home import Home
 from .node import Node
@@ -72,6 +73,8 @@ class App:
             blobs=self._blobs,
             pool=self._pool,
         )
+        self._sweeper = Sweeper(self._worker.uses, self._blobs)
+        self._sweeping: asyncio.Task[None] | None = None
         self._node = Node(
             home=home,
             database=self._database,
@@ -105,12 +108,19 @@ class App:
             await asyncio.to_thread(self._blobs.collect, keep)
             self._log_start(lines, warnings)  # before the workers start, which takes seconds: somebody waits to see it
             await self._pool.start()
+            self._sweeping = asyncio.create_task(self._sweeper.run())
             await self._node.run()
         finally:
+            await self._stop_sweeping()
             await self._worker.stop()
             await self._pool.close()
             await self._database.close()
             LOG.info("stopped")
+
+    async def _stop_sweeping(self) -> None:
+        if self._sweeping is not None:
+            self._sweeping.cancel()
+            await asyncio.gather(self._sweeping, return_exceptions=True)
 
     def _log_start(self, in_force: list[str], warnings: list[str]) -> None:
         config = self.config

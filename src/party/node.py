@@ -14,11 +14,13 @@ import grpc
 from ..communication.generated import federation_pb2, federation_pb2_grpc
 from ..communication.messages import heads_from_proto, heads_to_proto, signed_from_proto
 from ..errors import PASSING, BudgetError, ConfigError, DeadlineError, LedgerError, SottoError, UnavailableError
+from ..logs import on_behalf_of
 from ..protocol.plan import PLAN_KIND, signed_digest
 from ..protocol.roster import AGGREGATOR
 from ..protocol.signing import open_signed
 from ..storage.database import Database
 from .accounts import PartyAccounts
+from .desk import ENDED, Desk
 from .home import Home
 from .means import Stub
 from .rounds import RoundWorker
@@ -27,6 +29,8 @@ from .store import RoundMemory
 
 LOG = logging.getLogger("sotto.party")
 
+MAX_IN_HAND: Final = 64
+"""Rounds of which a party asks how they ended: an aggregator looks at no more. Of others it asks the next time."""
 MISSED_HEARTBEATS: Final = 3
 """After so many the stream counts as dead, whatever TCP says."""
 
@@ -55,11 +59,13 @@ class Node:
         self._patience = Patience()
         self._away = Away()
         self._acceptance = Acceptance(home)
-        self._tasks: dict[tuple[str, int, str], asyncio.Task[None]] = {}
+        self._desk = Desk(self._do)
+        self._tasks = self._desk.tasks
 
     async def run(self) -> None:
         """Until cancelled. Whatever the aggregator says or does is waited out; what the party finds out about itself
         ends the node (`standing`)."""
+        on_behalf_of("the aggregator")
         while True:
             began = time.monotonic()
             try:
@@ -70,7 +76,7 @@ class Node:
             except Exception as error:  # from outside comes anything, and nothing of it ends the node
                 await self._consider(error)
             finally:
-                await self._cancel_tasks()
+                await self._desk.cancel()
             if time.monotonic() - began >= LASTED_S:
                 self._patience.reset()
             await asyncio.sleep(self._patience.next_s())
@@ -106,6 +112,8 @@ class Node:
                 raise Ends(misfit) from error
             raise
         rows = await self._database.run(self._memory.open_rounds)
+        if len(rows) > MAX_IN_HAND:  # any of them, so that none is never told
+            rows = secrets.SystemRandom().sample(rows, MAX_IN_HAND)
         in_hand = [federation_pb2.RoundName(job_id=row.job_id, round=row.number) for row in rows]
         request = federation_pb2.StreamAssignmentsRequest(
             session_id=self._session_id, last_sequence=self._last_sequence, in_hand=in_hand
@@ -113,6 +121,7 @@ class Node:
         stream = stub.StreamAssignments(request)
         iterator = stream.__aiter__()
         while True:
+            await self._desk.room()
             try:
                 # Not wait_for: in Python 3.11 it loses a cancellation that meets the end of the stream.
                 async with asyncio.timeout(heartbeat_s * MISSED_HEARTBEATS):
@@ -121,9 +130,10 @@ class Node:
                 raise UnavailableError("the aggregator ended the stream of assignments") from None
             except TimeoutError:
                 raise UnavailableError("the aggregator has stopped sending heartbeats") from None
-            if assignment.WhichOneof("work") not in (None, "heartbeat"):  # None: what a later version asks for
+            kind = assignment.WhichOneof("work")
+            if kind in ("contribute", "reveal", "open", "ended"):  # not a heartbeat, nor what a later version asks
                 self._last_sequence = assignment.sequence
-                self._take(stub, assignment)
+                self._desk.take(assignment.round.job_id, assignment.round.round, kind, (stub, assignment))
 
     async def _join(self, stub: Stub) -> float:
         request = self._home.introduction()
@@ -146,26 +156,17 @@ class Node:
         )
         return heartbeat_s
 
-    def _take(self, stub: Stub, assignment: federation_pb2.Assignment) -> None:
-        """Begin what is asked, once: the same work that is already under way is left to itself."""
-        name = assignment.round
-        kind = str(assignment.WhichOneof("work"))
-        key = (name.job_id, name.round, kind)
-        if key in self._tasks:
-            return
-        task = asyncio.create_task(self._do(stub, assignment, kind))
-        self._tasks[key] = task
-        task.add_done_callback(lambda _: self._tasks.pop(key, None))
-
-    async def _do(self, stub: Stub, assignment: federation_pb2.Assignment, kind: str) -> None:
+    async def _do(self, work: tuple[Stub, federation_pb2.Assignment], kind: str) -> None:
+        stub, assignment = work
         name, patience = assignment.round, Patience()
         try:
-            if kind == "ended":
+            if kind == ENDED:
                 await self._abandon(name)
             while True:
                 try:
-                    await self._refresh_roster(stub, assignment, kind)
-                    await self._work(stub, assignment, kind)
+                    with self._worker.uses.storing():
+                        await self._refresh_roster(stub, assignment, kind)
+                        await self._work(stub, assignment, kind)
                 except SottoError as error:
                     if not is_trouble(error):
                         raise
@@ -182,7 +183,7 @@ class Node:
             LOG.warning("%s of round %d is refused: %s", kind, name.round, text, extra=extra)
             if not isinstance(error, SottoError):
                 LOG.exception("unexpected")
-            if kind == "ended":
+            if kind == ENDED:
                 return
             await self._report(stub, assignment, kind, error)
 
@@ -219,7 +220,7 @@ class Node:
 
     async def _refresh_roster(self, stub: Stub, assignment: federation_pb2.Assignment, kind: str) -> None:
         """Without a pinned roster others may have joined since: ask again when a plan names a roster not seen yet."""
-        if self._home.pinned or kind == "ended":
+        if self._home.pinned or kind == ENDED:
             return
         signed = getattr(assignment, kind).plan
         statement = open_signed(
@@ -230,10 +231,4 @@ class Node:
 
     async def _abandon(self, name: federation_pb2.RoundName) -> None:
         """Stop what is still done for a round that has ended: it is of no use, and the next round needs the worker."""
-        await self._cancel_tasks(lambda key: key[:2] == (name.job_id, name.round) and key[2] != "ended")
-
-    async def _cancel_tasks(self, which: Callable[[tuple[str, int, str]], bool] = lambda _: True) -> None:
-        tasks = [task for key, task in self._tasks.items() if which(key)]
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
+        await self._desk.cancel(lambda key: key[:2] == (name.job_id, name.round) and key[2] != ENDED)

@@ -85,8 +85,8 @@ class RoundWorker:
         self._blobs = blobs
         self._pool = pool
         self._clock = clock
-        self._uses = BlobUses(database, blobs, memory)
-        self._means = Means(home=home, database=database, memory=memory, blobs=blobs, pool=pool, uses=self._uses)
+        self.uses = BlobUses(database, blobs, memory)
+        self._means = Means(home=home, database=database, memory=memory, blobs=blobs, pool=pool, uses=self.uses)
         self._openings = Openings(self._means, orders, clock=clock)
         self._trainings: dict[tuple[str, int], asyncio.Task[PartyRound]] = {}
 
@@ -94,7 +94,7 @@ class RoundWorker:
         """End what runs whoever is connected; the rows stay as they are."""
         for key in list(self._trainings):
             await self._stop_training(*key)
-        await self._uses.settled()
+        await self.uses.settled()
 
     # --- contribute ---------------------------------------------------------------------------------------------------
 
@@ -162,7 +162,7 @@ class RoundWorker:
         plan, key = checked.plan, (row.job_id, row.number)
         options = dataset_options(self._home.config.datasets[plan.task].options, plan)
         limit = self._home.config.limits.max_update_bytes
-        with self._uses.using(plan.model_sha256):
+        with self.uses.using(plan.model_sha256):
             if key not in self._trainings:
                 pieces = stub.DownloadModel(federation_pb2.DownloadModelRequest(round=round_name(row)))
                 await receive_blob(pieces, self._blobs, max_bytes=limit, expected_sha256=plan.model_sha256)
@@ -193,7 +193,7 @@ class RoundWorker:
             "options": options,
             "declared_rows": self._home.config.datasets[plan.task].declared_rows,
         }
-        with self._uses.using(plan.model_sha256), self._uses.storing():
+        with self.uses.using(plan.model_sha256), self.uses.storing():
             row = await self._database.run(lambda c: self._begin_training(c, plan))
             try:
                 if row.trainings > MOST_TRAININGS:
@@ -346,7 +346,7 @@ class RoundWorker:
         row = await self._database.run(note)
         if row is not None:
             LOG.info("round ended: %s %s", work.state, work.reason, extra={"job": row.job_id, "round": row.number})
-            self._uses.let_go([(row.batch or {}).get("sha256", ""), row.share])
+            self.uses.let_go([(row.batch or {}).get("sha256", ""), row.share])
 
     def _settle(self, connection: Connection, row: PartyRound, state: str) -> None:
         """The ledger's last word on a round: given back if no training began, else spent, with what was shown of it.

@@ -15,6 +15,7 @@ import os
 import re
 import secrets
 import threading
+import weakref
 from collections.abc import Iterable, Iterator, Set
 from dataclasses import dataclass
 from pathlib import Path
@@ -91,7 +92,9 @@ class BlobWriter:
         self._store = store
         self._hash = hashlib.sha256()
         self._size = 0
-        self._path = store.root / f"{_TEMPORARY}{secrets.token_hex(16)}"
+        self._path = store.root / f"{_TEMPORARY}{os.getpid()}-{secrets.token_hex(16)}"
+        with _WRITERS_LOCK:
+            _WRITERS.add(self)
         self._file: BinaryIO | None = None
         self._over = self._abandoned = False
         self._lock = threading.Lock()
@@ -275,6 +278,22 @@ class Blobs:
             path.unlink(missing_ok=True)
         return len(doomed)
 
+    def digests(self) -> set[str]:
+        """Of all blobs there are."""
+        shards = [path for path in self.root.iterdir() if len(path.name) == 2] if self.root.is_dir() else []
+        return {path.name for shard in shards for path in shard.iterdir() if _DIGEST.fullmatch(path.name)}
+
+    def remove_abandoned(self) -> int:
+        """Removes what writers have left that are gone, of this process or of others, whoever writes meanwhile; returns
+        how many files went."""
+        parts = list(self.root.glob(f"{_TEMPORARY}*")) if self.root.is_dir() else []
+        with _WRITERS_LOCK:  # looked at after the files: whoever began since has none among them
+            own = {writer._path for writer in _WRITERS}
+        gone = [path for path in parts if path not in own and not _is_written(path)]
+        for path in gone:
+            path.unlink(missing_ok=True)
+        return len(gone)
+
     def mark(self, sha256: str) -> Mark | None:
         """Which file the blob is, None where there is none: storing the same bytes again makes it another one."""
         try:
@@ -303,6 +322,25 @@ class Blobs:
             # Also where the blob exists: the bytes are the same, and a damaged copy is healed.
             temporary.replace(target)
             flush(directory)
+
+
+def _is_written(path: Path) -> bool:
+    """Whether the process that began a file may still be at it; not asked of a writer of this one."""
+    pid = path.name.removeprefix(_TEMPORARY).partition("-")[0]
+    if not pid.isdecimal() or int(pid) == os.getpid():
+        return False
+    try:
+        os.kill(int(pid), 0)
+    except ProcessLookupError:
+        return False
+    except OSError:  # somebody else's: a number that was used again
+        return False
+    return True
+
+
+_WRITERS: Final[weakref.WeakSet[BlobWriter]] = weakref.WeakSet()
+_WRITERS_LOCK: Final = threading.Lock()
+"""Those of this process, as long as anybody has them."""
 
 
 @contextlib.contextmanager

@@ -223,7 +223,7 @@ class _Checked:
     def scheme(self, name: str) -> Any:
         return self._federation.scheme(name, allow_plaintext=True)
 
-    async def dimension(self, spec: FederatedTrainingSpec) -> int:
+    async def dimension(self, spec: FederatedTrainingSpec, *, model: bytes = b"") -> int:
         return MODEL.dimension
 
 

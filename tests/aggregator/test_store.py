@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
-from sqlalchemy import Engine, MetaData
+from sqlalchemy import Engine, MetaData, literal, select
 from sqlalchemy.exc import IntegrityError
 
 from src.aggregator.round_row import Batch, Failure, RoundRow, RoundState
@@ -99,10 +99,10 @@ def test_a_round_that_never_was_is_not_found(engine: Engine, rounds: RoundStore)
         assert rounds.of_job(connection, "other") == []
 
 
-def test_every_blob_that_a_round_names_is_kept(engine: Engine, rounds: RoundStore) -> None:
+def test_every_blob_that_a_round_names_is_kept_until_it_is_settled(engine: Engine, rounds: RoundStore) -> None:
     with engine.begin() as connection:
         assert rounds.blobs(connection) == set()
-        rounds.insert(connection, FULL)
+        rounds.insert(connection, replace(FULL, settled=False))
         rounds.insert(connection, replace(ROW, number=2, model_sha256="next model"))
         assert rounds.blobs(connection) == {
             "model",
@@ -114,6 +114,25 @@ def test_every_blob_that_a_round_names_is_kept(engine: Engine, rounds: RoundStor
             "share a",
             "share b",
         }
+        rounds.update(connection, FULL)
+        assert rounds.blobs(connection) == {"model", "next model", "state"}
+
+
+def test_of_rounds_that_are_settled_the_last_released_is_what_a_job_goes_on_from(
+    engine: Engine, rounds: RoundStore
+) -> None:
+    """The models of those before are nobody's any more; of a job that is none of those asked about, all are."""
+    with engine.begin() as connection:
+        for job in ("job", "other"):
+            for number in (1, 2, 3):
+                made = {"blobs": [f"{job} {number}"]}
+                row = replace(FULL, job_id=job, number=number, model_sha256=f"{job} {number - 1}", result=made)
+                rounds.insert(connection, row)
+            failed = replace(ROW, job_id=job, number=4, model_sha256="failed", state=RoundState.FAILED, settled=True)
+            rounds.insert(connection, failed)
+        assert rounds.blobs(connection) == {"job 2", "job 3", "other 2", "other 3"}
+        only = select(literal("job"))
+        assert rounds.blobs(connection, of=only) == {"job 2", "job 3"}
 
 
 def test_who_joined_is_remembered_by_the_first_key(engine: Engine, enrolments: EnrolmentStore) -> None:

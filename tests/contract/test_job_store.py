@@ -359,7 +359,8 @@ def test_the_blobs_that_somebody_may_still_read_are_named_and_no_others(connecti
         STORE.apply(connection, f"{number:04x}", Event(kind=EventKind.DELETED), now=10.0)
     STORE.create(connection, make_row(7))
     assert STORE.blobs(connection) == {"source", "kept", "model", f"{7:064x}"}
-    assert sorted(job_id for (job_id,) in connection.execute(STORE.deleted())) == ["0001", "0003"]
+    under_way = [job_id for (job_id,) in connection.execute(STORE.under_way().order_by(STORE.jobs.c.job_id))]
+    assert under_way == ["0005", "0006", "0007"]
     assert STORE.blobs_of(connection, "0003") == {"gone", f"{3:064x}"}  # it is deleted, and what it named is known
     assert STORE.blobs_of(connection, "0005") == {"source"}
     assert STORE.blobs_of(connection, "0006") == {"model"}

@@ -122,7 +122,7 @@ class PlayedCoordinator:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
 
-    async def price(self, spec: JobSpec, *, owner: str) -> None:
+    async def price(self, spec: JobSpec, *, owner: str, model: bytes = b"") -> None:
         if isinstance(spec, FederatedTrainingSpec) and spec.local_training.epsilon > 100:
             raise BudgetError("party a has 4 of 100.5 left", party="a")
 

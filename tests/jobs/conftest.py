@@ -65,7 +65,7 @@ class PlayedCoordinator:
         self.pricing_allowed = asyncio.Event()
         self.pricing_allowed.set()
 
-    async def price(self, spec: JobSpec, *, owner: str) -> None:
+    async def price(self, spec: JobSpec, *, owner: str, model: bytes = b"") -> None:
         self.priced.append((spec.kind, owner))
         if isinstance(spec, FederatedTrainingSpec):
             await self.pricing_allowed.wait()

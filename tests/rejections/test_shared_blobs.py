@@ -31,7 +31,7 @@ async def answer(meeting: Meeting) -> Answer:
 async def gone(meeting: Meeting) -> None:
     """What was let go has left the disk, or is known to be needed."""
     await meeting.a.idle()
-    await meeting.a.worker._uses.settled()
+    await meeting.a.worker.uses.settled()
 
 
 def held(meeting: Meeting, *jobs: str) -> list[asyncio.Event]:

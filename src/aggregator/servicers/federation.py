@@ -39,6 +39,8 @@ from ...protocol.plan import PROTOCOL_VERSION, ROOT_KIND, SHARES_KIND, RootState
 from ...protocol.signing import Signed, open_signed
 from ...storage.blobs import BlobRef, Blobs, BlobWriter, check_digest
 from ...storage.heads import Head
+from ...storage.leftovers import Leftovers
+from ...storage.sweeping import trying
 from ..coordinator import Coordinator
 from ..federation import Federation
 from ..pipeline import AggregatorPipeline
@@ -100,6 +102,7 @@ class FederationServicer(federation_pb2_grpc.FederationServiceServicer):
         pipeline: AggregatorPipeline,
         sessions: Sessions,
         blobs: Blobs,
+        leftovers: Leftovers,
     ) -> None:
         self._config = config
         self._coordinator = coordinator
@@ -108,6 +111,7 @@ class FederationServicer(federation_pb2_grpc.FederationServiceServicer):
         self._pipeline = pipeline
         self._sessions = sessions
         self._blobs = blobs
+        self._leftovers = leftovers
 
     async def Join(  # noqa: N802  # named by the wire, as all methods here
         self, request: federation_pb2.JoinRequest, context: Any
@@ -298,11 +302,12 @@ class FederationServicer(federation_pb2_grpc.FederationServiceServicer):
         self, row: RoundRow, statement: RootStatement, header: bytes, *, writer: BlobWriter, counter: _Counter
     ) -> None:
         name = statement.contributor
-        with writer:
+        with trying(self._leftovers) as kept, writer:
             ref = await asyncio.to_thread(writer.commit)
-        await self._pipeline.check_body(row, ref.sha256, statement)
-        batch = Batch(header.hex(), ref.sha256, statement.body_bytes)
-        await self._trainings.happened(row.job_id, row.number, BatchStored(name, batch, counter.total))
+            kept.add(ref.sha256)
+            await self._pipeline.check_body(row, ref.sha256, statement)
+            batch = Batch(header.hex(), ref.sha256, statement.body_bytes)
+            await self._trainings.happened(row.job_id, row.number, BatchStored(name, batch, counter.total))
 
     async def _told(self, row: RoundRow, party: str, digest: str) -> None:
         """Remember the head of a party's ledger; one that is not said is not known."""
@@ -358,9 +363,10 @@ class FederationServicer(federation_pb2_grpc.FederationServiceServicer):
         return BlobRef(check_digest(str(statement.get("sha256"))), size)
 
     async def _store_shares(self, row: RoundRow, name: str, sha256: str, *, writer: BlobWriter) -> None:
-        with writer:
+        with trying(self._leftovers) as kept, writer:
             ref = await asyncio.to_thread(writer.commit, sha256)
-        await self._trainings.happened(row.job_id, row.number, ShareStored(name, ref.sha256))
+            kept.add(ref.sha256)
+            await self._trainings.happened(row.job_id, row.number, ShareStored(name, ref.sha256))
 
     async def ReportFailure(  # noqa: N802
         self, request: federation_pb2.ReportFailureRequest, context: Any
