@@ -63,8 +63,7 @@ class App:
 
     def __init__(self, config: AggregatorConfig) -> None:
         self.config = config
-        state = config.state_dir
-        self._changed = open_state_directory(state)
+        self._changed = open_state_directory(config.state_dir)
         self.federation = open_federation(config, now=time.time())
         metadata = MetaData()
         jobs, rounds, ledger, enrolments = (
@@ -73,19 +72,11 @@ class App:
             LedgerStore(metadata, signer=EntrySigner(self.federation.signing_key)),
             EnrolmentStore(metadata),
         )
-        location = located(config)
-        self._database = Database(location, Migrations("aggregator"))
-        blobs = Blobs(state / "blobs")
+        self._database = Database(located(config), Migrations("aggregator"))
+        blobs = Blobs(config.blobs_dir)
         self._leftovers = leftovers = Leftovers(self._database, blobs, BlobNames(jobs, rounds))
         self._sweeper = Sweeper(leftovers, blobs)
-        preload = ("learning.evaluation", "learning.warm") if has_torch() and config.evaluation else ()
-        self._pool = WorkerPool(
-            PoolSettings(**config.workers.model_dump()),
-            handlers="aggregator.work",
-            blobs_root=state / "blobs",
-            workspace=state / "work",
-            preload=preload,
-        )
+        self._pool = _make_pool(config)
         self._sessions = Sessions()
         self._accounts = Accounts(ledger, config.privacy, federation=config.federation)
         pipeline = AggregatorPipeline(self._pool, self.federation, config, blobs)
@@ -233,6 +224,16 @@ def _bounds(config: AggregatorConfig) -> Bounds:
         requests=limits.max_requests_per_caller,
         silence_s=limits.idle_timeout_s,
         lifetimes_s={jobs_servicer.WATCH: jobs_servicer.LONGEST_WATCH_S},
+    )
+
+
+def _make_pool(config: AggregatorConfig) -> WorkerPool:
+    return WorkerPool(
+        PoolSettings(**config.workers.model_dump()),
+        handlers="aggregator.work",
+        blobs_root=config.blobs_dir,
+        workspace=config.state_dir / "work",
+        preload=("learning.evaluation", "learning.warm") if has_torch() and config.evaluation else (),
     )
 
 
