@@ -19,6 +19,7 @@ from cryptography.x509.oid import ExtendedKeyUsageOID
 from cryptography.x509.verification import PolicyBuilder, Store
 from pydantic import BaseModel
 
+from src.aggregator.federation import open_federation
 from src.config import AggregatorConfig, PartyConfig, load_aggregator_config, load_client_config, load_party_config
 from src.config_sections import DatasetSection
 from src.config_yaml import parse_yaml, read_document
@@ -158,6 +159,39 @@ def test_a_changed_roster_is_noticed(kits: Summary, tmp_path: Path) -> None:
     (tmp_path / "roster.json").write_text(text)
     with pytest.raises(SignatureError):
         load_roster(tmp_path / "roster.json")
+
+
+def _start(role: str, kit: Path) -> None:
+    if role == "aggregator":
+        open_federation(load_aggregator_config(kit / "aggregator.yaml", environ={}), now=0)
+    else:
+        Home(load_party_config(kit / "party.yaml", environ={}))
+
+
+VERIFICATION: dict[str, Any] = {
+    "v": lambda key: {"v": key["verification"][0]},
+    "the value of another holder": lambda key: {"verification": [*key["verification"][:2], key["v"]]},
+    "one's own value": lambda key: {"verification": [key["v"], *key["verification"][1:]]},
+    "the order of the values": lambda key: {"verification": key["verification"][::-1]},
+    "how many are needed": lambda key: {"threshold": 3},
+}
+
+
+@pytest.mark.parametrize("what", VERIFICATION)
+def test_what_shares_are_verified_with_is_what_the_operator_signed_for(
+    kits: Summary, tmp_path: Path, what: str
+) -> None:
+    """In a party's kit and in the aggregator's; the key id stays the same with all of it."""
+    for role in ("party-a", "aggregator"):
+        kit = shutil.copytree(kits.out / role, tmp_path / role)
+        key = json.loads((kit / "public_key.json").read_text())
+        changed = {**key, **VERIFICATION[what](key)}
+        (kit / "public_key.json").write_text(json.dumps(changed))
+        assert ThresholdKey.from_json(changed, insecure_small=True).key_id == kits.key_id
+        with pytest.raises(ConfigError) as caught:
+            _start(role, kit)
+        expected = "keys.public_key: the verification values of its key are not those that the roster was signed for"
+        assert expected in caught.value.problems
 
 
 def test_every_share_is_the_one_that_the_public_values_commit_to(kits: Summary) -> None:

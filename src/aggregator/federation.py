@@ -125,6 +125,11 @@ def _check_pinned(config: AggregatorConfig, roster: Roster, keyring: Keyring, si
         problems.append(f"keys.custody: {config.keys.custody}, but the roster says {roster.custody}")
     if roster.custody == "threshold" and roster.key_id != keyring.key_id:
         problems.append(f"keys.public_key: has key id {keyring.key_id}, but the roster says {roster.key_id}")
+    else:
+        try:
+            roster.check_deal(keyring.deal_digest)
+        except KeyMaterialError as error:
+            problems.append(f"keys.public_key: {error.message}")
     if roster.colluders != config.privacy.colluders:
         problems.append(f"privacy.colluders: {config.privacy.colluders}, but the roster stands {roster.colluders}")
     if roster.aggregator_verify_key != signing_key.verify_key:

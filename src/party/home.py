@@ -173,6 +173,8 @@ class Home:
             raise KeyMaterialError(
                 f"the aggregator's public key is {keyring.key_id}, this party's kit pins {roster.key_id}"
             )
+        if self._keyring is not None and keyring.deal_digest != self._keyring.deal_digest:
+            raise KeyMaterialError("the aggregator verifies shares with other values than this party's kit has")
         if answer.aggregator_verify_key != roster.aggregator_verify_key:
             raise KeyMaterialError("the aggregator signs with another key than this party's roster pins")
         if self._keyring is None:
@@ -207,10 +209,19 @@ class Home:
             self._keyring = Keyring.load(keys.public_key, insecure_small=keys.insecure_small_modulus)
             if self._keyring.key_id != roster.key_id:
                 problems.append(f"keys.public_key: has key id {self._keyring.key_id}, the roster says {roster.key_id}")
+            else:
+                problems += self._deal_problems(roster, self._keyring)
             problems += self._share_problems(member.share_index)
         problems += self._certificate_problems()
         if problems:
             raise ConfigError("the kit's files contradict each other", problems=tuple(problems))
+
+    def _deal_problems(self, roster: Roster, keyring: Keyring) -> list[str]:
+        try:
+            roster.check_deal(keyring.deal_digest)
+        except KeyMaterialError as error:
+            return [f"keys.public_key: {error.message}"]
+        return []
 
     def _certificate_problems(self) -> list[str]:
         """The aggregator believes the certificate, whoever brings it: with another's this party would be taken for it,

@@ -60,6 +60,11 @@ class Keyring:
         return self.public.key_id
 
     @property
+    def deal_digest(self) -> str:
+        """Of all public values of the deal, what shares are verified with included; empty where nothing was dealt."""
+        return self.threshold_key.digest if self.threshold_key else ""
+
+    @property
     def modulus_bits(self) -> int:
         """Length of the modulus."""
         return self.public.modulus_bits

@@ -60,6 +60,8 @@ class Roster:
         members: the parties, by name.
         created_at: UTC, ISO 8601.
         scientists: who may order jobs; none, and no part of the statement, in rosters from before orders were signed.
+        deal_digest: SHA-256 (hex) over all public values of the deal, those included that shares are verified with
+            (`ThresholdKey.digest`); empty, and no part of the statement, where nothing was dealt and in older rosters.
     """
 
     federation: str
@@ -71,6 +73,7 @@ class Roster:
     members: tuple[Member, ...]
     created_at: str
     scientists: tuple[Scientist, ...] = ()
+    deal_digest: str = ""
 
     def __post_init__(self) -> None:
         names = [member.name for member in self.members]
@@ -102,6 +105,16 @@ class Roster:
                 return member
         raise NotFoundError(f"no party {name!r} in federation {self.federation!r}", party=name)
 
+    def check_deal(self, digest: str) -> None:
+        """Whether public values of a deal (`Keyring.deal_digest`) are those that the operator signed for. The key id
+        names n and h alone: with other verification values a right share would seem wrong, or a wrong one right.
+
+        Raises:
+            KeyMaterialError: they are others.
+        """
+        if self.deal_digest and digest != self.deal_digest:
+            raise KeyMaterialError("the verification values of its key are not those that the roster was signed for")
+
     def verify_key(self, signer: str) -> bytes:
         """Of a party, or of the aggregator by its name."""
         return self.aggregator_verify_key if signer == AGGREGATOR else self.member(signer).verify_key
@@ -124,6 +137,8 @@ class Roster:
         value["scientists"] = [{"name": s.name, "verify_key": s.verify_key.hex()} for s in self.scientists]
         if not self.scientists:  # as rosters were before there were any: digests stay
             del value["scientists"]
+        if not self.deal_digest:  # as rosters were before they had one: digests stay
+            del value["deal_digest"]
         return value
 
     @classmethod
@@ -140,7 +155,9 @@ class Roster:
             roster = cls(**fields)
         except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise InvalidInput("a roster is malformed") from error
-        texts = (roster.federation, roster.key_id, roster.custody, roster.created_at, *roster.names)
+        if value.get("deal_digest", "none") == "":  # it is left out where it is empty: one roster, one digest
+            raise InvalidInput("a roster is malformed")
+        texts = (roster.federation, roster.key_id, roster.custody, roster.created_at, roster.deal_digest, *roster.names)
         texts += tuple(scientist.name for scientist in roster.scientists)
         counts = (roster.threshold, roster.colluders, *(member.share_index for member in roster.members))
         if not all(type(text) is str for text in texts) or not all(type(n) is int and n >= 0 for n in counts):

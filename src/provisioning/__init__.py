@@ -289,6 +289,7 @@ def _deal(request: _Request, *, processes: int, tell: Progress) -> _Deal:
         scientists=tuple(
             Scientist(name, key.verify_key) for name, key in {**scientists, OPERATOR: signing[OPERATOR]}.items()
         ),
+        deal_digest=key.digest if key else "",
     )
     return _Deal(
         key=key,

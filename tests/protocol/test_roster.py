@@ -55,6 +55,7 @@ OTHERS: dict[str, Any] = {
     "members": MEMBERS[:2],
     "created_at": "2026-01-02T00:00:00+00:00",
     "scientists": SCIENTISTS,
+    "deal_digest": "d" * 64,
 }
 
 
@@ -62,6 +63,24 @@ OTHERS: dict[str, Any] = {
 def test_the_digest_covers_every_field(field: str) -> None:
     assert set(OTHERS) == set(Roster.__slots__)
     assert replace(ROSTER, **{field: OTHERS[field]}).digest != ROSTER.digest
+
+
+def test_a_roster_without_a_deal_s_digest_is_that_of_before_there_was_one() -> None:
+    assert ROSTER.digest == "9848cd394de88d5524b3198d10db04f9ad02a1e2b698fdcdac9a770f2040626e"
+    assert "deal_digest" not in ROSTER.to_statement()
+    with pytest.raises(InvalidInput):  # said to be empty it would be another statement for the same roster
+        Roster.from_statement({**ROSTER.to_statement(), "deal_digest": ""})
+    dealt = replace(ROSTER, deal_digest="d" * 64)
+    assert Roster.from_statement(parse_canonical(canonical_bytes(dealt.to_statement()))) == dealt
+
+
+def test_the_public_values_of_a_deal_are_those_that_were_signed_for() -> None:
+    dealt = replace(ROSTER, deal_digest="d" * 64)
+    dealt.check_deal("d" * 64)
+    for other in ("e" * 64, ""):
+        with pytest.raises(KeyMaterialError, match="verification values"):
+            dealt.check_deal(other)
+    ROSTER.check_deal("e" * 64)  # made before rosters had it: nothing binds them
 
 
 def test_the_digest_covers_every_member_and_their_order() -> None:
@@ -137,6 +156,7 @@ MALFORMED: dict[str, dict[str, Any]] = {
     "a scientist without a key": _changed(scientists=[{"name": "ann"}]),
     "a scientist with more": _changed(scientists=[{"name": "ann", "verify_key": "00", "share_index": 1}]),
     "a scientist whose name is a number": _changed(scientists=[{"name": 1, "verify_key": "00"}]),
+    "a deal's digest that is a number": _changed(deal_digest=7),
     "a share index that is a text": _changed(members=[{"name": "a", "verify_key": "00", "share_index": "1"}]),
 }
 
