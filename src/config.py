@@ -93,7 +93,8 @@ class AggregatorConfig(_RoleDocument):
     workers: WorkersSection = section("processes for CPU work")
     logging: LoggingSection = section("the log on stderr")
     evaluation: dict[str, dict[str, Option]] = Field(
-        default_factory=dict, description="public hold-out rows, by task: options of the task's load_holdout"
+        default_factory=dict,
+        description="public hold-out rows, by task: options of its load_holdout; null leaves one to the job",
     )
 
     @property

@@ -23,6 +23,7 @@ from ..learning.task import known_tasks
 from ..storage.blobs import Blobs
 from .artifact import MODEL_FILE, Source, evaluation_statement, export_statement, read_source, write_files
 from .federation import Federation
+from .pipeline import evaluation_options
 from .work import EXPORTS, has_torch, model_shape
 
 OPERATORS: Final = "operator/"
@@ -63,12 +64,15 @@ class Computations:
             NotFoundError: the owner has no such job.
             InvalidInput: it is no federated training, the task is not registered, or the model is none.
             StateError: it has no model (yet), or its files were dropped.
-            PolicyError: this aggregator has no public rows for the task, or no torch.
+            PolicyError: this aggregator has no public rows for the task, no torch, or has not left open what the job
+                that made the model sets.
         """
         if spec.source_job_id:
             self._check_source(spec, source, owner)
         if isinstance(spec, EvaluationSpec):
-            self._check_task(_task(spec, source))
+            task = _task(spec, source)
+            self._check_task(task)
+            evaluation_options(self._config, task, _public_options(task, source))
             if spec.model_sha256:
                 self._check_model(model or self._blobs.read(spec.model_sha256))
         elif not isinstance(spec, ExportSpec):
@@ -153,7 +157,7 @@ class Computations:
             sha256, size = spec.model_sha256, await asyncio.to_thread(self._blobs.size, spec.model_sha256)
         else:
             sha256, size = made_by.model_sha256, made_by.model_bytes
-        options = {**_public_options(task, source), **self._config.evaluation[task]}
+        options = evaluation_options(self._config, task, _public_options(task, source))
         found = await self._unit(job, "evaluate_model", {"task": task, "options": options, "sha256": sha256}, now)
         metrics = {str(name): float(value) for name, value in found["metrics"].items()}
         if not metrics:

@@ -15,7 +15,7 @@ from ..jobs.executors.pool import WorkerPool
 from ..jobs.executors.stats import PoolStats
 from ..jobs.spec import FederatedTrainingSpec
 from ..jobs.spec import ServerOptimizer as OptimizerSpec
-from ..learning.task import known_tasks
+from ..learning.task import chosen_options, known_tasks
 from ..privacy.accounting import import_accountant
 from ..protocol.batches import StoredBatch
 from ..protocol.canonical import parse_canonical
@@ -51,8 +51,11 @@ class AggregatorPipeline:
         return self._federation.scheme(name, allow_plaintext=self._config.privacy.allow_plaintext_scheme)
 
     def check(self, spec: FederatedTrainingSpec) -> None:
-        """Refuse what no round of the job could do: an unknown task, noise drawn by others than configured."""
+        """Refuse what no round of the job could do: an unknown task, noise drawn by others than configured, options of
+        the task that are not open to jobs."""
         check_noise_by(spec, self._config.privacy.noise_by)
+        if spec.task in self._config.evaluation:
+            evaluation_options(self._config, spec.task, spec.task_options)
         if spec.initial_model_sha256:
             return
         if spec.task not in self._tasks:
@@ -157,7 +160,11 @@ class AggregatorPipeline:
         """The task's metrics on public rows; empty where there are none, or nothing to evaluate with."""
         if plan.task not in self._config.evaluation:
             return {}
-        options = {**json.loads(plan.task_options), **dict(self._config.evaluation[plan.task])}
+        try:
+            options = evaluation_options(self._config, plan.task, json.loads(plan.task_options))
+        except PolicyError as error:  # the configuration has changed since the job was accepted
+            LOG.warning("job %s is not evaluated: %s", plan.job_id, error.message)
+            return {}
         found = await self._pool.run("evaluate_model", {"task": plan.task, "options": options, "sha256": sha256})
         return {str(name): float(value) for name, value in found["metrics"].items()}
 
@@ -168,6 +175,16 @@ class AggregatorPipeline:
             "public": self._public,
             "processes": self._pool.cores_for_a_unit(),
         }
+
+
+def evaluation_options(config: AggregatorConfig, task: str, asked: Mapping[str, Any]) -> dict[str, Any]:
+    """With what the public rows of a task are loaded for a job that sets these options.
+
+    Raises:
+        PolicyError: the configuration has not left one of them open.
+    """
+    own = config.evaluation[task]
+    return chosen_options(own, asked, task=task, owner="this aggregator's evaluation", key=f"evaluation.{task}")
 
 
 def _root(signed: Mapping[str, str]) -> str:

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, Final, Protocol, cast
 import numpy as np
 from numpy.typing import NDArray
 
-from ..errors import ConfigError, InvalidInput, NotFoundError
+from ..errors import ConfigError, InvalidInput, NotFoundError, PolicyError
 
 if TYPE_CHECKING:
     import torch
@@ -138,6 +138,28 @@ def check_options(options: Options, *, known: tuple[str, ...], task: str) -> Non
     problems = tuple(f"{key}: not an option of task {task!r}; known: {allowed}" for key in unknown)
     if problems:
         raise ConfigError(f"task {task!r} was given options that it does not know", problems=problems)
+
+
+def chosen_options(own: Options, asked: Options, *, task: str, owner: str, key: str) -> dict[str, object]:
+    """The options with which an owner's data is loaded: their own; where one is null, the job's.
+
+    Args:
+        own: of the owner's configuration.
+        asked: what a job sets, which comes from whoever may submit one.
+        owner: in words, for the message.
+        key: of the configuration, where `own` stands.
+
+    Raises:
+        PolicyError: the job sets an option that the owner has not left open: data is chosen by its owner.
+    """
+    closed = sorted(name for name, value in asked.items() if name not in own or own[name] not in (None, value))
+    if closed:
+        raise PolicyError(
+            f"the job sets options of task {task!r} that {owner} has not left open: {', '.join(closed)} "
+            f"({key}: null leaves one to the job)"
+        )
+    merged = {name: asked.get(name) if value is None else value for name, value in own.items()}
+    return {name: value for name, value in merged.items() if value is not None}
 
 
 def holdout_of(task: Task, options: Options) -> Dataset | None:

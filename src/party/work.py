@@ -16,10 +16,11 @@ from numpy.typing import NDArray
 
 from ..encryption.keys import KeyShare
 from ..encryption.scheme import Layout
-from ..errors import InvalidInput, PolicyError
+from ..errors import InvalidInput
 from ..jobs.executors.units import Handler, WorkContext
 from ..learning.flatten import flatten, from_safetensors, load_tensors, model_to_tensors
 from ..learning.settings import LocalTraining
+from ..learning.task import chosen_options
 from ..logs import muted
 from ..privacy.clipping import clip, l2_norm
 from ..privacy.entropy import Entropy, SystemEntropy
@@ -171,14 +172,7 @@ def dataset_options(own: Mapping[str, Any], plan: RoundPlan) -> dict[str, Any]:
         raise InvalidInput("the job's task options are not JSON") from error
     if not isinstance(asked, dict):
         raise InvalidInput("the job's task options are not a JSON object")
-    closed = sorted(key for key, value in asked.items() if key not in own or own[key] not in (None, value))
-    if closed:
-        raise PolicyError(
-            f"the job sets options of task {plan.task!r} that this party has not left open: {', '.join(closed)} "
-            f"(datasets.{plan.task}.options: null leaves one to the job)"
-        )
-    merged = {key: asked.get(key) if value is None else value for key, value in own.items()}
-    return {key: value for key, value in merged.items() if value is not None}
+    return chosen_options(own, asked, task=plan.task, owner="this party", key=f"datasets.{plan.task}.options")
 
 
 def recompute(params: Params, context: WorkContext) -> Result:

@@ -310,16 +310,32 @@ def test_of_a_model_that_came_with_the_job_no_privacy_is_claimed(place: Place, t
     assert result["metrics"] == place.run(EVALUATION)["metrics"]
 
 
-def test_a_trainings_own_options_count_for_its_own_task_and_the_aggregators_win(place: Place) -> None:
+def test_a_trainings_own_options_count_for_its_own_task_where_the_aggregator_leaves_them_open(place: Place) -> None:
+    """Public rows are chosen by the operator: whatever else a job sets, a path say, is refused before anything runs."""
+
     def n(**options: Any) -> float:
         spec = FederatedTrainingSpec(task="randhie", task_options=options)
         return float(place.run(EVALUATION, replace(place.source, spec=spec.to_json()))["metrics"]["n"])
 
-    assert n() == n(holdout=0.5)  # the configuration says 0.2
-    place.computations = Computations(
-        place.pool, AggregatorConfig.model_construct(evaluation={"randhie": {}}), place.federation, place.blobs
-    )
-    assert n() < n(holdout=0.5)
+    def configured(**options: Any) -> None:
+        config = AggregatorConfig.model_construct(evaluation={"randhie": options})
+        place.computations = Computations(place.pool, config, place.federation, place.blobs)
+
+    configured(holdout=0.2, seed=None)
+    assert n() == n(holdout=0.2) == n(seed=0)
+    for options in ({"holdout": 0.5}, {"parties": 3}, {"path": "/etc/passwd"}, {"holdout": None}):
+        with pytest.raises(
+            PolicyError, match=r"has not left open: .* \(evaluation\.randhie: null leaves one to the job"
+        ):
+            n(**options)
+        with pytest.raises(PolicyError, match="has not left open"):
+            place.computations.check(EVALUATION, _of(place.source, options), owner=place.source.owner)
+    configured(holdout=None)
+    assert n(holdout=0.2) < n(holdout=0.5)
+
+
+def _of(source: JobRow, options: dict[str, Any]) -> JobRow:
+    return replace(source, spec=FederatedTrainingSpec(task="randhie", task_options=options).to_json())
 
 
 def test_a_model_of_another_shape_fails_the_job_for_good(place: Place) -> None:
