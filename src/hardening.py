@@ -1,4 +1,5 @@
-"""What a process that holds keys or private rows does first: it leaves no image of its memory, to anybody."""
+"""What a process that holds keys or private rows does first: it leaves no image of its memory, makes no files for
+others, and has nobody else write its log."""
 
 from __future__ import annotations
 
@@ -39,6 +40,13 @@ def forbid_core_dumps() -> None:
         if libc.prctl(_PR_SET_DUMPABLE, 0, 0, 0, 0) != 0:
             number = ctypes.get_errno()
             raise OSError(number, os.strerror(number))
+
+
+def quieten_grpc() -> None:
+    """Before gRPC is imported: its core writes lines of its own to stderr, one for each handshake that fails, and
+    anybody who reaches the port can have as many of these as they like. Errors stay; a GRPC_VERBOSITY that is set counts.
+    """
+    os.environ.setdefault("GRPC_VERBOSITY", "ERROR")
 
 
 def keep_files_private() -> None:

@@ -88,6 +88,12 @@ def configure(*, level: str = "INFO", format: Literal["text", "json"] = "text", 
     logging.captureWarnings(True)
 
 
+def tidy_last_resort() -> None:
+    """In a process without a log, a command say: what a library warns of on stderr becomes printable lines as well."""
+    if logging.lastResort is not None:
+        logging.lastResort.setFormatter(TextFormatter())
+
+
 def type_and_place(error: BaseException) -> str:
     """All that may be said of an error raised while private rows are at hand: its type, and where it was raised, as
     file names and lines from the second frame inwards. Never its text, which may hold values."""

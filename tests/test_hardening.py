@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -76,3 +79,33 @@ def test_a_child_that_runs_another_program_is_not_dumped_either() -> None:
     (line,) = told(code)
     assert line.split()[:2] == ["0", "0"]
     assert line.split()[3] == "0"
+
+
+def test_who_fails_a_handshake_writes_no_line_into_anybodys_log(tmp_path: Path) -> None:
+    """gRPC's core writes one for each, to stderr and past the log, for whoever reaches the port."""
+    from src.provisioning import provision
+
+    tests = {"modulus_bits": 512, "insecure_small": True, "processes": 1}
+    server = {"server": {"listen": "127.0.0.1:0", "address_file": "address"}, "workers": {"size": 1, "min_size": 1}}
+    provision(tmp_path / "kits", federation="demo", parties=("a", "b"), aggregator_overrides=server, **tests)  # type: ignore[arg-type]
+    kit = tmp_path / "kits" / "aggregator"
+    command = [sys.executable, "-m", "src", "aggregator", "--config", str(kit / "aggregator.yaml")]
+    environ = {key: value for key, value in os.environ.items() if key != "GRPC_VERBOSITY"}
+    log = tmp_path / "log"
+    with log.open("wb") as file, subprocess.Popen(command, cwd=ROOT, env=environ, stderr=file) as process:
+        try:
+            deadline = time.monotonic() + 100
+            while not (kit / "address").exists():
+                assert process.poll() is None, log.read_text()
+                assert time.monotonic() < deadline
+                time.sleep(0.05)
+            host, _, port = (kit / "address").read_text().strip().rpartition(":")
+            before = log.stat().st_size
+            for _ in range(20):
+                with socket.create_connection((host, int(port))) as client, contextlib.suppress(OSError):
+                    client.sendall(b"GET / HTTP/1.0\r\n\r\n" * 10)
+                    client.recv(100)  # the end, once the handshake has failed
+            assert log.stat().st_size == before
+        finally:
+            process.terminate()
+    assert process.returncode == 0

@@ -7,6 +7,7 @@ import io
 import json
 import logging
 import re
+import subprocess
 import sys
 import time
 import tracemalloc
@@ -153,6 +154,19 @@ def test_whoever_logs_gives_a_constant_text() -> None:
         and not isinstance(node.args[node.func.attr == "log"], ast.Constant)
     ]
     assert found == []
+
+
+def test_where_there_is_no_log_a_library_warns_in_printable_lines_too() -> None:
+    code = (
+        "import logging; from src.logs import tidy_last_resort; tidy_last_resort()\n"
+        "logging.getLogger('asyncio').error('never retrieved\\n\\x1b[2J%s', 'x\\nsotto: all is well')"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=Path(logs.__file__).parents[1], capture_output=True, text=True, check=True
+    )
+    (line,) = done.stderr.splitlines()
+    assert line.isprintable()
+    assert line.endswith("asyncio: never retrieved\\n\\x1b[2Jx\\nsotto: all is well")
 
 
 # --- how many lines ---------------------------------------------------------------------------------------------------

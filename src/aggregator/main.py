@@ -16,12 +16,14 @@ def run(config_path: Path) -> None:
 
     from ..config import load_aggregator_config
     from ..descriptors import raise_descriptor_limit
-    from ..hardening import forbid_core_dumps, keep_files_private
+    from ..hardening import forbid_core_dumps, keep_files_private, quieten_grpc
     from ..logs import configure
-    from .app import serve
 
     forbid_core_dumps()
     keep_files_private()
+    quieten_grpc()
+    from .app import serve
+
     config = load_aggregator_config(config_path)
     raise_descriptor_limit()
     configure(level=config.logging.level, format=config.logging.format)

@@ -124,8 +124,9 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
     Args:
         argv: arguments without the program's name; `sys.argv[1:]` by default.
     """
-    from ..hardening import forbid_core_dumps
+    from ..hardening import forbid_core_dumps, quieten_grpc
 
+    quieten_grpc()
     forbid_core_dumps()  # here, for all commands: one that holds keys or rows cannot forget it
     sys.exit(run(sys.argv[1:] if argv is None else argv))
 

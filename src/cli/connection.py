@@ -26,6 +26,8 @@ IMPATIENT_S: Final = 2.0
 def connected(config: Path, *, patient: bool = False) -> Iterator[SottoClient]:
     """A connection; a patient one outlives a restart of the aggregator, the others soon say that it is not there."""
     from ..client import RETRY_FOR_S, SottoClient
+    from ..logs import tidy_last_resort
 
+    tidy_last_resort()
     with SottoClient.from_config(config, retry_for_s=RETRY_FOR_S if patient else IMPATIENT_S) as client:
         yield client

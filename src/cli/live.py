@@ -29,8 +29,10 @@ def watch_live(config: Path, job_id: str, *, timeout_s: float | None = None) -> 
     """
     from rich.live import Live
 
+    from ..logs import tidy_last_resort
     from .jobs_view import live_view
 
+    tidy_last_resort()
     with Live(refresh_per_second=4) as live:
 
         def show(job: Job, events: list[JobEvent], trouble: str) -> None:

@@ -21,12 +21,14 @@ def run(config_path: Path, *, name: str | None = None) -> None:
     from ..config import load_party_config
     from ..descriptors import raise_descriptor_limit
     from ..extras import require
-    from ..hardening import forbid_core_dumps, keep_files_private
+    from ..hardening import forbid_core_dumps, keep_files_private, quieten_grpc
     from ..logs import configure
-    from .app import work
 
     forbid_core_dumps()
     keep_files_private()
+    quieten_grpc()
+    from .app import work
+
     config = load_party_config(config_path, name=name)
     require("party", "a party")
     raise_descriptor_limit()
