@@ -154,7 +154,7 @@ class ClientConfig(_Document):
     """client.yaml of a scientist or an operator."""
 
     role: Literal["scientist", "operator"] = setting("scientist", "used when insecure: who is calling")
-    name: Name = setting("scientist", "used when insecure: else the certificate says it")
+    name: Name = setting("scientist", "as in the certificate: who signs jobs and, when insecure, who is calling")
     server: ClientServer = section("how to reach the aggregator")
     keys: ClientKeys = section("what results are verified with, and jobs signed")
 

@@ -19,8 +19,8 @@ from .signing import Signed, SigningKey, open_signed
 
 ORDER_KIND: Final = "order"
 ORDER_VERSION: Final = 1
-MAX_ORDER_BYTES: Final = 1 << 20
-"""Of the statement: every party gets it with every round."""
+MAX_ORDER_BYTES: Final = 256 << 10
+"""Of the statement: every party gets it with every round. Four times what a task's options may take."""
 MAX_REQUEST_ID_CHARACTERS: Final = 100
 _TIME: Final = "%Y-%m-%dT%H:%M:%SZ"
 _SHA256: Final = re.compile(r"([0-9a-f]{64})?")

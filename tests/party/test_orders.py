@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from pydantic import BaseModel
 from sqlalchemy import Engine, MetaData
 
+from src.aggregator.planning import plan_round as planned_by_an_aggregator
 from src.communication.generated import jobs_pb2
 from src.encryption.scheme import Scheme
 from src.errors import InvalidInput, PlanError, PolicyError, SignatureError, SottoError
@@ -307,6 +308,36 @@ def test_the_noise_is_what_the_epsilon_that_was_ordered_needs_for_all_rounds(cas
     none = make_plan(found.spec, found.roster, found.scheme, found.plan.order, noise=0.0)
     with pytest.raises(PlanError, match="cost a row ε inf"):
         found.check(none)
+
+
+@pytest.mark.parametrize(
+    ("strategy", "local"),
+    [
+        ("fedavg", {"epsilon": 1.0}),
+        ("fedavg", {"epsilon": 0.3, "sampling_rate": 0.5, "steps": 3}),
+        ("fedavg", {"epsilon": 8.0, "sampling_rate": 1.0, "delta": 1e-6}),
+        ("fedsgd", {"epsilon": 1.0}),
+        ("fedsgd", {"epsilon": 8.0, "sampling_rate": 1.0}),
+        ("fedsgd", {"epsilon": 0.5, "sampling_rate": 0.02, "delta": 1e-7}),
+    ],
+)
+@pytest.mark.parametrize("noise_by", ["both", "parties"])
+def test_what_an_honest_aggregator_plans_for_an_order_is_enough(
+    case: MakeCase, strategy: str, local: dict[str, Any], noise_by: str
+) -> None:
+    """It finds the noise by itself; a party computes what that costs, and it is within the ε that was ordered."""
+    found = case(strategy, local_training=local, party_privacy={"noise_by": noise_by})
+    plan = planned_by_an_aggregator(
+        found.spec,
+        job_id="job",
+        number=2,
+        model=Model("a" * 64, 100, 10),
+        roster=found.roster,
+        scheme=found.scheme,
+        declared_rows=ROWS,
+        order=found.plan.order,
+    )
+    assert found.check(plan) is not None
 
 
 def test_the_first_round_starts_from_the_model_that_was_ordered(case: MakeCase) -> None:

@@ -47,7 +47,7 @@ def signed(by: str = "ann", signer: str = "ann", kind: str = ORDER_KIND, **chang
 @settings(deadline=None, max_examples=40)
 @given(
     spec=st.text(max_size=40),
-    request_id=st.text(max_size=20),
+    request_id=st.text(st.characters(codec="utf-8", exclude_characters="\0"), min_size=1, max_size=20),
     most_rounds=st.integers(0, 2**40),
     expires=st.integers(0, 2**32),
     model=st.sampled_from(["", "ab" * 32]),
@@ -90,8 +90,11 @@ FORGED: list[tuple[str, Signed, type[Exception], str]] = [
     ("for rounds that are true", signed(most_rounds=True), InvalidInput, "most_rounds is not of type int"),
     ("with a specification that is no text", signed(spec={"task": "randhie"}), InvalidInput, "spec is not of type str"),
     ("of a model that is no digest", signed(model_sha256="AB" * 32), InvalidInput, "model_sha256"),
+    ("of no request", signed(request_id=""), InvalidInput, "request_id has 1 to 100 characters"),
+    ("of a request with a long name", signed(request_id="r" * 101), InvalidInput, "request_id has 1 to 100 characters"),
+    ("of a request with a zero byte", signed(request_id="r\0"), InvalidInput, "request_id has 1 to 100 characters"),
     ("with something more", signed(priority="high"), InvalidInput, "malformed"),
-    ("that is too long", signed(spec="x" * MAX_ORDER_BYTES), InvalidInput, "at most 1048576 bytes"),
+    ("that is too long", signed(spec="x" * MAX_ORDER_BYTES), InvalidInput, "at most 262144 bytes"),
 ]
 
 
