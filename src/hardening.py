@@ -44,8 +44,8 @@ def forbid_core_dumps() -> None:
 
 def quieten_grpc() -> None:
     """Before gRPC is imported: its core writes lines of its own to stderr, one for each handshake that fails, and
-    anybody who reaches the port can have as many of these as they like. Errors stay; a GRPC_VERBOSITY that is set counts.
-    """
+    anybody who reaches the port can have as many of these as they like. Errors stay, and whoever sets GRPC_VERBOSITY
+    gets what it says."""
     os.environ.setdefault("GRPC_VERBOSITY", "ERROR")
 
 
