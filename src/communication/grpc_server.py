@@ -184,7 +184,9 @@ class GrpcServer:
     async def ended(self) -> None:
         """Returns when it does not serve any more, for whatever reason."""
         if self._server is not None:
-            await self._server.wait_for_termination()
+            # Without a timeout gRPC waits for what `stop` waits for, and who is cancelled here would cancel that.
+            while await self._server.wait_for_termination(timeout=3600):
+                pass
 
     async def stop(self, grace_s: float = 5.0) -> None:
         """Says NOT_SERVING, takes no new calls, gives those under way `grace_s` and then cancels them."""

@@ -119,9 +119,11 @@ def test_clients_ping_no_more_often_than_the_server_tolerates_and_nothing_is_ret
 async def test_whoever_watches_a_server_learns_that_it_ended() -> None:
     server = _server("127.0.0.1:0")
     await server.start()
-    ended = asyncio.create_task(server.ended())
+    ended, leaves = asyncio.create_task(server.ended()), asyncio.create_task(server.ended())
     await asyncio.sleep(0.05)
     assert not ended.done()
+    leaves.cancel()  # and takes nothing from whoever waits too, or stops it
+    await asyncio.gather(leaves, return_exceptions=True)
     await server._server.stop(0)  # whoever did it
     await asyncio.wait_for(ended, 30)
     await server.stop(grace_s=0)
