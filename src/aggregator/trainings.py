@@ -8,6 +8,7 @@ killed process goes on from its rows.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -16,15 +17,17 @@ from typing import Final
 
 from sqlalchemy import Connection
 
-from ..errors import BY_REASON, BudgetError, RoundFailed, SottoError
+from ..errors import BY_REASON, BudgetError, NotFoundError, RoundFailed, SottoError
 from ..jobs.service import Activity
 from ..jobs.spec import FederatedTrainingSpec
 from ..jobs.states import Event as JobEvent
 from ..jobs.states import EventKind, JobRow, JobState, round_event, succeeded_event, utc
 from ..privacy.events import event_to_json
 from ..protocol.plan import PLAN_KIND, signed_digest
+from ..protocol.signing import Signed
 from ..storage.blobs import Blobs
 from ..storage.database import Database
+from ..storage.heads import Head
 from . import rounds as rules
 from .accounts import Accounts
 from .artifact import write_artifact
@@ -55,6 +58,8 @@ from .tasks import Tasks
 
 LOG = logging.getLogger("sotto.aggregator")
 
+ROOTS_SHOWN: Final = 8
+"""To a party that joins: one that it signed is proof enough, and each may have some kilobytes."""
 WAIT_NOTICE_S: Final = 10.0
 """A round that has waited this long says for whom."""
 
@@ -405,6 +410,20 @@ class Trainings:
         if known is not None:
             return known
         return await self._database.run(partial(self._rounds.get, job_id=job_id, number=number))
+
+    async def roots_of(self, party: str, heads: Sequence[Head]) -> dict[Head, Signed]:
+        """The roots by which a party told the last of these heads of its ledger, as far as they are at hand."""
+
+        def read(connection: Connection) -> dict[Head, Signed]:
+            found: dict[Head, Signed] = {}
+            for head in heads[-ROOTS_SHOWN:]:
+                with contextlib.suppress(NotFoundError):
+                    root = self._rounds.get(connection, head.job_id, head.round).roots.get(party)
+                    if root is not None:
+                        found[head] = Signed.from_json(root)
+            return found
+
+        return await self._database.run(read)
 
     async def _say_who_is_awaited(self, row: RoundRow, now: float) -> None:
         names = rules.waiting_for(row)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from types import MappingProxyType
 
 from ..errors import InvalidInput
 from ..protocol.signing import Signed
@@ -27,10 +28,16 @@ def signed_from_proto(message: common_pb2.Signed) -> Signed:
     return Signed(message.statement, message.signer, message.signature)
 
 
-def heads_to_proto(heads: Iterable[Head]) -> list[federation_pb2.LedgerHead]:
-    """The messages for what is known of another's ledger."""
-    named = [(head.digest, federation_pb2.RoundName(job_id=head.job_id, round=head.round)) for head in heads]
-    return [federation_pb2.LedgerHead(digest=digest, round=name) for digest, name in named]
+def heads_to_proto(
+    heads: Iterable[Head], roots: Mapping[Head, Signed] = MappingProxyType({})
+) -> list[federation_pb2.LedgerHead]:
+    """The messages for what is known of another's ledger; with the roots by which that one said so, where known."""
+    messages = []
+    for head in heads:
+        name = federation_pb2.RoundName(job_id=head.job_id, round=head.round)
+        root = signed_to_proto(roots[head]) if head in roots else None
+        messages.append(federation_pb2.LedgerHead(digest=head.digest, round=name, root=root))
+    return messages
 
 
 def heads_from_proto(messages: Sequence[federation_pb2.LedgerHead]) -> list[Head]:

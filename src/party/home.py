@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
+from collections.abc import Iterable
 from datetime import UTC, datetime
 from typing import Any, Final
 
@@ -26,9 +28,10 @@ from ..errors import (
 from ..files import is_there, write_new
 from ..protocol.canonical import parse_canonical
 from ..protocol.keyring import Keyring, load_share
-from ..protocol.plan import PROTOCOL_VERSION
+from ..protocol.plan import PROTOCOL_VERSION, ROOT_KIND, RootStatement
 from ..protocol.roster import ROSTER_KIND, Roster, load_roster
 from ..protocol.signing import SigningKey, open_signed
+from ..storage.heads import Head
 
 LOG = logging.getLogger("sotto.party")
 
@@ -84,6 +87,16 @@ class Home:
             return self.roster.aggregator_verify_key.hex()
         path = self.config.state_dir / ACQUAINTANCE_FILE
         return str(json.loads(path.read_text())["aggregator_verify_key"]) if path.exists() else ""
+
+    def signed_heads(self, told: Iterable[federation_pb2.LedgerHead]) -> list[Head]:
+        """Of the heads of its ledger that a party is told: what its own signed roots say of them."""
+        found = []
+        for each in told:
+            with contextlib.suppress(SottoError):  # what is no root, or not its own, says nothing
+                root = open_signed(signed_from_proto(each.root), ROOT_KIND, verify_key=self.signing_key.verify_key)
+                digest = RootStatement.from_statement(root).ledger_head
+                found.append(Head(digest, each.round.job_id, each.round.round))
+        return found
 
     def fingerprint(self) -> dict[str, str]:
         """What an aggregator has to fit to: what the kit pins, empty where there is none, and the protocol."""

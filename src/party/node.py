@@ -24,7 +24,7 @@ from .desk import ENDED, Desk
 from .home import Home
 from .means import Stub
 from .rounds import RoundWorker
-from .standing import LASTED_S, LASTING, Acceptance, Away, Ends, Patience, heartbeat_of, is_trouble
+from .standing import LASTED_S, LASTING, Acceptance, Away, Ends, Patience, check_told, heartbeat_of, is_trouble
 from .store import RoundMemory
 
 LOG = logging.getLogger("sotto.party")
@@ -143,8 +143,8 @@ class Node:
         answer = await stub.Join(request)
         heartbeat_s = heartbeat_of(answer)
         self._home.accept(answer)
-        told = heads_from_proto(answer.party_ledger)
-        await self._database.run(lambda c: self._accounts.check_heads(c, told))
+        told, signed = heads_from_proto(answer.party_ledger), self._home.signed_heads(answer.party_ledger)
+        await self._database.run(lambda c: check_told(c, self._accounts, told=told, signed=signed))
         self._acceptance.note()
         self._away.over()
         LOG.info(

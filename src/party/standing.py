@@ -13,8 +13,10 @@ import json
 import logging
 import secrets
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Final
+
+from sqlalchemy import Connection
 
 from ..communication.generated import federation_pb2
 from ..errors import (
@@ -33,6 +35,8 @@ from ..errors import (
     WorkerError,
     meaning,
 )
+from ..storage.heads import Head
+from .accounts import PartyAccounts
 from .home import Home
 
 LOG = logging.getLogger("sotto.party")
@@ -146,13 +150,15 @@ def _key(error: BaseException) -> tuple[str, ...]:
 def _level(error: BaseException) -> int:
     if isinstance(error, PASSING):
         return logging.INFO
-    return logging.WARNING if is_trouble(error) else logging.ERROR
+    return logging.WARNING if is_trouble(error) and not isinstance(error, LedgerError) else logging.ERROR
 
 
 def _words(error: BaseException) -> str:
     if not isinstance(error, SottoError):
         return f"the session with the aggregator failed ({type(error).__name__}); it is tried again"
     reason = meaning(error).reason
+    if isinstance(error, LedgerError):
+        return f"no work is done as long as the aggregator says so: {error.message} [{reason}]"
     if isinstance(error, PASSING):
         return f"waiting for the aggregator: {error.message}"
     if is_trouble(error):
@@ -202,6 +208,30 @@ class Acceptance:
         compared = ("protocol", "key_id", "roster_digest", "verify_key")
         another = any(mine[name] and said.get(name, mine[name]) != mine[name] for name in compared)
         return type(error)(error.message) if another else None
+
+
+def check_told(
+    connection: Connection, accounts: PartyAccounts, *, told: Sequence[Head], signed: Sequence[Head]
+) -> None:
+    """Fail unless this party's ledger had the heads that the aggregator remembers of it.
+
+    Args:
+        told: by the aggregator.
+        signed: of these, what this party's own signed roots say.
+
+    Raises:
+        LedgerError: it lacks one. `remote` unless the party's own signature says that it had one which is gone: then
+            it is the aggregator's word, for which no node ends, and on which no work is done either.
+    """
+    try:
+        accounts.check_heads(connection, told)
+    except LedgerError as error:
+        try:
+            accounts.check_heads(connection, signed)
+        except LedgerError:
+            raise error from None
+        error.remote = True
+        raise
 
 
 def heartbeat_of(answer: federation_pb2.JoinResponse) -> float:

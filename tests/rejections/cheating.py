@@ -126,6 +126,7 @@ class CheatingAggregator(federation_pb2_grpc.FederationServiceServicer):
         self.gone = asyncio.Event()
         self.joined: list[federation_pb2.JoinRequest] = []
         self.party_ledger: list[federation_pb2.LedgerHead] = []
+        self.told_by: dict[str, Signed] = {}
         self.settled: Callable[[], Awaitable[None]] | None = None
 
     # --- what a sees of it --------------------------------------------------------------------------------------------
@@ -158,6 +159,7 @@ class CheatingAggregator(federation_pb2_grpc.FederationServiceServicer):
 
     async def CommitRoot(self, request: Any, context: Any) -> federation_pb2.CommitRootResponse:
         signed = signed_from_proto(request.root)
+        self.told_by[request.round.job_id] = signed
         self._told(request.round, json.loads(signed.statement)["ledger_head"])
         self._came("root", signed)
         return federation_pb2.CommitRootResponse()
@@ -189,8 +191,9 @@ class CheatingAggregator(federation_pb2_grpc.FederationServiceServicer):
             await self.gates[what].wait()
 
     def _told(self, name: federation_pb2.RoundName, digest: str) -> None:
-        """In this it is honest: it remembers the heads of a's ledger."""
-        told = federation_pb2.LedgerHead(digest=digest, round=name)
+        """In this it is honest: it remembers the heads of a's ledger, and the root by which a said so."""
+        root = signed_to_proto(self.told_by[name.job_id]) if name.job_id in self.told_by else None
+        told = federation_pb2.LedgerHead(digest=digest, round=name, root=root)
         self.party_ledger = [*(each for each in self.party_ledger if each.round.job_id != name.job_id), told]
 
     def _came(self, kind: str, what: Any) -> None:

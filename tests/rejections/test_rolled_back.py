@@ -18,10 +18,10 @@ import pytest
 
 from src import cli
 from src.communication.generated import federation_pb2
-from src.communication.messages import signed_to_proto
+from src.communication.messages import signed_from_proto, signed_to_proto
 from src.errors import InvalidInput, LedgerError
 from src.protocol.plan import ROOT_KIND, TRANSCRIPT_KIND, RootStatement
-from src.protocol.signing import open_signed
+from src.protocol.signing import Signed, open_signed
 from src.storage.heads import HEADS_KEPT
 from tests.rejections.cheating import Meeting, PartyA
 from tests.rejections.scripted import House
@@ -50,10 +50,31 @@ async def ended(meeting: Meeting) -> BaseException | None:
     return error
 
 
+async def kept_out(meeting: Meeting, caplog: pytest.LogCaptureFixture) -> str:
+    """What the node says once it is started again, and waits for; work that is offered it does not take."""
+    caplog.clear()
+    joined = len(meeting.them.joined)
+    await meeting.a.start()
+    async with asyncio.timeout(30):
+        while len(meeting.them.joined) < joined + 3:  # noqa: ASYNC110  # it asks again and again
+            await asyncio.sleep(0.01)
+    (line,) = [record.getMessage() for record in caplog.records if record.levelname == "ERROR"]
+    assert not meeting.a._task.done()
+    await meeting.a.stop()
+    return line
+
+
 @pytest.mark.parametrize("moment", ["before the round", "between commit and reveal"])
 async def test_a_party_with_a_rolled_back_database_does_nothing_until_what_is_lost_is_named(
-    meeting: Meeting, kits: Path, tmp_path: Path, moment: str, capsys: pytest.CaptureFixture[str]
+    meeting: Meeting,
+    kits: Path,
+    tmp_path: Path,
+    moment: str,
+    capsys: pytest.CaptureFixture[str],
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
+    """Its node ends where its own signature says that it had an entry which is gone; where only the aggregator says so,
+    which may lie, it stays and waits."""
     a, them = meeting.a, meeting.them
     if moment == "between commit and reveal":
         round_ = await meeting.committed()
@@ -67,11 +88,15 @@ async def test_a_party_with_a_rolled_back_database_does_nothing_until_what_is_lo
     await a.stop()
     put_back(copy, a)
 
-    error = await ended(meeting)
-    assert type(error) is LedgerError
-    assert told.digest in error.message
+    if moment == "before the round":
+        error = await ended(meeting)
+        assert type(error) is LedgerError
+        said = error.message
+    else:
+        said = await kept_out(meeting, caplog)
+    assert told.digest in said
     for word in ("round 1 of job job", "rolled back", "newest copy", "sotto budget set"):
-        assert word in error.message
+        assert word in said
     assert [answer.kind for answer in them.received] == ["root", "upload"]
 
     # The way out, as the message says it: the operator answers for what is lost, and the ledger keeps the answer.
@@ -154,3 +179,47 @@ async def test_an_aggregator_refuses_a_party_that_has_seen_a_head_which_its_ledg
         for wrong in ([head("not a digest")], [head(known, job_id="\n")], [head(known)] * (HEADS_KEPT + 1)):
             with pytest.raises(InvalidInput):
                 await parties["a"].join(aggregator_ledger=wrong)
+
+
+def made_up(meeting: Meeting) -> dict[str, federation_pb2.LedgerHead]:
+    """Heads that a's ledger never had, each with another proof that is none."""
+    lie = head("d" * 64, number=1)
+    b = meeting.them.keys["b"]
+    statement = {"plan": "0" * 64, "contributor": "b", "root": "0" * 64, "ciphertexts": 1, "body_bytes": 1, "proof": ""}
+    forged = b.sign(ROOT_KIND, {**statement, "ledger_head": "d" * 64}, signer="a")
+    true = meeting.them.told_by["job"]
+    tampered = Signed(true.statement.replace(b'"proof"', b'"prooF"'), "a", true.signature)
+    found = {"no root": lie}
+    for name, root in {
+        "another party's root": forged,
+        "a's root, which says another": true,
+        "a false one": tampered,
+    }.items():
+        found[name] = federation_pb2.LedgerHead(digest=lie.digest, round=lie.round, root=signed_to_proto(root))
+    return found
+
+
+@pytest.mark.parametrize("name", ["no root", "another party's root", "a's root, which says another", "a false one"])
+async def test_an_aggregator_that_makes_up_a_head_keeps_a_party_from_work_and_ends_no_node(
+    meeting: Meeting, caplog: pytest.LogCaptureFixture, name: str
+) -> None:
+    await meeting.committed()
+    honest = meeting.them.party_ledger
+    meeting.them.party_ledger = [made_up(meeting)[name]]
+    await meeting.a.stop()
+    said = await kept_out(meeting, caplog)
+    assert "no work is done as long as the aggregator says so" in said
+    meeting.them.party_ledger = honest
+    await meeting.a.start()
+    await meeting.committed(number=2)
+
+
+@pytest.mark.asyncio(loop_scope="module")
+async def test_the_aggregator_shows_a_party_the_roots_by_which_it_told_its_heads(house: House) -> None:
+    async with house.job() as (job_id, parties):
+        a = parties["a"]
+        part = a.prepare(await a.wanted("contribute"))
+        root = a.key.sign(ROOT_KIND, {**part.statement, "ledger_head": "a" * 64}, signer="a")
+        await a.commit(part, root)
+        (told,) = [each for each in (await a.join()).party_ledger if each.round.job_id == job_id]
+        assert signed_from_proto(told.root) == root

@@ -135,7 +135,7 @@ class FederationServicer(federation_pb2_grpc.FederationServiceServicer):
             aggregator_verify_key=self._federation.signing_key.verify_key,
             custody=self._federation.custody,
             heartbeat_interval_s=self._config.server.heartbeat_interval_s,
-            party_ledger=heads_to_proto(remembered),
+            party_ledger=heads_to_proto(remembered, await self._trainings.roots_of(name, remembered)),
         )
 
     async def _admit(self, name: str, request: federation_pb2.JoinRequest) -> tuple[Head, ...]:

@@ -103,19 +103,27 @@ class LedgerHead(_message.Message):
 
     DIGEST_FIELD_NUMBER: _builtins.int
     ROUND_FIELD_NUMBER: _builtins.int
+    ROOT_FIELD_NUMBER: _builtins.int
     digest: _builtins.str
     """SHA-256 of the entry, 64 hex digits."""
     @_builtins.property
     def round(self) -> Global___RoundName: ...
+    @_builtins.property
+    def root(self) -> _common_pb2.Signed:
+        """Of a party's ledger, as it is told back: the root of that round, by which the party itself said where its ledger was.
+        Without a root that it signed it believes nobody that it lacks an entry, and only does no work.
+        """
+
     def __init__(
         self,
         *,
         digest: _builtins.str = ...,
         round: Global___RoundName | None = ...,
+        root: _common_pb2.Signed | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["round", b"round"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["root", b"root", "round", b"round"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["digest", b"digest", "round", b"round"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["digest", b"digest", "root", b"root", "round", b"round"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -153,7 +161,8 @@ class JoinResponse(_message.Message):
     @_builtins.property
     def party_ledger(self) -> _containers.RepeatedCompositeFieldContainer[Global___LedgerHead]:
         """The party's own ledger, as its last signed roots or uploads told it, one a job, told last last. A party whose
-        ledger never had one of these goes no further: its database was rolled back, or is another one.
+        ledger never had one of these does no work; one whose own signature says that it had ends: its database was rolled
+        back, or is another one.
         """
 
     def __init__(
