@@ -26,19 +26,31 @@ class _Flow:
     of_use: OfUse
 
 
+@dataclass(eq=False, slots=True)
+class _Settling:
+    task: asyncio.Task[Any]
+    of_use: OfUse
+    why: StateError | None = None
+
+
 class Flows:
     """The streams of rounds that are open now. Used from the event loop alone, inside the calls that they are."""
 
     def __init__(self) -> None:
         self._open: dict[RoundKey, set[_Flow]] = {}
         self._receiving: dict[_Place, Call] = {}
-        self._settling: dict[_Place, asyncio.Task[Any]] = {}
+        self._settling: dict[_Place, _Settling] = {}
 
     def changed(self, row: RoundRow) -> None:
-        """A round has moved on: what it has no use for any more is ended, whatever it waits for."""
+        """A round has moved on: what it has no use for any more ends, whatever that waits for or is computed for it."""
         for flow in list(self._open.get((row.job_id, row.number), ())):
             if not flow.of_use(row):
                 flow.call.end(useless(row))
+        for place, settling in list(self._settling.items()):
+            mover = settling.task is asyncio.current_task()  # what moved the round on has come to its end
+            if place[:2] == (row.job_id, row.number) and not mover and not settling.of_use(row):
+                settling.why = useless(row)
+                settling.task.cancel()
 
     @contextlib.contextmanager
     def open(self, row: RoundRow, of_use: OfUse) -> Iterator[None]:
@@ -80,8 +92,8 @@ class Flows:
             self._receiving[place] = call
             try:
                 while place in self._settling:
-                    await asyncio.wait({self._settling[place]})
-                yield Upload(self, place, call)
+                    await asyncio.wait({self._settling[place].task})
+                yield Upload(self, place, call, of_use)
             finally:
                 self._leave(place, call)
 
@@ -89,34 +101,46 @@ class Flows:
         if self._receiving.get(place) is call:
             del self._receiving[place]
 
-    def _settle(self, place: _Place, call: Call, work: Coroutine[Any, Any, T]) -> asyncio.Task[T]:
+    def _settle(self, place: _Place, call: Call, of_use: OfUse, *, work: Coroutine[Any, Any, Any]) -> _Settling:
         self._leave(place, call)
         for flow in [each for each in self._open.get(place[:2], ()) if each.call is call]:
             self._forget(place[:2], flow)
-        task = asyncio.get_running_loop().create_task(work)
-        self._settling[place] = task
+        settling = _Settling(asyncio.get_running_loop().create_task(work), of_use)
+        self._settling[place] = settling
 
-        def ended(done: asyncio.Task[T]) -> None:
-            if self._settling.get(place) is task:
+        def ended(done: asyncio.Task[Any]) -> None:
+            if self._settling.get(place) is settling:
                 del self._settling[place]
             if not done.cancelled():
                 done.exception()  # whoever asked may be gone
 
-        task.add_done_callback(ended)
-        return task
+        settling.task.add_done_callback(ended)
+        return settling
 
 
 class Upload:
     """One that receives."""
 
-    def __init__(self, flows: Flows, place: _Place, call: Call) -> None:
+    def __init__(self, flows: Flows, place: _Place, call: Call, of_use: OfUse) -> None:
         self._flows = flows
         self._place = place
         self._call = call
+        self._of_use = of_use
 
     async def settle(self, work: Coroutine[Any, Any, T]) -> T:
-        """All bytes are there: from here on nobody ends it, and `work` comes to its end also if the caller leaves."""
-        return await asyncio.shield(self._flows._settle(self._place, self._call, work))
+        """All bytes are there: from here on no newer one ends it, and `work` goes on also if the caller leaves.
+
+        Raises:
+            StateError: the round has no use for it any more; `work` is cancelled.
+        """
+        settling = self._flows._settle(self._place, self._call, self._of_use, work=work)
+        try:
+            result: T = await asyncio.shield(settling.task)
+        except asyncio.CancelledError:
+            if settling.why is None or not settling.task.cancelled():
+                raise
+            raise settling.why from None
+        return result
 
 
 def useless(row: RoundRow) -> StateError:

@@ -183,14 +183,18 @@ class Slow:
     """The check of a whole body, held up until the test lets it go on."""
 
     def __init__(self, house: House, monkeypatch: pytest.MonkeyPatch) -> None:
-        self.begun, self.go_on, self.times = asyncio.Event(), asyncio.Event(), 0
+        self.begun, self.go_on, self.times, self.left = asyncio.Event(), asyncio.Event(), 0, False
         pipeline = house.app._coordinator._pipeline
         check = pipeline.check_body
 
         async def checking(*arguments: Any) -> None:
             self.times += 1
             self.begun.set()
-            await self.go_on.wait()
+            try:
+                await self.go_on.wait()
+            except asyncio.CancelledError:
+                self.left = True
+                raise
             await check(*arguments)
 
         monkeypatch.setattr(pipeline, "check_body", checking)
@@ -283,6 +287,23 @@ async def test_a_cancelled_job_ends_shares_that_are_half_there(house: House) -> 
         await house.client.cancel(job_id)
         assert isinstance(await held.error(), StateError)
         assert not incoming(house)
+
+
+async def test_a_cancelled_job_ends_the_check_of_an_upload_that_is_all_there(
+    house: House, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nobody goes on computing for it, and a worker is free for others."""
+    async with collecting(house) as (job_id, parties, parts):
+        c, part, slow = parties["c"], parts["c"], Slow(house, monkeypatch)
+        upload = Sending(c.stub.UploadUpdate, c.header(part), Update(body=part.body), None)
+        async with asyncio.timeout(PATIENCE_S):
+            await slow.begun.wait()
+        await house.client.cancel(job_id)
+        error = await upload.error()
+        assert isinstance(error, StateError)
+        assert "CANCELLED" in error.message
+        await until(lambda: slow.left)
+        assert not house.app._sessions.flows._settling
 
 
 async def test_an_upload_ends_when_its_round_takes_none_any_more(house: House) -> None:
