@@ -3,7 +3,7 @@
 Neither costs privacy: public rows are nobody's secret, and what is made of a released model is post-processing (Dwork &
 Roth 2014, proposition 2.1). Running one twice is harmless: units and files depend on the job alone, all of them are
 stored under their digest, and the manifest of a second run differs in its time at most. What a process that died left
-behind is named by no job and collected at the next start.
+behind is named by no job, and leaves the disk when what nobody names is looked for.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from ..jobs.states import JobRow, JobState, seconds, utc
 from ..jobs.wire import ASSUMPTIONS, FIGURES
 from ..learning.task import known_tasks
 from ..storage.blobs import Blobs
+from ..text import shown
 from .artifact import MODEL_FILE, Source, evaluation_statement, export_statement, read_source, write_files
 from .federation import Federation
 from .pipeline import evaluation_options
@@ -82,7 +83,7 @@ class Computations:
         job_id = spec.source_job_id
         visible = source is not None and (source.owner == owner or owner.startswith(OPERATORS))
         if source is None or source.job_id != job_id or not visible:
-            raise NotFoundError(f"no job {job_id!r}", job_id=job_id)
+            raise NotFoundError(f"no job {shown(job_id)}", job_id=job_id)
         if source.kind != FederatedTrainingSpec.kind:
             raise InvalidInput(
                 f"job {job_id} is of kind {source.kind}: only a {FederatedTrainingSpec.kind} makes a model",

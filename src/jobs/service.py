@@ -24,6 +24,7 @@ from ..storage.blobs import Blobs
 from ..storage.database import Database
 from ..storage.leftovers import Leftovers
 from ..storage.sweeping import trying
+from ..text import shown
 from .admission import JobSettings, check_request, check_same, check_size, deadline_of
 from .driver import Coordinator
 from .quotas import check_place
@@ -307,7 +308,9 @@ class JobService:
             raise NotFoundError(f"the files of job {job_id} were deleted", job_id=job_id)
         files = {entry["name"]: entry for entry in (row.result or {}).get("files", ())}
         if file not in files:
-            raise NotFoundError(f"job {job_id} has no file {file!r}; it has: {', '.join(sorted(files))}", file=file)
+            raise NotFoundError(
+                f"job {job_id} has no file {shown(file)}; it has: {', '.join(sorted(files))}", file=file
+            )
         return Artifact(file, int(files[file]["bytes"]), str(files[file]["sha256"]))
 
     async def status(self) -> Status:
@@ -450,10 +453,10 @@ class JobService:
 
     def _visible(self, connection: Connection, caller: Identity, job_id: str) -> JobRow:
         if "\0" in job_id:  # PostgreSQL has none, not even in a question
-            raise NotFoundError(f"no job {job_id!r}", job_id=job_id)
+            raise NotFoundError(f"no job {shown(job_id)}", job_id=job_id)
         row = self._store.get(connection, job_id)
         if caller.role != OPERATOR and row.owner != str(caller):
-            raise NotFoundError(f"no job {job_id!r}", job_id=job_id)
+            raise NotFoundError(f"no job {shown(job_id)}", job_id=job_id)
         return row
 
     def _first_look(

@@ -19,6 +19,7 @@ from typing import Any, Final
 from sqlalchemy import Connection, MetaData, Row, Select, func, insert, select, update
 
 from ..errors import ConflictError, InvalidInput, LeaseError, NotFoundError, StateError
+from ..text import shown
 from . import query as queries
 from .scheduler import Capacity, RunningJob, Waiting, next_job, positions
 from .states import Event, EventKind, JobRow, JobState, Priority, advance, utc
@@ -484,7 +485,7 @@ def _of(lease: Lease, job_id: str) -> Lease:
 
 
 def _missing(job_id: str) -> NotFoundError:
-    return NotFoundError(f"no job {job_id!r}", job_id=job_id)
+    return NotFoundError(f"no job {shown(job_id)}", job_id=job_id)
 
 
 def _lost(lease: Lease) -> LeaseError:

@@ -18,6 +18,7 @@ from google.rpc import status_pb2
 from ..communication.errors import to_status
 from ..communication.generated import jobs_pb2
 from ..errors import BY_REASON, AbandonedError, InvalidInput, NotFoundError, SottoError
+from ..text import shown
 from .specs import spec_into_proto, spec_of
 from .states import EventKind, JobError, JobRow, JobState, Priority
 from .store import StoredEvent
@@ -353,7 +354,7 @@ def job_id_of(operation: str) -> str:
     """The job of an operation's name; NotFoundError when it is not such a name."""
     job_id = operation.removeprefix(OPERATION_PREFIX)
     if job_id == operation or not job_id:
-        raise NotFoundError(f"no operation {operation!r}; operations are named operations/ and the job's id")
+        raise NotFoundError(f"no operation {shown(operation)}; operations are named operations/ and the job's id")
     return job_id
 
 
