@@ -37,7 +37,7 @@ def write_new(path: Path, content: bytes, *, secret: bool) -> None:
     staged = _stage(path, content, mode=SECRET_MODE if secret else PUBLIC_MODE)
     try:
         try:
-            os.link(staged, path, follow_symlinks=False)
+            os.link(staged, path)
         except OSError as error:
             if error.errno not in _NO_LINKS:
                 raise
