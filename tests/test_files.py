@@ -15,6 +15,7 @@ import pytest
 from src import files
 from src.aggregator.app import _write_address
 from src.aggregator.federation import open_federation
+from src.cli.train import _Target
 from src.config import load_aggregator_config
 from src.errors import ConfigError, StorageError
 from src.files import make_private_directory, open_private, open_state_directory, write_new, write_over
@@ -269,6 +270,19 @@ async def test_what_a_role_makes_is_its_owners_alone_under_no_umask_at_all(tmp_p
     assert modes.pop("public_key.json") == 0o644
     assert {"private_key.json", "signing.key", "aggregator.sqlite-wal", "aggregator.sqlite-shm", "blobs"} <= set(modes)
     assert {name: oct(each) for name, each in modes.items() if each & 0o077} == {}
+
+
+@pytest.mark.parametrize(("secret", "expected"), [(True, 0o600), (False, 0o644)])
+def test_a_model_that_was_trained_without_privacy_is_its_owners_alone(
+    tmp_path: Path, secret: bool, expected: int
+) -> None:
+    """`sotto train --out`, where the node allows that at all: such a model may hold rows."""
+    before = os.umask(0)
+    try:
+        _Target(tmp_path / "out").write("{}", b"weights", secret=secret)
+    finally:
+        os.umask(before)
+    assert {oct(mode(path)) for path in (tmp_path / "out").iterdir()} == {oct(expected)}
 
 
 def _classic(tmp_path: Path) -> Path:
