@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import re
 import secrets
 import stat
 from pathlib import Path
@@ -21,6 +22,10 @@ SECRET_MODE: Final = 0o600
 PUBLIC_MODE: Final = 0o644
 DIRECTORY_MODE: Final = 0o700
 _OTHERS_WRITE: Final = stat.S_IWGRP | stat.S_IWOTH
+_OF_A_ROLE: Final = re.compile(
+    r"[a-z]+\.sqlite([.-].*)?|blobs|work|(private|public)_key\.json|signing\.key|aggregator\.json|address|\..*"
+)
+"""What a role's state directory may hold. Whatever else lies there says that it is not for a role alone."""
 _NO_LINKS: Final = {errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK}
 """How file systems refuse a second name for a file that have no such thing."""
 
@@ -137,14 +142,15 @@ def make_private_directory(path: Path) -> Path:
 def open_state_directory(path: Path) -> list[str]:
     """Make or check the directory of a role's memory, in which nobody else may change or plant anything.
 
-    One that is this user's, and that others may write to, becomes private; what lies in it is looked at then.
+    One that is this user's, that others may write to, and in which nothing lies but what a role makes, becomes private;
+    what lies in it is looked at then. Of a directory that is more than that no mode is changed.
 
     Returns:
         What was changed, as sentences for the operator.
 
     Raises:
-        ConfigError: it cannot be made; it is somebody else's; others may write to it and this process cannot change
-            that; or something in it may have been planted while they could.
+        ConfigError: it cannot be made; it is somebody else's; others may write to it and it is not for this process to
+            change that; or something in it may have been planted while they could.
     """
     try:
         make_private_directory(path)
@@ -158,14 +164,7 @@ def open_state_directory(path: Path) -> list[str]:
         raise _unusable(path, f"belongs to somebody else (uid {found.st_uid}), who could change what lies in it")
     if not mode & _OTHERS_WRITE:
         return []
-    try:
-        path.chmod(DIRECTORY_MODE)
-    except OSError as error:
-        raise _unusable(
-            path,
-            f"can be written to by others than its owner (mode {mode:04o}), and this process cannot change that "
-            f"({error.strerror}): name a directory inside it, which is made private",
-        ) from error
+    _make_private(path, mode)
     for entry in path.iterdir():
         at = entry.lstat()
         if stat.S_ISLNK(at.st_mode) or at.st_uid not in (os.geteuid(), 0):
@@ -176,6 +175,20 @@ def open_state_directory(path: Path) -> list[str]:
                 "which may have been planted: look at it, and remove it",
             )
     return [f"the state directory {path} could be written to by others (mode {mode:04o}): it is private now"]
+
+
+def _make_private(path: Path, mode: int) -> None:
+    """Raises ConfigError where the directory is shared on purpose, or not this user's to change."""
+    advice = "name a directory inside it, which is made private"
+    others = next((entry.name for entry in path.iterdir() if not _OF_A_ROLE.fullmatch(entry.name)), None)
+    if mode & stat.S_ISVTX or others is not None:
+        why = "is shared by everybody" if others is None else f"holds other things too ({others})"
+        raise _unusable(path, f"can be written to by others than its owner (mode {mode:04o}) and {why}: {advice}")
+    try:
+        path.chmod(DIRECTORY_MODE)
+    except OSError as error:
+        text = f"can be written to by others than its owner (mode {mode:04o}), and this process cannot change that"
+        raise _unusable(path, f"{text} ({error.strerror}): {advice}") from error
 
 
 def _unusable(path: Path, why: str) -> ConfigError:

@@ -178,7 +178,7 @@ def test_a_state_directory_is_made_private_with_what_is_missing_above_it(tmp_pat
     assert open_state_directory(state) == []
 
 
-@pytest.mark.parametrize("open_to", [0o777, 0o770, 0o702, 0o1777, 0o2775])
+@pytest.mark.parametrize("open_to", [0o777, 0o770, 0o702, 0o2775])
 def test_a_state_directory_that_others_may_write_to_becomes_private_and_the_operator_is_told(
     tmp_path: Path, open_to: int
 ) -> None:
@@ -189,6 +189,35 @@ def test_a_state_directory_that_others_may_write_to_becomes_private_and_the_oper
     (told,) = open_state_directory(state)
     assert (mode(state), "it is private now" in told) == (0o700, True)
     assert open_state_directory(state) == []
+
+
+@pytest.mark.parametrize("mode_before", [0o1777, 0o777, 0o2775])
+def test_the_mode_of_a_directory_that_is_more_than_a_roles_is_never_changed(tmp_path: Path, mode_before: int) -> None:
+    """Whoever puts state into /tmp, or a ledger into their home, is told where to put it: nothing else there breaks."""
+    shared = tmp_path / "shared"
+    shared.mkdir()
+    if not mode_before & stat.S_ISVTX:
+        (shared / "letters").mkdir()
+    shared.chmod(mode_before)
+    with pytest.raises(ConfigError, match="name a directory inside it"):
+        open_state_directory(shared)
+    assert mode(shared) == mode_before
+    assert open_state_directory(shared / "own") == []
+
+
+def test_what_a_role_makes_is_known_for_its_own(tmp_path: Path) -> None:
+    """Else its own state directory would be taken for somebody's home, once others may write to it."""
+    made = ["aggregator.sqlite", "party.sqlite-wal", "party.sqlite.lock", "party.sqlite.before-3", "blobs", "work"]
+    made += ["private_key.json", "public_key.json", "signing.key", "aggregator.json", "address", ".address.0123abcd"]
+    state = make_private_directory(tmp_path / "state")
+    for name in made:
+        (state / name).touch()
+    state.chmod(0o777)
+    assert len(open_state_directory(state)) == 1
+    (state / "notes.txt").touch()
+    state.chmod(0o777)
+    with pytest.raises(ConfigError, match=r"holds other things too \(notes\.txt\)"):
+        open_state_directory(state)
 
 
 def test_one_that_others_may_only_look_into_stays_as_it_is(tmp_path: Path) -> None:
@@ -318,6 +347,22 @@ def test_no_planted_link_gets_a_database(tmp_path: Path) -> None:
         with pytest.raises(StorageError, match="is a link"):
             SqliteAdapter(directory / "x.sqlite").open(Migrations("party"))
     assert not (tmp_path / "victim").exists()
+
+
+async def test_whoever_opens_a_ledger_for_writing_looks_at_its_directory_first(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """`sotto train` and `sotto budget set` too, which are no role."""
+    state = make_private_directory(tmp_path / "state")
+    state.chmod(0o777)
+    database = Database(state / "party.sqlite", Migrations("party"))
+    await database.open()
+    await database.close()
+    assert (mode(state), "it is private now" in caplog.text) == (0o700, True)
+    (state / "signing.key").symlink_to("/dev/null")
+    state.chmod(0o777)
+    with pytest.raises(ConfigError, match="may have been planted"):
+        await database.open()
 
 
 def test_no_planted_link_gets_a_signing_key(tmp_path: Path) -> None:

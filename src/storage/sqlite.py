@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import logging
 import os
 import sqlite3
 from collections.abc import Iterator
@@ -21,8 +22,10 @@ from sqlalchemy.exc import DatabaseError, IntegrityError
 from sqlalchemy.pool import StaticPool
 
 from ..errors import ConflictError, NotFoundError, StorageError, StorageFullError
-from ..files import make_private_directory, open_private
+from ..files import open_private, open_state_directory
 from .schema import Schema
+
+LOG: Final = logging.getLogger("sotto.storage")
 
 BUSY_TIMEOUT_S: Final = 10
 """How long a statement waits for a lock. Only a checkpoint beside a reader holds one, for milliseconds."""
@@ -51,8 +54,9 @@ class SqliteAdapter:
         return self._path.name
 
     def open(self, schema: Schema) -> None:
-        """As `Adapter` says. Raises ConflictError, StorageError."""
-        make_private_directory(self._path.parent)
+        """As `Adapter` says. Raises ConflictError, StorageError; ConfigError as `files.open_state_directory`."""
+        for changed in open_state_directory(self._path.parent):
+            LOG.warning("%s", changed)
         self._lock = _take_lock(self._path)
         _make_private(self._path)
         with self._translated():
