@@ -100,6 +100,7 @@ class Coordinator:
             federation=federation,
             sessions=sessions,
             tasks=self._tasks,
+            leftovers=leftovers,
             clock=clock,
         )
         self._pricing = Pricing(
@@ -112,9 +113,8 @@ class Coordinator:
             max_update_bytes=config.limits.max_update_bytes,
         )
         self._left: dict[str, int] = {}
-        self._started_at, self._stopping = "", False
-        self._uncertain = False
-        """Whether something may have been committed of which nobody was told: the answer of a database can be lost."""
+        self._started_at, self._stopping, self._uncertain = "", False, False
+        """The last: something may have been committed of which nobody was told, as a database's answer can be lost."""
 
     def on_event(
         self, notify: Callable[[str], None], notify_all: Callable[[], None], *, ended: Callable[[], None] | None = None

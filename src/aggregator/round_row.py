@@ -8,6 +8,8 @@ from dataclasses import asdict, dataclass, field
 from enum import StrEnum
 from typing import Any, Final
 
+from ..errors import StateError
+
 
 class RoundState(StrEnum):
     """Where a round is; RELEASED, FAILED and CANCELLED are at rest."""
@@ -157,6 +159,75 @@ class RoundRow:
         for name in ("cohort", "holders", "contributors", "asked"):
             content[name] = tuple(content[name])
         return cls(**content)
+
+
+_ONCE: Final = (
+    "plan",
+    "plan_digest",
+    "costs",
+    "model_sha256",
+    "cohort",
+    "quorum",
+    "holders",
+    "threshold",
+    "started_at",
+)
+"""What a round is planned with."""
+_SET_ONCE: Final = (
+    "frozen_list",
+    "contributors",
+    "aggregate",
+    "aggregate_root",
+    "spent",
+    "opening",
+    "result",
+    "settled",
+)
+"""What is set once, by what happens to it."""
+
+
+def check_follows(before: RoundRow, after: RoundRow) -> None:
+    """What is written over a stored round comes after it: no state goes back, and what is set once stays.
+
+    Raises:
+        StateError: `after` was made of an older row than `before`.
+    """
+    lost = [name for name in _ONCE if getattr(before, name) != getattr(after, name)]
+    lost += [name for name in _SET_ONCE if getattr(before, name) and getattr(before, name) != getattr(after, name)]
+    lost += [name for name in ("roots", "batches") if not getattr(before, name).items() <= getattr(after, name).items()]
+    lost += ["asked"] if not set(before.asked) <= set(after.asked) else []
+    back = before.state is not after.state and (before.at_rest or _place(after) < _place(before))
+    if back or lost:
+        what = f"from {before.state.value} to {after.state.value}" if back else f"without its {', '.join(lost)}"
+        raise StateError(
+            f"round {before.number} of job {before.job_id} does not go on {what}", state=before.state.value
+        )
+
+
+def is_older(one: RoundRow, other: RoundRow) -> bool:
+    """Whether `one` was read before `other` of the same round was written, as far as that can be seen."""
+    return _far(one) < _far(other)
+
+
+def _far(row: RoundRow) -> tuple[int, bool, int]:
+    return _place(row), row.settled, len(row.roots) + len(row.batches) + len(row.asked)
+
+
+def _place(row: RoundRow) -> int:
+    """Of its state among all; FAILED and CANCELLED come after any other."""
+    return _ORDER.index(row.state) if row.state in _ORDER else len(_ORDER)
+
+
+def blobs_of(row: RoundRow) -> frozenset[str]:
+    """Digests of all blobs that a round names: its models, and what was sent for it."""
+    sent = [*(batch.sha256 for batch in row.batches.values()), *row.shares.values()]
+    sent += [row.aggregate.sha256] if row.aggregate else []
+    return models_of(row) | frozenset(sent)
+
+
+def models_of(row: RoundRow) -> frozenset[str]:
+    """Digests of what a round began with and made."""
+    return frozenset({row.model_sha256, *(str(blob) for blob in (row.result or {}).get("blobs", ()))})
 
 
 @dataclass(frozen=True, slots=True)

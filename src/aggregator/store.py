@@ -25,11 +25,12 @@ from sqlalchemy import (
 
 from ..errors import ConflictError, NotFoundError
 from ..jobs.store import JobStore
-from .round_row import RoundRow, RoundState
+from .round_row import RoundRow, RoundState, blobs_of, check_follows, models_of
 
 
 class RoundStore:
-    """The table `rounds`: one row a round, its content as JSON, with the columns that queries need."""
+    """The table `rounds`: one row a round, its content as JSON, with the columns that queries need; and `round_blobs`:
+    which blobs each names, so that nobody has to read all rounds to know whether somebody needs one."""
 
     def __init__(self, metadata: MetaData) -> None:
         self._table = Table(
@@ -41,15 +42,42 @@ class RoundStore:
             Column("settled", Boolean, nullable=False),
             Column("content", Text, nullable=False),
         )
+        self._blobs = Table(
+            "round_blobs",
+            metadata,
+            Column("job_id", String(64), primary_key=True),
+            Column("number", Integer, primary_key=True),
+            Column("sha256", String(64), primary_key=True),
+        )
 
     def insert(self, connection: Connection, row: RoundRow) -> None:
         """Store a new round; a round number is used once (IntegrityError otherwise)."""
         connection.execute(self._table.insert().values(job_id=row.job_id, number=row.number, **_columns(row)))
+        self._name(connection, row, _named(row))
 
-    def update(self, connection: Connection, row: RoundRow) -> None:
-        """Replace the content of a stored round."""
+    def update(self, connection: Connection, row: RoundRow) -> frozenset[str]:
+        """Replace the content of a stored round; returns the blobs that it needs no more: once the ledger has the last
+        word on it, all that was sent for it.
+
+        Raises:
+            NotFoundError: there is none.
+            StateError: the row was made of an older one than is stored.
+        """
+        before = self.get(connection, row.job_id, row.number)
+        check_follows(before, row)
         where = (self._table.c.job_id == row.job_id) & (self._table.c.number == row.number)
         connection.execute(self._table.update().where(where).values(**_columns(row)))
+        known, named = _named(before), _named(row)
+        self._name(connection, row, named - known)
+        if gone := known - named:
+            mine = (self._blobs.c.job_id == row.job_id) & (self._blobs.c.number == row.number)
+            connection.execute(self._blobs.delete().where(mine, self._blobs.c.sha256.in_(sorted(gone))))
+        return gone
+
+    def _name(self, connection: Connection, row: RoundRow, blobs: frozenset[str]) -> None:
+        named = [{"job_id": row.job_id, "number": row.number, "sha256": sha256} for sha256 in sorted(blobs)]
+        if named:
+            connection.execute(self._blobs.insert(), named)
 
     def get(self, connection: Connection, job_id: str, number: int) -> RoundRow:
         """One round; NotFoundError when there is none."""
@@ -74,27 +102,23 @@ class RoundStore:
     def blobs(self, connection: Connection, *, of: Select[Any] | None = None) -> set[str]:
         """Digests of the blobs that rounds need, of the jobs `of` or of all: whatever one names that is not settled,
         and what the last one that was released has made, from which its job goes on."""
-        table = self._table
+        table, named = self._table, self._blobs
         wanted = table.c.job_id.in_(of) if of is not None else true()
         released = wanted & (table.c.state == RoundState.RELEASED.value)
         last = select(table.c.job_id, func.max(table.c.number)).where(released).group_by(table.c.job_id)
         lasting = wanted & (table.c.settled.is_(False) | tuple_(table.c.job_id, table.c.number).in_(last))
-        named: set[str] = set()
-        for content in connection.execute(select(table.c.content).where(lasting)).scalars():
-            row = RoundRow.from_json(json.loads(content))
-            named |= _models(row)
-            if not row.settled:
-                named |= {*row.shares.values(), *(batch.sha256 for batch in row.batches.values())}
-                named |= {row.aggregate.sha256} if row.aggregate else set()
-        return named
+        same = (named.c.job_id == table.c.job_id) & (named.c.number == table.c.number)
+        query = select(named.c.sha256).distinct().select_from(named.join(table, same)).where(lasting)
+        return set(connection.execute(query).scalars())
 
     def models(self, connection: Connection, job_id: str) -> set[str]:
         """Digests of what a job's rounds began with and made; batches and shares went when a round was settled."""
-        return {blob for row in self.of_job(connection, job_id) for blob in _models(row)}
+        return {blob for row in self.of_job(connection, job_id) for blob in models_of(row)}
 
 
-def _models(row: RoundRow) -> set[str]:
-    return {row.model_sha256, *(str(blob) for blob in (row.result or {}).get("blobs", ()))}
+def _named(row: RoundRow) -> frozenset[str]:
+    """What a round keeps: once the ledger has the last word on it, nothing that was sent for it."""
+    return models_of(row) if row.settled else blobs_of(row)
 
 
 def _columns(row: RoundRow) -> dict[str, object]:

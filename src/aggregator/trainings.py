@@ -28,6 +28,7 @@ from ..protocol.signing import Signed
 from ..storage.blobs import Blobs
 from ..storage.database import Database
 from ..storage.heads import Head
+from ..storage.leftovers import BlobUses
 from . import rounds as rules
 from .accounts import Accounts
 from .artifact import write_artifact
@@ -38,7 +39,6 @@ from .pipeline import AggregatorPipeline
 from .planning import Model, declarations, declared_rows_of, plan_of, plan_round, round_costs, undeclared
 from .round_row import (
     AT_REST,
-    Batch,
     BudgetSpent,
     Cancel,
     Event,
@@ -49,6 +49,7 @@ from .round_row import (
     Step,
     StepFailed,
     Tick,
+    is_older,
 )
 from .sessions import Sessions
 from .steps import History, RoundSteps, costs_of, lacking
@@ -103,6 +104,7 @@ class Trainings:
         federation: Federation,
         sessions: Sessions,
         tasks: Tasks,
+        leftovers: BlobUses,
         clock: Callable[[], float],
     ) -> None:
         self._database = database
@@ -114,6 +116,7 @@ class Trainings:
         self._federation = federation
         self._sessions = sessions
         self._tasks = tasks
+        self._leftovers = leftovers
         self._clock = clock
         self._steps = RoundSteps(pipeline, federation, clock=clock)
         self._recent: dict[tuple[str, int], RoundRow] = {}
@@ -195,9 +198,10 @@ class Trainings:
 
     async def happened(self, job_id: str, number: int, event: Event) -> RoundRow:
         """Apply an event to a stored round, with its ledger entry, in one transaction; raises what the rules refuse."""
-        now = self._clock()
+        now, gone = self._clock(), frozenset[str]()
 
         def write(connection: Connection) -> RoundRow:
+            nonlocal gone
             before = self._rounds.get(connection, job_id, number)
             after = rules.advance(before, event, now)
             if isinstance(event, BudgetSpent):
@@ -207,10 +211,11 @@ class Trainings:
                 self._accounts.release(connection, job_id, number, figures=figures, now=now)
             if after != before:
                 self._held.guard(connection, job_id)
-                self._rounds.update(connection, after)
+                gone = self._rounds.update(connection, after)
             return after
 
         row = await self._database.run(write)
+        self._leftovers.let_go(gone)
         self._remember(row)
         if row.at_rest and not row.settled:
             LOG.info("round %d of job %s: %s %s", number, job_id, row.state.value, row.reason)
@@ -242,19 +247,20 @@ class Trainings:
 
     async def _settle(self, row: RoundRow) -> None:
         """The ledger's last word on a round at rest, and the job's event, in one transaction."""
-        now = self._clock()
+        now, gone = self._clock(), frozenset[str]()
 
         def write(connection: Connection) -> JobRow:
-            if not row.spent:
-                reason = f"round {row.state.value.lower()} before a share was asked for"
+            nonlocal gone
+            row_now = self._rounds.get(connection, row.job_id, row.number)
+            if not row_now.spent:
+                reason = f"round {row_now.state.value.lower()} before a share was asked for"
                 self._accounts.return_(connection, row.job_id, row.number, now=now, reason=reason)
-            self._rounds.update(connection, rules.advance(row, Settled(), now))
-            return self._held.write(connection, row.job_id, round_event(round_summary(row)))
+            gone = self._rounds.update(connection, rules.advance(row_now, Settled(), now))
+            return self._held.write(connection, row.job_id, round_event(round_summary(row_now)))
 
         job = await self._database.run(write)
         self._tallies[row.job_id] = self._tallies.get(row.job_id, Tally()).after(row)
-        for sha256 in [*(batch.sha256 for batch in _batches(row)), *row.shares.values()]:
-            self._blobs.path(sha256).unlink(missing_ok=True)  # opened or failed: nobody needs it any more
+        self._leftovers.let_go(gone)  # opened or failed: the round needs it no more
         self._held.told(job)
 
     def _history(self, connection: Connection, job_id: str) -> History:
@@ -386,9 +392,12 @@ class Trainings:
         self._tallies[job.job_id] = tally
 
     def _remember(self, row: RoundRow) -> None:
-        """Rounds that parties may still ask about: the latest of each job. What flows for one that moved on ends."""
-        self._recent[(row.job_id, row.number)] = row
-        self._sessions.flows.changed(row)
+        """Rounds that parties may still ask about: the latest of each job, and the latest that is known of each. What
+        flows for one that moved on ends."""
+        known = self._recent.get((row.job_id, row.number))
+        if known is None or not is_older(row, known):
+            self._recent[(row.job_id, row.number)] = row
+            self._sessions.flows.changed(row)
         for key in [key for key in self._recent if key[0] == row.job_id and key[1] < row.number - 1]:
             del self._recent[key]
         done = [key for key, each in self._recent.items() if each.state in AT_REST and key[0] != row.job_id]
@@ -468,7 +477,3 @@ class Trainings:
         """`text`, and of those for whom something waits who was turned away, and why."""
         refused = self._sessions.refused
         return "; ".join([text, *(f"{name} was refused: {refused[name]}" for name in awaited if name in refused)])
-
-
-def _batches(row: RoundRow) -> list[Batch]:
-    return [*row.batches.values(), *([row.aggregate] if row.aggregate else [])]

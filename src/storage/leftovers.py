@@ -127,15 +127,16 @@ class BlobUses:
 class Leftovers(BlobUses):
     """The same for a role whose jobs are deleted."""
 
+    _names: JobNames
+
     def __init__(self, database: Database, blobs: Blobs, names: JobNames) -> None:
         super().__init__(database, blobs, names)
-        self._jobs = names
 
     async def drop(self, job_id: str) -> None:
         """Of a deleted job: what it alone named, as soon as it is sure that nobody else is about to. What stays because
         something fails, or the process ends, is collected at the next start."""
         try:
-            named = await self._database.run(lambda connection: self._jobs.blobs_of(connection, job_id))
+            named = await self._database.run(lambda connection: self._names.blobs_of(connection, job_id))
             gone = await self._remove_unless_needed(named)
             LOG.info("job %s was deleted, and %d files with it", job_id, gone)
         except (SottoError, OSError) as error:

@@ -270,7 +270,7 @@ async def test_what_a_task_that_runs_may_have_stored_is_not_dropped(place: Place
     await place.turn()
     await place.database.run(lambda c: place.store.apply(c, job_id, Event(kind=EventKind.DELETED), now=place.clock()))
     names = SimpleNamespace(blobs=lambda _: set(), blobs_of=lambda _, job_id: {model})
-    place.leftovers._names = place.leftovers._jobs = names
+    place.leftovers._names = names
     dropping = asyncio.create_task(place.leftovers.drop(job_id))
     for _ in range(3):
         await place.database.run(lambda _: None)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 
+import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
@@ -24,6 +25,8 @@ from src.aggregator.round_row import (
     StepFailed,
     Tick,
     Work,
+    check_follows,
+    is_older,
 )
 from src.aggregator.rounds import (
     advance,
@@ -45,6 +48,8 @@ from tests.aggregator.played_round import (
 )
 
 NAMES = ("a", "b", "c", "d", "e")
+KEPT = ("state", "roots", "batches", "frozen_list", "aggregate", "spent", "opening", "asked", "result", "settled")
+"""What a row says of what has happened and stays so."""
 STAGES = st.sampled_from([Work.CONTRIBUTE, Work.REVEAL, Work.OPEN])
 
 
@@ -71,6 +76,7 @@ class Rounds(RuleBasedStateMachine):
             noise=noise,
         )
         self.path = [self.row.state]
+        self.history = [self.row]
 
     def happen(self, event: Event) -> None:
         before = self.row
@@ -82,6 +88,17 @@ class Rounds(RuleBasedStateMachine):
         if after.state is not before.state:
             self.path.append(after.state)
         check_change(before, after)
+        check_follows(before, after)
+        self.history.append(after)
+
+    @invariant()
+    def no_older_row_can_be_written_over_it(self) -> None:
+        """Whoever read one of them, waited, and writes it with what it found: nothing that came since is lost."""
+        for older in self.history:
+            if any(getattr(older, name) != getattr(self.row, name) for name in KEPT):
+                assert is_older(older, self.row) or older.state is self.row.state
+                with pytest.raises(StateError, match="does not go on"):
+                    check_follows(self.row, older)
 
     # --- what the aggregator does
 

@@ -40,9 +40,8 @@ class Room:
 
     async def looked(self) -> None:
         """Once whoever drops has looked at the files and waits for nothing but those who store."""
-        for _ in range(3):
-            await self.database.run(lambda _: None)
-            await asyncio.to_thread(lambda: None)
+        while not any(ended._callbacks for ended in self.leftovers._storing):  # who waits has one with each of them
+            await asyncio.sleep(0)
 
 
 @pytest.fixture
