@@ -363,6 +363,9 @@ class PartyPolicy(Section):
     )
     min_quorum: int = setting(2, "smallest number of updates in a sum that hides this party's", ge=2)
     min_parties_noise_multiplier: float = setting(0.0, "least multiplier of the noise that the parties draw", ge=0)
+    max_declared_rows_factor: float = setting(
+        10.0, "fedsgd: most rows that another party may declare, over this one's; they slow the model down", ge=1
+    )
     disclose_epsilon: bool = setting(True, "tell the aggregator the ε spent here; it depends on no data")
     allow_without_dp: bool = setting(
         False, "true allows training whose ε for a row is infinite: without noise, or with next to none; budgets hold"
@@ -389,6 +392,7 @@ class AggregatorLimits(Section):
     max_update_bytes: int = setting(268_435_456, "of one upload", ge=1)
     max_message_bytes: int = setting(4_194_304, "of one gRPC message", ge=65_536, le=2**31 - 1)
     max_parties: int = setting(100, "enrolled, with or without a session", ge=1)
+    max_declared_rows: int = setting(10_000_000, "that a party may declare for a task (fedsgd divides by them)", ge=1)
     max_jobs_pending: int = setting(100, "jobs that wait; another is refused", ge=1)
     max_jobs_a_day_per_scientist: int = setting(1000, "that one scientist may submit within 24 hours", ge=1)
     max_stored_bytes_per_scientist: int = setting(

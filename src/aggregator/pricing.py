@@ -124,8 +124,8 @@ class Pricing:
         """Rounds of a specification in all, what one costs, and whom they invite; both digests are asked for once, not
         for every job.
 
-        What fedsgd costs depends on what parties declare, too, and is not remembered. Of a party that has not come back
-        since a restart counts what the job's last plan names.
+        What fedsgd costs depends on what parties declare, too, and is not remembered. Of a job that has begun counts
+        what its plans name.
         """
         known = self._known.get((digest, roster))
         if known is not None:
@@ -133,7 +133,7 @@ class Pricing:
         given = spec()
         if set(undeclared(given, self._federation)) - planned_rows.keys():
             return Planned(given.priced_rounds, _UNKNOWN, invited(given, self._federation.roster)[0])
-        rows = {**planned_rows, **declarations(given, self._federation)}
+        rows = {**declarations(given, self._federation), **planned_rows}
         shape = Model(_NO_MODEL, 0, await self._pipeline.dimension(given, model=model))
         cost = await asyncio.to_thread(self._derive, given, shape, rows)
         price = Planned(given.priced_rounds, cost, invited(given, self._federation.roster)[0])

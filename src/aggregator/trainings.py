@@ -295,11 +295,11 @@ class Trainings:
         self._held.wake()
 
     def _so_far(self, connection: Connection, job_id: str, spec: FederatedTrainingSpec) -> _Standing:
-        """What the last released round of a job gave, and the rows that the invited declare: of a party that has not
-        come back since a restart those that the job's last plan names."""
+        """What the last released round of a job gave, and the rows that the invited declare: those that its first plan
+        named, whatever a party has come to say since. One that says otherwise then refuses by itself."""
         rows = self._rounds.of_job(connection, job_id)
-        declared = declared_rows_of(plan_of(rows[-1].plan)) if rows else {}
-        declared |= declarations(spec, self._federation)
+        declared = declarations(spec, self._federation)
+        declared |= declared_rows_of(plan_of(rows[-1].plan)) if rows else {}
         released = [row for row in rows if row.state is RoundState.RELEASED]
         if not released:
             return _Standing(None, None, declared)

@@ -171,7 +171,7 @@ def _check_noise_policy(plan: RoundPlan, noise: NoisePlan, config: PartyConfig) 
 
 def check_contribution(plan: RoundPlan, config: PartyConfig) -> None:
     """Raises PlanError or PolicyError unless this party is invited, has data for the task, and (fedsgd) has declared
-    as many rows as the plan says."""
+    as many rows as the plan says, and others not too many more."""
     if config.name not in plan.cohort:
         raise PlanError(f"party {config.name} is not invited to this round")
     if plan.task not in config.datasets:
@@ -184,6 +184,20 @@ def check_contribution(plan: RoundPlan, config: PartyConfig) -> None:
             f"the plan says that this party declares {plan.gradient_sum.declared_rows[config.name]} rows: it "
             f"declares {declared}",
             field="declared_rows",
+        )
+    _check_others_rows(plan, declared, config)
+
+
+def _check_others_rows(plan: RoundPlan, declared: int, config: PartyConfig) -> None:
+    """The sum is divided by the rows that all declare, and its slots are as wide as the largest needs: one party that
+    declares rows without end has the model stand still, and everybody send more."""
+    rows = plan.gradient_sum.declared_rows if plan.gradient_sum else {}
+    most = config.policy.max_declared_rows_factor * declared
+    beyond = [f"{name} {count}" for name, count in sorted(rows.items()) if count > most]
+    if beyond:
+        raise PolicyError(
+            f"others declare more than {config.policy.max_declared_rows_factor:g} times this party's {declared} rows: "
+            f"{', '.join(beyond)} (policy.max_declared_rows_factor)"
         )
 
 

@@ -29,7 +29,7 @@ from ..privacy.noise_plan import fraction_from_json
 from ..privacy.rounding import conditional_round, project, round_to_nearest
 from ..privacy.sampling import poisson_sample
 from ..protocol.batches import StoredBatch, fold_batches, write_batch
-from ..protocol.derive import adaptation_of
+from ..protocol.derive import adaptation_of, own_batch_cap
 from ..protocol.keyring import load_share
 from ..protocol.plan import RoundPlan, share_binding
 from ..protocol.units import Params, unit_plan, unit_processes, unit_scheme
@@ -69,7 +69,8 @@ def contribution(plan: RoundPlan, params: Params, context: WorkContext, *, entro
     the sum of clipped gradients over a sample of its rows (fedsgd)."""
     if plan.gradient_sum is None:
         return encode(_train(plan, params, context, entropy), plan, entropy=entropy)
-    total = _sampled_gradients(plan, params, context, batch_cap=plan.gradient_sum.batch_cap, entropy=entropy)
+    cap = own_batch_cap(plan, int(params["declared_rows"]))
+    total = _sampled_gradients(plan, params, context, batch_cap=cap, entropy=entropy)
     return encode_sum(total, plan, entropy=entropy)
 
 

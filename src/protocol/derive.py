@@ -157,7 +157,8 @@ def derive_gradient_sum(
     _check_grid(max_grad_norm, resolution_bits=resolution_bits, dimension=dimension)
     if not declared_rows or min(declared_rows.values()) < 1:
         raise PlanError("every party of a fedsgd cohort declares at least one row", field="declared_rows")
-    cap = _cap(declared_rows, sampling_rate=sampling_rate, priced_rounds=priced_rounds)
+    most, cohort = max(declared_rows.values()), len(declared_rows)
+    cap = _cap(most, sampling_rate=sampling_rate, cohort=cohort, priced_rounds=priced_rounds)
     bound = nearest_bound(max_grad_norm, resolution_bits=resolution_bits, dimension=dimension)
     noise = plan_noise(
         noise_by=cast(NoiseBy, noise_by),
@@ -190,14 +191,16 @@ def _check_grid(max_grad_norm: float, *, resolution_bits: int, dimension: int) -
         )
 
 
-def _cap(declared_rows: Mapping[str, int], *, sampling_rate: float, priced_rounds: int) -> int:
-    """The same for all parties, so that all slots are: from the most rows that one of them declares."""
-    return batch_cap(
-        max(declared_rows.values()),
-        sampling_rate=sampling_rate,
-        draws=len(declared_rows) * priced_rounds,
-        log2_probability=CAP_LOG2,
-    )
+def _cap(rows: int, *, sampling_rate: float, cohort: int, priced_rounds: int) -> int:
+    return batch_cap(rows, sampling_rate=sampling_rate, draws=cohort * priced_rounds, log2_probability=CAP_LOG2)
+
+
+def own_batch_cap(plan: RoundPlan, rows: int) -> int:
+    """Of a fedsgd plan the cap of a party that declares `rows`: what it computes for each sample, however small. Never
+    above the plan's, which is that of the largest, so that all slots are the same: what others declare costs a party no
+    work."""
+    cohort, rate = len(plan.cohort), float(plan.local.sampling_rate)
+    return _cap(rows, sampling_rate=rate, cohort=cohort, priced_rounds=plan.priced_rounds)
 
 
 def _with_slots(

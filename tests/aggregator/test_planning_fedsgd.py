@@ -21,7 +21,7 @@ from src.aggregator.planning import (
 from src.aggregator.pricing import Pricing
 from src.aggregator.servicers.federation import MAX_DECLARED_ROWS, _declared_rows
 from src.communication.generated import federation_pb2
-from src.errors import InvalidInput, PlanError, StateError
+from src.errors import InvalidInput, LimitError, PlanError, StateError
 from src.jobs.spec import FederatedTrainingSpec
 from src.privacy.accounting import calibrate_dp_sgd, epsilon
 from src.privacy.events import Event, NoisySum, NonPrivate, SampledNoisySum
@@ -281,3 +281,10 @@ async def test_a_job_whose_contributions_this_aggregator_would_not_take_is_refus
     else:
         with pytest.raises(PlanError, match=r"may take \d+ bytes; this aggregator takes 100 "):
             await price
+
+
+def test_an_operator_says_how_many_rows_a_party_may_declare() -> None:
+    request = federation_pb2.JoinRequest(declared_rows={"randhie": 1001})
+    assert _declared_rows(request, most=1001) == {"randhie": 1001}
+    with pytest.raises(LimitError, match=r"1001 rows are declared for task randhie; at most 1000 .*max_declared_rows"):
+        _declared_rows(request, most=1000)

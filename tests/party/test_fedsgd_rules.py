@@ -4,14 +4,23 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
 
+import numpy as np
 import pytest
 
 from src.config import PartyConfig
 from src.encryption.scheme import Scheme
 from src.errors import PlanError, PolicyError, SottoError
+from src.jobs.executors.units import WorkContext
+from src.learning import gradients
+from src.learning.task import Dataset
+from src.party import work
 from src.party.rules import check_contribution, check_plan, describe
+from src.privacy.entropy import SystemEntropy
+from src.protocol.derive import own_batch_cap
 from src.protocol.plan import GradientSum, RoundPlan
 from src.protocol.roster import Roster
 from src.protocol.signing import Signed, SigningKey
@@ -134,3 +143,57 @@ def test_a_party_that_declares_other_rows_refuses_to_contribute_and_still_opens_
         check(make_sum_plan(), datasets=other)
     assert isinstance(caught.value, SottoError)
     assert caught.value.metadata["field"] == "declared_rows"
+
+
+# --- what others declare ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("rows", [1001, 10**7, 10**9])
+def test_a_party_that_declares_rows_without_end_is_refused_by_the_others(
+    check: Callable[..., RoundPlan], make_sum_plan: MakePlan, rows: int
+) -> None:
+    """The sum is divided by them: the model would stand still. How many more are fine is this party's to say."""
+    plan = make_sum_plan(declared_rows={"a": 100, "b": rows, "c": 80})
+    with pytest.raises(PolicyError, match=rf"b {rows} \(policy.max_declared_rows_factor\)") as caught:
+        check(plan)
+    assert "10 times this party's 100 rows" in caught.value.message
+    own = {"allow_plaintext_scheme": True, "max_declared_rows_factor": rows / 100}
+    assert check(plan, policy=own) == plan
+    check(make_sum_plan(declared_rows={"a": 100, "b": 1000, "c": 1}))
+
+
+@pytest.mark.parametrize("rows", [100, 1000, 10**6])
+def test_what_others_declare_costs_a_party_no_work(
+    make_sum_plan: MakePlan, rows: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It computes for as many rows as its own number has room for, and pads to no more."""
+    computed: list[int] = []
+
+    def sums(*_: Any, padded_to: int, **__: Any) -> Any:
+        computed.append(padded_to)
+        return np.zeros(10)
+
+    dataset = Dataset(np.zeros((100, 1), np.float32), np.zeros(100, np.int64), "none")
+    task = SimpleNamespace(load_data=lambda _: dataset)
+    monkeypatch.setattr(gradients, "clipped_gradient_sum", sums)
+    monkeypatch.setattr("src.learning.task.loss_of", lambda _: None)
+    monkeypatch.setattr(work, "_model", lambda *_: (task, None, None))
+    plan = make_sum_plan(declared_rows={"a": 100, "b": rows, "c": 80})
+    context = WorkContext(cast(Any, None), Path())
+    values = work.contribution(plan, {"options": {}, "declared_rows": 100}, context, entropy=SystemEntropy())
+    assert values.shape == (10,)
+    alone = make_sum_plan(declared_rows={"a": 100, "b": 100, "c": 80})
+    assert alone.gradient_sum is not None
+    assert computed == [alone.gradient_sum.batch_cap]
+
+
+def test_no_cap_of_its_own_is_above_the_plans_so_that_every_slot_holds_what_a_party_sends(
+    make_sum_plan: MakePlan,
+) -> None:
+    rows = {"a": 100, "b": 5000, "c": 1}
+    plan = make_sum_plan(declared_rows=rows)
+    assert plan.gradient_sum is not None
+    caps = {name: own_batch_cap(plan, count) for name, count in rows.items()}
+    assert caps["c"] <= caps["a"] <= caps["b"] == plan.gradient_sum.batch_cap
+    steps = [own_batch_cap(plan, count) for count in range(1, 5001, 97)]
+    assert steps == sorted(steps)

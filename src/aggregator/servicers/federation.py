@@ -148,7 +148,7 @@ class FederationServicer(federation_pb2_grpc.FederationServiceServicer):
             )
         if len(request.verify_key) != 32:  # Ed25519
             raise InvalidInput("a verification key has 32 bytes", violations={"verify_key": "must have 32 bytes"})
-        declared = _declared_rows(request)
+        declared = _declared_rows(request, most=self._config.limits.max_declared_rows)
         if self._federation.pinned:
             self._check_member(name, request)
         else:
@@ -417,13 +417,22 @@ class _Counter:
             yield request.body
 
 
-def _declared_rows(request: federation_pb2.JoinRequest) -> dict[str, int]:
-    """What a party declares, by task: it goes into plans that everybody reads."""
+def _declared_rows(request: federation_pb2.JoinRequest, *, most: int = MAX_DECLARED_ROWS) -> dict[str, int]:
+    """What a party declares, by task: it goes into plans that everybody reads.
+
+    Args:
+        most: rows that this aggregator's operator takes for a task.
+    """
     declared = dict(request.declared_rows)
     fine = all(_TASK.fullmatch(task) and 1 <= rows <= MAX_DECLARED_ROWS for task, rows in declared.items())
     if not fine or len(declared) > MAX_DECLARED_TASKS:
         text = f"at most {MAX_DECLARED_TASKS} tasks by short name, with 1 to {MAX_DECLARED_ROWS} rows each"
         raise InvalidInput(f"a party declares {text}", violations={"declared_rows": text})
+    for task, rows in declared.items():
+        if rows > most:
+            raise LimitError(
+                f"{rows} rows are declared for task {task}; at most {most} may be (limits.max_declared_rows)"
+            )
     return declared
 
 
