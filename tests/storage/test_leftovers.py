@@ -40,7 +40,7 @@ class Room:
 
     async def looked(self) -> None:
         """Once whoever drops has looked at the files and waits for nothing but those who store."""
-        while not any(ended._callbacks for ended in self.leftovers._storing):  # who waits has one with each of them
+        while not any(f._callbacks for f in self.leftovers._storing):  # noqa: ASYNC110  # who waits has one with each
             await asyncio.sleep(0)
 
 
