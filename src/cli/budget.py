@@ -30,9 +30,10 @@ from .screen import echo, echo_json
 
 if TYPE_CHECKING:
     from ..privacy.accounting import Estimate
-    from ..privacy.budget import Account, Budget, Limits
+    from ..privacy.budget import Account, Budget, Ledger, Limits
     from ..privacy.events import Event, Unit
     from ..privacy.ledger import Entry, Limit
+    from ..privacy.standing import Standing
     from .budget_source import Source
 
 app = typer.Typer(
@@ -153,27 +154,30 @@ def read(
         LedgerError: the ledger's chain is broken.
     """
     from ..errors import InvalidInput
+    from ..privacy.standing import standing_of
     from ..storage.books import difference
 
     if delta is not None and not 0.0 < delta < 1.0:
         raise InvalidInput("--delta must lie strictly between 0 and 1", violations={"delta": "in (0, 1)"})
     entries = read_entries(source)
+    standing = standing_of(entries)
     asked = asked_for(source, entries, unit=unit, subject=subject)
     if asked is None:
-        asked = [account for account in _accounts(source.limits, entries) if unit in (None, account[0])]
+        asked = [account for account in _accounts(source.limits, entries, standing) if unit in (None, account[0])]
     rows = [
         replace(
-            _row(entries, budget, delta=delta, estimates=estimates), sources=source.limits.sources(entries, account)
+            _row(entries, budget, standing=standing, delta=delta, estimates=estimates),
+            sources=source.limits.sources(standing, account),
         )
         for account in asked
-        for budget in _in_force(source.limits, entries, account)
+        for budget in _in_force(source.limits, standing, account)
     ]
-    differ = source.limits.differences(entries)
+    differ = source.limits.differences(standing)
     warnings = [difference(each, *both, key=source.limits.key(each)) for each, both in differ.items()]
-    return source.role, entries, rows, [*warnings, *_cautions(source, entries, asked)]
+    return source.role, entries, rows, [*warnings, *_cautions(source, standing, asked)]
 
 
-def _cautions(source: Source, entries: list[Entry], asked: Sequence[Account]) -> list[str]:
+def _cautions(source: Source, standing: Standing, asked: Sequence[Account]) -> list[str]:
     """What a start would warn of: rows whose ε nothing limits, limits without effect, datasets that share no budget."""
     from ..config import PartyConfig
     from ..config_budgets import apart
@@ -182,10 +186,10 @@ def _cautions(source: Source, entries: list[Entry], asked: Sequence[Account]) ->
     kind = "user:" if source.config is None else "dataset:"
     of_rows = [account for account in asked if account[1].startswith(kind)]
     shared = apart(source.config) if isinstance(source.config, PartyConfig) else []
-    return [*without_epsilon(source.limits, entries, of_rows), *without_effect(source.limits), *shared]
+    return [*without_epsilon(source.limits, standing, of_rows), *without_effect(source.limits), *shared]
 
 
-def _accounts(limits: Limits, entries: list[Entry]) -> Iterator[Account]:
+def _accounts(limits: Limits, entries: list[Entry], standing: Standing) -> Iterator[Account]:
     """Every account that has a limit of its own or an entry, and that of every dataset of the configuration; "kind:*"
     only where it stands for datasets not seen yet.
 
@@ -199,21 +203,21 @@ def _accounts(limits: Limits, entries: list[Entry]) -> Iterator[Account]:
         seen[entry.unit, entry.subject] = None
         if entry.user:
             seen[entry.unit, f"user:{entry.user}"] = None
-    seen |= dict.fromkeys(limits.invited(entries))
+    seen |= dict.fromkeys(limits.invited(standing))
     single = [account for account in seen if account[1] != any_of(account[1])]
     if not any(account[1].startswith("dataset:") for account in single):
         single += [account for account in seen if account[1] == "dataset:*"]
     yield from sorted(single, key=lambda account: account[0])
 
 
-def _in_force(limits: Limits, entries: list[Entry], account: Account) -> tuple[Budget, ...]:
+def _in_force(limits: Limits, standing: Standing, account: Account) -> tuple[Budget, ...]:
     """The account's budgets; one without limits where there is none any more, and of a user who is not known, whom
     everything is refused, one that allows nothing."""
     from ..privacy.budget import Budget
     from ..privacy.entries import Limit
 
-    stranger = _is_stranger(limits, entries, account)
-    found = limits.budgets(entries, account)
+    stranger = _is_stranger(limits, standing, account)
+    found = limits.budgets(standing, account)
     if found and not stranger:
         return found
     delta = next((limit.delta for (unit, _), limit in limits.rows.items() if unit == account[0]), 1e-5)
@@ -221,15 +225,15 @@ def _in_force(limits: Limits, entries: list[Entry], account: Account) -> tuple[B
     return (Budget.of(account, Limit(max_rounds=rounds, epsilon=epsilon, delta=delta), against=limits.against),)
 
 
-def _row(entries: list[Entry], budget: Budget, *, delta: float | None, estimates: bool) -> Row:
-    from ..privacy.budget import balance, concerns, resets
+def _row(entries: list[Entry], budget: Budget, *, standing: Standing, delta: float | None, estimates: bool) -> Row:
+    from ..privacy.budget import balance, concerns
     from ..privacy.figures import figures
     from ..protocol.canonical import finite
 
     account = (budget.unit, budget.subject)
-    found = balance(entries, budget)
-    periods = 1 + sum(resets(entry, account) for entry in entries)
-    ever = balance(entries, budget, ever=True) if periods > 1 else found
+    found = balance(standing, budget)
+    periods = standing.periods(account)
+    ever = balance(standing, budget, ever=True) if periods > 1 else found
     ask = partial(figures, unit=budget.unit, delta=budget.delta, counts=budget.against)
     charged, aggregator, others = ask(found.events)
     charged_ever, _, others_ever = ask(ever.events)
@@ -295,9 +299,9 @@ def _print_table(role: str, rows: list[Row], *, delta: float | None) -> None:
     echo([*_what_they_say(rows), *(line for row in rows for line in _further(row, delta=delta))])
 
 
-def _is_stranger(limits: Limits, entries: list[Entry], account: Account) -> bool:
+def _is_stranger(limits: Limits, ledger: Ledger, account: Account) -> bool:
     """A user who is not known here, to whom everything is refused."""
-    return account[1].startswith("user:") and not limits.knows(entries, account)
+    return account[1].startswith("user:") and not limits.knows(ledger, account)
 
 
 def _never_entered(limits: Limits, row: Row) -> str:

@@ -19,7 +19,7 @@ from ..privacy import ledger
 from ..privacy.budget import ANY, Account, Ledger, Limits, balance, check_affordable, subject_of
 from ..privacy.events import Event, NonPrivate
 from ..privacy.in_force import limits_epsilon, without_epsilon
-from ..privacy.ledger import Limit, charges
+from ..privacy.ledger import Limit
 from ..privacy.moved import reason_of
 from ..protocol.ledger import EntrySigner
 from ..protocol.signing import SigningKey
@@ -178,7 +178,7 @@ class LedgerPurse:
 
     def _without_limit(self, connection: Connection) -> list[str]:
         """A warning where neither what is charged nor the user has a limit in ε."""
-        entries, limits = self._books.store.entries(connection), self._books.limits
+        entries, limits = self._books.store.standing(connection), self._books.limits
         owner: Account = (self._account[0], subject_of("user", self._user))
         if any(limits_epsilon(limits, entries, account) for account in (self._account, owner)):
             return []
@@ -189,7 +189,7 @@ class LedgerPurse:
             self._books.reserve(connection, job_id, number, [cost], at=self._now())
             return
         # No limit in ε allows that one: the node's policy did. Limits in rounds hold, and the user must be known.
-        entries = self._books.store.entries(connection)
+        entries = self._books.store.standing(connection)
         for budget in self._books.budgets(entries, cost, job_id=job_id):
             check_affordable(entries, replace(budget, epsilon=None), [(cost.rounds, cost.event)], name_user=True)
         unit, subject = cost.account
@@ -209,7 +209,7 @@ class LedgerPurse:
 
     def _next_run(self, connection: Connection, job_id: str) -> int:
         """1 for the first run of a job; refused ones are not counted."""
-        held = [charge.entry for charge in charges(self._books.store.entries(connection)).values()]
+        held = [charge.entry for charge in self._books.store.standing(connection).charges.values()]
         return 1 + max((entry.round or 0 for entry in held if entry.job_id == job_id), default=0)
 
     def _finalise(self, connection: Connection, job_id: str, number: int, *, figures: Mapping[str, str]) -> str:
@@ -218,7 +218,7 @@ class LedgerPurse:
         return self._books.store.head(connection)
 
     def _spent(self, connection: Connection) -> list[Spent]:
-        entries = self._books.store.entries(connection)
+        entries = self._books.store.standing(connection)
         unit, _ = self._account
         accounts = dict.fromkeys([(unit, subject_of("user", self._user)), self._account])
         return [

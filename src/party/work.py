@@ -69,7 +69,8 @@ def contribution(plan: RoundPlan, params: Params, context: WorkContext, *, entro
     the sum of clipped gradients over a sample of its rows (fedsgd)."""
     if plan.gradient_sum is None:
         return encode(_train(plan, params, context, entropy), plan, entropy=entropy)
-    cap = own_batch_cap(plan, int(params["declared_rows"]))
+    own = params.get("declared_rows")  # where it is not said, as much as the largest computes
+    cap = plan.gradient_sum.batch_cap if own is None else own_batch_cap(plan, int(own))
     total = _sampled_gradients(plan, params, context, batch_cap=cap, entropy=entropy)
     return encode_sum(total, plan, entropy=entropy)
 

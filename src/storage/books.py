@@ -23,8 +23,8 @@ from .ledger import LedgerStore
 REFUSALS_A_DAY: Final = 50
 """As many are entered: whoever may ask could otherwise fill the ledger, which a role reads as a whole when it starts,
 for nothing."""
-RETURNS_A_DAY: Final = 50
-"""Rounds that are given back; what is charged beyond stays spent. To reserve and to give back costs nothing, and is at
+RETURNS_A_DAY: Final = 100
+"""Rounds that are given back; what is charged beyond is spent. To reserve and to give back costs nothing, and is at
 least two entries for ever."""
 RETURNS_OF_A_JOB_A_DAY: Final = 10
 """The same of one job: more than the spare rounds of most."""
