@@ -19,6 +19,7 @@ from src.communication.messages import signed_to_proto
 from src.party.rounds import MOST_TRAININGS, NO_CONTRIBUTION
 from src.party.store import PartyRound, RoundMemory, Stage
 from src.privacy.entries import Limit
+from src.storage.books import RETURNS_OF_A_JOB_A_DAY
 from src.storage.database import read_only
 from tests.rejections.cheating import Answer, Meeting, Round
 
@@ -227,3 +228,12 @@ async def test_what_an_upload_shows_is_entered_before_its_first_byte(meeting: Me
     meeting.them._told = look  # type: ignore[method-assign]
     await meeting.them.ask_reveal(round_, meeting.them.freeze(round_))
     assert kinds == [["REVEALED", "2"]]
+
+
+async def test_rounds_whose_model_never_comes_are_given_back_only_so_often_in_a_day(meeting: Meeting) -> None:
+    """Each leaves rows for ever, in the ledger and among the rounds: beyond, they are paid for."""
+    meeting.them.model = b"another"
+    for number in range(1, RETURNS_OF_A_JOB_A_DAY + 3):
+        round_ = meeting.them.plan(number, model_sha256="0" * 64)
+        assert await meeting.them.ask_contribute(round_) == Answer("failure", ("contribute", "DIGEST_MISMATCH"))
+    assert await meeting.a.charges() == ["returned"] * 2 * RETURNS_OF_A_JOB_A_DAY + ["final"] * 4
