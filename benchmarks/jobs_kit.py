@@ -65,7 +65,7 @@ def make_kit(directory: Path) -> Path:
         address=_PLACEHOLDER,
         aggregator_overrides={
             "server": {"listen": "127.0.0.1:0", "reflection": False},
-            "limits": {"max_jobs_pending": _MANY},
+            "limits": {"max_jobs_pending": _MANY, "max_streams_per_caller": _MANY, "max_requests_per_caller": _MANY},
             "jobs": {"max_pending_per_scientist": _MANY},
             "privacy": {"budget": {"max_rounds": 1000 * _MANY}},
         },

@@ -8,8 +8,18 @@ from typing import Any, cast
 
 import pytest
 
-from src.aggregator.app import App
+from src.aggregator.app import App, _bounds
+from src.aggregator.servicers.jobs import LONGEST_WATCH_S
+from src.config import AggregatorConfig
+from src.config_sections import AggregatorLimits
 from src.errors import UnavailableError
+
+
+def test_what_a_caller_may_have_is_configured_and_a_watch_has_an_end() -> None:
+    limits = AggregatorLimits(max_streams_per_caller=9, max_requests_per_caller=10, idle_timeout_s=11.0)
+    bounds = _bounds(cast(AggregatorConfig, SimpleNamespace(limits=limits)))
+    assert (bounds.streams, bounds.requests, bounds.silence_s) == (9, 10, 11.0)
+    assert bounds.lifetimes_s == {"/sotto.v1.JobService/WatchJob": LONGEST_WATCH_S}
 
 
 class Server:

@@ -141,6 +141,7 @@ async def test_what_is_cancelled_has_not_failed() -> None:
         work.tasks.spawn(KEY, fails)
         assert await work.tasks.drain(30)
     work.tasks.spawn(KEY, work)
+    await asyncio.sleep(0)
     assert work.begun == 0
     await work.tasks.cancel("j")
     work.let_go.set()

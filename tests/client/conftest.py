@@ -41,6 +41,7 @@ class PlayedService(jobs_pb2_grpc.JobServiceServicer):
         self.asked: list[Any] = []
         self.operation = operations_pb2.Operation(name="operations/0123456789abcdef")
         self.deleted = False
+        self.errors: list[Exception] = []
         self.ends_early = False
 
     async def _break(self, context: Any) -> None:
@@ -55,6 +56,8 @@ class PlayedService(jobs_pb2_grpc.JobServiceServicer):
 
     async def GetJob(self, request: Any, context: Any) -> Any:
         self.asked.append(request)
+        if self.errors:
+            raise self.errors.pop(0)
         if self.breaks:
             await self._break(context)
         files = [

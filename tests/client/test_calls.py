@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
+import re
 import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import grpc
 import pytest
@@ -22,6 +24,8 @@ from src.communication.generated import jobs_pb2
 from src.communication.identity import Identity
 from src.communication.messages import signed_from_proto
 from src.errors import (
+    CATALOGUE,
+    PASSING,
     AbandonedError,
     ConfigError,
     InvalidInput,
@@ -35,6 +39,7 @@ from src.jobs.specs import spec_from_proto
 from src.protocol.order import open_order, order_time
 from src.protocol.roster import Roster, Scientist
 from src.protocol.signing import SigningKey
+from tests.conftest import ROOT
 
 ANN = Identity("scientist", "ann")
 
@@ -132,6 +137,31 @@ async def test_a_watch_outlives_a_restart_of_the_server(house: Any) -> None:
     await house.start()
     seen += [event async for event in events]
     assert [event.sequence for event in seen] == [1, 2, 3, 4, 5, 6, 7]
+
+
+PASSES: Final = {"UNAVAILABLE", "CANCELLED", "TOO_MANY_CALLS", "STORAGE_FULL", "LEASE_LOST"}
+
+
+async def test_what_may_pass_is_asked_again_and_nothing_else(house: Any) -> None:
+    """Every error of the catalogue: what is refused or broken is said at once, not after a minute."""
+    client, again = house.client(), set()
+    for cls, row in CATALOGUE.items():
+        house.service.asked.clear()
+        house.service.errors = [cls("no")]
+        answer: Any = (await asyncio.gather(client.get(JOB_ID), return_exceptions=True))[0]
+        if isinstance(answer, BaseException):
+            assert type(answer) is cls
+            assert len(house.service.asked) == 1
+        else:
+            assert len(house.service.asked) == 2
+            again.add(row.reason)
+    assert again == PASSES == {CATALOGUE[cls].reason for cls in PASSING}
+
+
+def test_the_client_in_javascript_repeats_the_same() -> None:
+    source = (ROOT / "examples" / "clients" / "node" / "wire.mjs").read_text()
+    (listed,) = re.findall(r"PASSING = new Set\(\[(.*)\]\)", source)
+    assert set(re.findall(r'"([A-Z_]+)"', listed)) == PASSES
 
 
 async def test_silence_is_no_absence_and_absence_is_bounded() -> None:

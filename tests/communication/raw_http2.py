@@ -55,6 +55,10 @@ class RawCaller:
         """Until the server has ended these calls."""
         await self._until(lambda: all((RST_STREAM, each) in self.frames for each in streams))
 
+    async def until_answered(self, stream: int) -> None:
+        """Until the server has begun to answer this call."""
+        await self._until(lambda: (HEADERS, stream) in self.frames)
+
     async def until_hung_up(self) -> None:
         """Until the connection is closed."""
         await self._until(self._listening.done)

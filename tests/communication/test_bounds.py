@@ -309,8 +309,7 @@ async def test_who_watches_health_and_does_not_read_does_not_keep_a_server_from_
 ) -> None:
     running = await start_server(tls=None, insecure=True)
     eve = await raw(running.port)
-    eve.call(WATCH, b"")
-    await asyncio.sleep(0)
+    await eve.until_answered(eve.call(WATCH, b""))
     began = time.monotonic()
     await running.server.stop(0)
     assert time.monotonic() - began < 10  # not the minute after which it would be hung up on

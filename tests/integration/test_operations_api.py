@@ -9,6 +9,7 @@ from google.longrunning import operations_pb2
 from google.protobuf.duration_pb2 import Duration
 from google.rpc import code_pb2, error_details_pb2
 
+from src.aggregator.servicers import operations as operations_module
 from src.communication.generated import jobs_pb2
 from src.communication.identity import Identity
 from src.errors import DOMAIN, InvalidInput, NotFoundError, StateError
@@ -118,3 +119,14 @@ async def test_operations_are_filtered_as_jobs_are(job_house: Any) -> None:
     with pytest.raises(InvalidInput) as caught:
         await stub.WaitOperation(backwards)
     assert list(caught.value.violations) == ["timeout"]
+
+
+async def test_a_wait_without_an_end_is_answered_in_time(job_house: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """AIP-151: who waits longer asks again."""
+    monkeypatch.setattr(operations_module, "LONGEST_WAIT_S", 0.2)
+    job = await job_house.client().submit(training())
+    for timeout in (None, Duration(seconds=3600)):
+        request = operations_pb2.WaitOperationRequest(name=name_of(job), timeout=timeout)
+        operation = await job_house.operations().WaitOperation(request, timeout=LONG_S)
+        assert not operation.done
+    await job_house.client().cancel(job.job_id)
