@@ -2,7 +2,7 @@
 
 Figures on one core are CPU times, best of several runs; speed-ups, and all that somebody waits for, are wall times.
 Absolute figures differ from machine to machine: the ratios are what counts. Needs two cores that nobody else uses, and
-seven minutes.
+eight minutes.
 """
 
 from __future__ import annotations

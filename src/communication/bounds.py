@@ -10,7 +10,7 @@ import asyncio
 import contextlib
 import inspect
 import logging
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Final
 
@@ -74,69 +74,94 @@ class BoundedCalls(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]  # gen
         self._counts = CallCounts(streams=bounds.streams, requests=bounds.requests)
 
     async def intercept_service(self, continuation: Any, handler_call_details: Any) -> Handler:
-        """Makes the method one that streams both ways: then its handler begins before a request is there."""
+        """Makes the method one whose requests stream: then its handler begins before one is there."""
         handler: Handler = await continuation(handler_call_details)
         if handler is None:
             return None
-        method: str = handler_call_details.method
+        lifetime_s = self._bounds.lifetimes_s.get(handler_call_details.method)
+        streams = handler.request_streaming or handler.response_streaming
 
-        async def serve(requests: Any, context: Any) -> None:
-            who = self._who(context)
-            streams = handler.request_streaming or handler.response_streaming
-            with self._counts.held(who, streams=streams):
-                call = Call()
-                with call.running():
-                    writer = self._writer(context, call, who)
-                    await self._within_its_lifetime(method, _Answer(handler, requests, writer, check=self._check))
+        async def serve(requests: Any, context: Any) -> Any:
+            caller = _Caller(self._who(context), context, silence_s=self._bounds.silence_s, hang_up=self._hang_up)
+            give_back = self._counts.take(caller.who, streams=streams)
+            context.add_done_callback(lambda _: give_back())  # not before the last byte of the answer is taken
+            call = Call()
+            with call.running():
+                answer = _Answer(handler, requests, _Writer(caller, call), check=self._check)
+                response = await _within(lifetime_s, answer.give(self._bounds.silence_s))
+            if not handler.response_streaming:
+                caller.has_to_take_the_rest()
+            return response
 
-        return grpc.stream_stream_rpc_method_handler(
-            serve, request_deserializer=None, response_serializer=handler.response_serializer
-        )
+        build = grpc.stream_stream_rpc_method_handler if handler.response_streaming else _STREAM_UNARY
+        return build(serve, request_deserializer=None, response_serializer=handler.response_serializer)
 
-    async def _within_its_lifetime(self, method: str, answer: _Answer) -> None:
-        lifetime_s = self._bounds.lifetimes_s.get(method)
-        lifetime = asyncio.timeout(lifetime_s)
-        try:
-            async with lifetime:
-                await answer.give(self._bounds.silence_s)
-        except TimeoutError:
-            if not lifetime.expired():
-                raise
-            raise UnavailableError(f"a stream of this kind lasts {lifetime_s:g} s; open it again") from None
 
-    def _writer(self, context: Any, call: Call, who: str) -> _Writer:
-        return _Writer(context, call, who, silence_s=self._bounds.silence_s, hang_up=self._hang_up)
+_STREAM_UNARY: Final = grpc.stream_unary_rpc_method_handler
+
+
+async def _within(lifetime_s: float | None, work: Awaitable[Any]) -> Any:
+    lifetime = asyncio.timeout(lifetime_s)
+    try:
+        async with lifetime:
+            return await work
+    except TimeoutError:
+        if not lifetime.expired():
+            raise
+        raise UnavailableError(f"a stream of this kind lasts {lifetime_s:g} s; open it again") from None
+
+
+class _Caller:
+    """Whoever called, and what becomes of one that does not take what it asked for: see `connections.hang_up`."""
+
+    def __init__(self, who: str, context: Any, *, silence_s: float, hang_up: Callable[[str], bool]) -> None:
+        self.who = who
+        self.context = context
+        self.silence_s = silence_s
+        self._hang_up = hang_up
+
+    async def left_hanging(self) -> bool:
+        """Hangs up on it; whether its connection was found."""
+        peer = self.context.peer()
+        LOG.warning("%s at %s takes nothing of what it asked for; hanging up", self.who, peer)
+        return await asyncio.to_thread(self._hang_up, peer)
+
+    def has_to_take_the_rest(self) -> None:
+        """Watches an answer that gRPC sends by itself, until the call is over."""
+        loop = asyncio.get_running_loop()
+
+        def too_long() -> None:
+            task = loop.create_task(self.left_hanging())
+            self.context.add_done_callback(lambda _: task.cancel())  # which keeps the task, too
+
+        timer = loop.call_later(self.silence_s, too_long)
+        self.context.add_done_callback(lambda _: timer.cancel())
 
 
 class _Writer:
     """An RPC's context whose messages have to be taken in time. The rest is the context's own."""
 
-    def __init__(self, context: Any, call: Call, who: str, *, silence_s: float, hang_up: Callable[[str], bool]) -> None:
-        self._context = context
+    def __init__(self, caller: _Caller, call: Call) -> None:
+        self._caller = caller
         self._call = call
-        self._who = who
-        self._silence_s = silence_s
-        self._hang_up = hang_up
 
     def __getattr__(self, name: str) -> Any:
-        return getattr(self._context, name)
+        return getattr(self._caller.context, name)
 
     async def write(self, message: Any) -> None:
-        """Sends one message. A caller that does not take it loses the connection: see `connections.hang_up`."""
-        taking = asyncio.timeout(self._silence_s)
+        """Sends one message."""
+        taking = asyncio.timeout(self._caller.silence_s)
         try:
             with self._call.writing():
                 async with taking:
-                    await self._context.write(message)
+                    await self._caller.context.write(message)
         except grpc.aio.InternalError:  # the caller is gone: whoever cancels this task has not come to it yet
             raise asyncio.CancelledError from None
         except TimeoutError:
             if not taking.expired():
                 raise
-            peer = self._context.peer()
-            LOG.warning("%s at %s takes nothing of what it asked for; hanging up", self._who, peer)
-            if not await asyncio.to_thread(self._hang_up, peer):
-                raise DeadlineError(f"the answer was not taken within {self._silence_s:g} s") from None
+            if not await self._caller.left_hanging():
+                raise DeadlineError(f"the answer was not taken within {self._caller.silence_s:g} s") from None
             raise asyncio.CancelledError from None
 
 
@@ -151,21 +176,21 @@ class _Answer:
         self._context = context
         self._check = check
 
-    async def give(self, silence_s: float) -> None:
-        """Reads what the method takes, and writes what it gives."""
+    async def give(self, silence_s: float) -> Any:
+        """Reads what the method takes, and writes what it gives; returns it where that is one message."""
         handler, context = self._handler, self._context
         kinds = ["stream" if each else "unary" for each in (handler.request_streaming, handler.response_streaming)]
         function = getattr(handler, "_".join(kinds))
         async with contextlib.aclosing(self._requests(silence_s)) as requests:
             request = requests if handler.request_streaming else await _only(requests)
             if not handler.response_streaming:
-                await context.write(await function(request, context))
-            elif inspect.isasyncgenfunction(function):
-                async with contextlib.aclosing(function(request, context)) as responses:
-                    async for response in responses:
-                        await context.write(response)
-            else:
-                await function(request, context)
+                return await function(request, context)
+            if not inspect.isasyncgenfunction(function):
+                return await function(request, context)
+            async with contextlib.aclosing(function(request, context)) as responses:
+                async for response in responses:
+                    await context.write(response)
+        return None
 
     async def _requests(self, silence_s: float) -> AsyncGenerator[Any]:
         iterator = aiter(self._messages)

@@ -5,8 +5,9 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextvars import ContextVar
+from functools import partial
 from typing import Final
 
 from ..errors import BusyError, SottoError
@@ -77,9 +78,8 @@ class CallCounts:
         self._most: Final = {"streams": streams, "requests": requests}
         self._held: Counter[tuple[str, str]] = Counter()
 
-    @contextlib.contextmanager
-    def held(self, who: str, *, streams: bool) -> Iterator[None]:
-        """While a call of this caller is under way.
+    def take(self, who: str, *, streams: bool) -> Callable[[], None]:
+        """A call of this caller is under way, until what is returned is called (once).
 
         Raises:
             BusyError: they have as many as they may.
@@ -93,9 +93,9 @@ class CallCounts:
                 what=kind,
             )
         self._held[key] += 1
-        try:
-            yield
-        finally:
-            self._held[key] -= 1
-            if not self._held[key]:
-                del self._held[key]
+        return partial(self._give_back, key)
+
+    def _give_back(self, key: tuple[str, str]) -> None:
+        self._held[key] -= 1
+        if not self._held[key]:
+            del self._held[key]

@@ -218,10 +218,11 @@ async def test_more_calls_than_http2_lets_one_connection_have_are_refused_first(
 def test_counts_that_are_not_used_are_forgotten() -> None:
     counts = CallCounts(streams=1, requests=1)
     for number in range(1000):
-        with counts.held(str(number), streams=True), counts.held(str(number), streams=False):
-            pass
-        with pytest.raises(BusyError), counts.held("x", streams=True), counts.held("x", streams=True):
-            pass
+        taken = [counts.take(str(number), streams=streams) for streams in (True, False)]
+        with pytest.raises(BusyError):
+            counts.take(str(number), streams=True)
+        for give_back in taken:
+            give_back()
     assert not counts._held
 
 
