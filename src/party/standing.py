@@ -35,6 +35,7 @@ from ..errors import (
     WorkerError,
     meaning,
 )
+from ..files import write_over
 from ..storage.heads import Head
 from .accounts import PartyAccounts
 from .home import Home
@@ -192,7 +193,8 @@ class Acceptance:
         if self.known:
             return
         try:
-            self._path.write_text(json.dumps(self._home.fingerprint(), indent=1, sort_keys=True) + "\n")
+            text = json.dumps(self._home.fingerprint(), indent=1, sort_keys=True) + "\n"
+            write_over(self._path, text.encode(), secret=False)
         except OSError as error:  # then it is noted the next time
             LOG.warning("that this party was accepted cannot be noted: %s", error.strerror)
 

@@ -94,6 +94,26 @@ class Round:
         return Layout.from_json(self.plan.layout)
 
 
+def contribute_to(round_: Round) -> federation_pb2.Contribute:
+    """What an aggregator asks for first, with the order that the round rests on."""
+    work = federation_pb2.Contribute(plan=signed_to_proto(round_.signed))
+    if round_.order is not None:
+        work.order.CopyFrom(signed_to_proto(round_.order))
+    return work
+
+
+def open_of(round_: Round, listed: Signed, opening: Signed) -> federation_pb2.Open:
+    """What it asks for last."""
+    work = federation_pb2.Open(
+        plan=signed_to_proto(round_.signed),
+        frozen_list=signed_to_proto(listed),
+        opening=signed_to_proto(opening),
+    )
+    if round_.order is not None:
+        work.order.CopyFrom(signed_to_proto(round_.order))
+    return work
+
+
 @dataclass(frozen=True)
 class Answer:
     """What came back from a: a root, an upload, shares, or a failure's (stage, reason)."""
@@ -123,6 +143,7 @@ class CheatingAggregator(federation_pb2_grpc.FederationServiceServicer):
         self.answers: asyncio.Queue[Answer] = asyncio.Queue()
         self._work: asyncio.Queue[federation_pb2.Assignment | None] = asyncio.Queue()
         self.gates: dict[str, asyncio.Event] = {}
+        self.asked_for: list[str] = []  # and met with a gate
         self.gone = asyncio.Event()
         self.joined: list[federation_pb2.JoinRequest] = []
         self.party_ledger: list[federation_pb2.LedgerHead] = []
@@ -188,6 +209,7 @@ class CheatingAggregator(federation_pb2_grpc.FederationServiceServicer):
     async def _let_through(self, what: str) -> None:
         """What a asks for waits as long as there is a gate that is not open: the model, or a contributor's batch."""
         if what in self.gates:
+            self.asked_for.append(what)
             await self.gates[what].wait()
 
     def _told(self, name: federation_pb2.RoundName, digest: str) -> None:
@@ -225,10 +247,7 @@ class CheatingAggregator(federation_pb2_grpc.FederationServiceServicer):
         await self.gone.wait()
 
     async def ask_contribute(self, round_: Round) -> Answer:
-        work = federation_pb2.Contribute(plan=signed_to_proto(round_.signed))
-        if round_.order is not None:
-            work.order.CopyFrom(signed_to_proto(round_.order))
-        return await self.ask(round_.name, contribute=work)
+        return await self.ask(round_.name, contribute=contribute_to(round_))
 
     async def ask_reveal(self, round_: Round, listed: Signed) -> Answer:
         work = federation_pb2.Reveal(plan=signed_to_proto(round_.signed), frozen_list=signed_to_proto(listed))
@@ -239,14 +258,7 @@ class CheatingAggregator(federation_pb2_grpc.FederationServiceServicer):
     ) -> Answer:
         """The answer; a delivered batch of another name is served as it is stored."""
         self.served = {who: self.blobs.read(batch.sha256) for who, batch in round_.batches.items()} | self.served
-        work = federation_pb2.Open(
-            plan=signed_to_proto(round_.signed),
-            frozen_list=signed_to_proto(listed),
-            opening=signed_to_proto(opening),
-        )
-        if round_.order is not None:
-            work.order.CopyFrom(signed_to_proto(round_.order))
-        return await self.ask(name or round_.name, open=work)
+        return await self.ask(name or round_.name, open=open_of(round_, listed, opening))
 
     # --- how it lays out a round --------------------------------------------------------------------------------------
 
@@ -263,9 +275,9 @@ class CheatingAggregator(federation_pb2_grpc.FederationServiceServicer):
         """A round as an honest aggregator plans it, with fields changed afterwards.
 
         Args:
-            order: that it rests on; by default the scientist's, for this specification.
+            order: that it rests on; by default the scientist's for this specification, one for each job.
         """
-        order = order or self.order(spec)
+        order = order or (self.order(spec) if job_id == "job" else self.order(spec, request_id=f"r-{job_id}"))
         plan = plan_round(
             spec,
             job_id=job_id,

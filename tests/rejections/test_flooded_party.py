@@ -10,9 +10,8 @@ import pytest
 
 from src import logs
 from src.communication.generated import federation_pb2
-from src.communication.messages import signed_to_proto
 from src.party.desk import AT_ONCE, WAITING
-from tests.rejections.cheating import PATIENCE_S, Meeting
+from tests.rejections.cheating import PATIENCE_S, Meeting, contribute_to
 
 FLOOD = 300
 
@@ -21,8 +20,7 @@ def asked(number: int, kind: str, meeting: Meeting) -> federation_pb2.Assignment
     name = federation_pb2.RoundName(job_id="flood", round=number)
     if kind == "ended":
         return federation_pb2.Assignment(round=name, ended=federation_pb2.RoundEnded(state="FAILED", reason="x" * 100))
-    plan = signed_to_proto(meeting.them.plan().signed)
-    return federation_pb2.Assignment(round=name, contribute=federation_pb2.Contribute(plan=plan))
+    return federation_pb2.Assignment(round=name, contribute=contribute_to(meeting.them.plan()))
 
 
 @pytest.mark.parametrize("kind", ["contribute", "ended"])

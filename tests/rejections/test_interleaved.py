@@ -45,7 +45,7 @@ from src.storage.blobs import Blobs
 from src.storage.database import Database
 from src.storage.ledger import LedgerStore
 from src.storage.migrations import Migrations
-from tests.rejections.cheating import CheatingAggregator, Pool, Round
+from tests.rejections.cheating import CheatingAggregator, Pool, Round, contribute_to, open_of
 
 # A file that a thread opens for somebody who is cancelled meanwhile is closed when it is collected, which warns.
 pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
@@ -262,7 +262,7 @@ class World:
         round_, worker, stub = self.rounds[number], self.worker, cast(Any, self)
         plan = signed_to_proto(round_.signed)
         if what == "contribute":
-            self.begin(number, what, lambda: worker.contribute(stub, round_.name, federation_pb2.Contribute(plan=plan)))
+            self.begin(number, what, lambda: worker.contribute(stub, round_.name, contribute_to(round_)))
         elif what.startswith("reveal"):
             listed = signed_to_proto(self.listed(number, other=what != "reveal"))
             work = federation_pb2.Reveal(plan=plan, frozen_list=listed)
@@ -278,9 +278,7 @@ class World:
             if "a" in names:
                 root = parse_canonical(opening.statement)["aggregate_root"]
                 self.with_a.setdefault(number, set()).add(str(root))
-            open_ = federation_pb2.Open(
-                plan=plan, frozen_list=signed_to_proto(listed_), opening=signed_to_proto(opening)
-            )
+            open_ = open_of(round_, listed_, opening)
             self.begin(number, "open", lambda: worker.open(stub, round_.name, open_))
 
     # --- what must hold at any time -----------------------------------------------------------------------------------

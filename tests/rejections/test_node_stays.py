@@ -18,7 +18,6 @@ import pytest
 from src.aggregator.servicers.federation import ROLES, SERVICE
 from src.communication.generated import federation_pb2, federation_pb2_grpc
 from src.communication.grpc_server import GrpcServer
-from src.communication.messages import signed_to_proto
 from src.communication.tls import TlsFiles
 from src.errors import (
     CATALOGUE,
@@ -36,7 +35,7 @@ from src.party import home as home_module
 from src.party import standing
 from src.party.standing import TROUBLED, Away, Patience, is_trouble
 from src.storage.heads import HEADS_KEPT
-from tests.rejections.cheating import PATIENCE_S, CheatingAggregator, Meeting, PartyA
+from tests.rejections.cheating import PATIENCE_S, CheatingAggregator, Meeting, PartyA, contribute_to
 
 ALL: Final = sorted(CATALOGUE, key=lambda cls: cls.__name__)
 TROUBLES: Final = [cls for cls in ALL if issubclass(cls, TROUBLED) or cls is SottoError]
@@ -455,8 +454,7 @@ async def test_a_round_that_ends_ends_what_is_tried_again_for_it(them: Any, a: P
     meeting = await met(them, a)
     round_ = them.plan(2)
     them.failures = {"CommitRoot": [raising(StorageError("full"))] * 100_000}
-    contribute = federation_pb2.Contribute(plan=signed_to_proto(round_.signed))
-    await them.tell(round_.name, contribute=contribute)
+    await them.tell(round_.name, contribute=contribute_to(round_))
     await until(lambda: them.calls.count("CommitRoot") > 3)
     await them.tell(round_.name, ended=federation_pb2.RoundEnded(state="FAILED"))
     await until(lambda: not meeting.a._node._tasks)

@@ -7,20 +7,17 @@ from __future__ import annotations
 
 import asyncio
 from hashlib import sha256
-from typing import Any
 
 import pytest
 
 from src.communication.generated import federation_pb2
-from src.communication.messages import signed_to_proto
 from src.party.store import Stage
 from src.protocol.roster import AGGREGATOR
-from tests.rejections.cheating import Answer, Meeting, Round
+from tests.rejections.cheating import Answer, Meeting, Round, contribute_to, open_of
 
 
 async def ask(meeting: Meeting, round_: Round) -> None:
-    work = federation_pb2.Contribute(plan=signed_to_proto(round_.signed))
-    await meeting.them.tell(round_.name, contribute=work)
+    await meeting.them.tell(round_.name, contribute=contribute_to(round_))
 
 
 async def answer(meeting: Meeting) -> Answer:
@@ -130,13 +127,9 @@ async def test_a_sum_without_an_update_that_was_delivered_meanwhile_is_not_opene
     opening = them.opening(round_, listed, others)
     them.served = {name: them.blobs.read(round_.batches[name].sha256) for name in others}
     them.gates[stalled] = asyncio.Event()
-    work: dict[str, Any] = {
-        "plan": signed_to_proto(round_.signed),
-        "frozen_list": signed_to_proto(listed),
-        "opening": signed_to_proto(opening),
-    }
-    await them.tell(round_.name, open=federation_pb2.Open(**work))
-    await them.tell(round_.name, reveal=federation_pb2.Reveal(plan=work["plan"], frozen_list=work["frozen_list"]))
+    work = open_of(round_, listed, opening)
+    await them.tell(round_.name, open=work)
+    await them.tell(round_.name, reveal=federation_pb2.Reveal(plan=work.plan, frozen_list=work.frozen_list))
     revealed = await answer(meeting)
     assert revealed.kind == "upload"
     async with asyncio.timeout(60):

@@ -15,13 +15,12 @@ import pytest
 from sqlalchemy import MetaData
 
 from src.communication.generated import federation_pb2
-from src.communication.messages import signed_to_proto
 from src.party.rounds import MOST_TRAININGS, NO_CONTRIBUTION
 from src.party.store import PartyRound, RoundMemory, Stage
 from src.privacy.entries import Limit
 from src.storage.books import RETURNS_OF_A_JOB_A_DAY
 from src.storage.database import read_only
-from tests.rejections.cheating import Answer, Meeting, Round
+from tests.rejections.cheating import Answer, Meeting, Round, contribute_to
 
 SPENT = ["final", "final"]
 """Of the rows, and of the party."""
@@ -52,7 +51,7 @@ async def training(meeting: Meeting, number: int = 1, *, times: int = 1) -> Roun
 
 
 async def ask(meeting: Meeting, round_: Round) -> None:
-    await meeting.them.tell(round_.name, contribute=federation_pb2.Contribute(plan=signed_to_proto(round_.signed)))
+    await meeting.them.tell(round_.name, contribute=contribute_to(round_))
 
 
 async def begun(meeting: Meeting, times: int) -> None:
@@ -115,8 +114,7 @@ async def test_what_no_training_began_for_is_given_back(meeting: Meeting) -> Non
     round_ = meeting.them.plan()
     await ask(meeting, round_)
     await until(meeting.a.charges, lambda found: found == ["reserved", "reserved"])
-    await until(meeting.a.charges, lambda _: any(meeting.a.blobs.root.glob(".incoming-*")))
-    await asyncio.to_thread(lambda: None)  # a waits for the model's first byte
+    await until(meeting.a.charges, lambda _: "model" in meeting.them.asked_for)
     await end(meeting, round_)
     assert await meeting.a.charges() == ["returned", "returned"]
     assert meeting.a.pool.begun == []
