@@ -275,9 +275,9 @@ class CheatingAggregator(federation_pb2_grpc.FederationServiceServicer):
         """A round as an honest aggregator plans it, with fields changed afterwards.
 
         Args:
-            order: that it rests on; by default the scientist's for this specification, one for each job.
+            order: that it rests on; by default the scientist's, for this specification.
         """
-        order = order or (self.order(spec) if job_id == "job" else self.order(spec, request_id=f"r-{job_id}"))
+        order = order or self.order(spec)
         plan = plan_round(
             spec,
             job_id=job_id,
@@ -290,6 +290,10 @@ class CheatingAggregator(federation_pb2_grpc.FederationServiceServicer):
         )
         plan = replace(plan, **changes)
         return Round(plan, self.sign(PLAN_KIND, plan.to_statement()), order)
+
+    def plan_of_another_job(self, job_id: str, **changes: Any) -> Round:
+        """The first round of a job that rests on an order of its own."""
+        return self.plan(job_id=job_id, order=self.order(request_id=f"r-{job_id}"), **changes)
 
     def order(self, asked: FederatedTrainingSpec = SPEC, /, *, by: str = "scientist", **changes: Any) -> Signed:
         """What the scientist signed for a job, as the aggregator has it; with fields changed before it was signed."""

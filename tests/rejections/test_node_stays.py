@@ -34,6 +34,7 @@ from src.errors import (
 from src.party import home as home_module
 from src.party import standing
 from src.party.standing import TROUBLED, Away, Patience, is_trouble
+from src.protocol.plan import PROTOCOL_VERSION
 from src.storage.heads import HEADS_KEPT
 from tests.rejections.cheating import PATIENCE_S, CheatingAggregator, Meeting, PartyA, contribute_to
 
@@ -220,8 +221,9 @@ MALFORMED: Final = {
     "a head that is none": changed(party_ledger=[federation_pb2.LedgerHead(digest="x")]),
     "more heads than anybody keeps": changed(party_ledger=[HEAD] * (HEADS_KEPT + 1)),
 }
+NEXT_MAJOR: Final = str(int(PROTOCOL_VERSION.partition(".")[0]) + 1)
 MISFITS: Final = {
-    "another protocol": (VersionError, changed(protocol_version="3.0")),
+    "another protocol": (VersionError, changed(protocol_version=f"{NEXT_MAJOR}.0")),
     "another federation": (KeyMaterialError, changed(federation="other")),
     "another custody": (SottoError, changed(custody="aggregator")),
     "another verification key": (KeyMaterialError, changed(aggregator_verify_key=bytes(32))),
@@ -263,7 +265,7 @@ async def test_an_aggregator_that_never_fitted_ends_the_node_of_a_kit_that_none_
 @pytest.mark.parametrize(
     "refusal",
     [
-        VersionError("another one", protocol="3"),
+        VersionError("another one", protocol=NEXT_MAJOR),
         KeyMaterialError("another key", key_id="0" * 32),
         KeyMaterialError("another roster", roster_digest="0" * 64),
         SignatureError("another signature", verify_key="0" * 64),
@@ -428,7 +430,8 @@ async def test_work_that_is_refused_for_a_reason_of_its_own_is_reported_and_ends
     them: Any, a: PartyA, method: str, work: Callable[[Meeting], Awaitable[str]], kind: str
 ) -> None:
     meeting = await met(them, a)
-    them.failures = {method: [raising(InvalidInput("not so"))]}
+    # More than once: gRPC may say of a refusal that met a half-sent upload only that the call failed, which is trouble.
+    them.failures = {method: [raising(InvalidInput("not so"))] * 9}
     assert await work(meeting) == "failure"
     assert them.came("failure")[-1][1] == "INVALID_INPUT"
     assert not a._task.done()
@@ -438,7 +441,7 @@ async def test_every_other_reason_for_which_a_root_is_refused_is_reported_once(t
     await met(them, a)
     for number, cls in enumerate(OTHERS, start=2):
         them.failures = {"CommitRoot": [raising(cls("no"))]}
-        answer = await them.ask_contribute(them.plan(number))
+        answer = await them.ask_contribute(them.plan_of_another_job(f"job-{number}"))
         assert (answer.kind, answer.what) == ("failure", ("contribute", CATALOGUE[cls].reason))
     assert not a._task.done()
 

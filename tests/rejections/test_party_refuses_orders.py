@@ -260,6 +260,8 @@ async def test_who_ordered_a_round_stands_in_the_party_s_ledger_with_what_it_cos
     assert found == [
         ("reservation", "example", "eve", ""),
         ("reservation", "party", "eve", ""),
+        ("final", "example", "", ""),
+        ("final", "party", "", ""),
         ("refusal", "example", "scientist", ""),
     ]
 

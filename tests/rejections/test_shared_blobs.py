@@ -40,7 +40,7 @@ def held(meeting: Meeting, *jobs: str) -> list[asyncio.Event]:
 
 async def test_two_jobs_that_start_from_one_model_train_both_whichever_is_done_first(meeting: Meeting) -> None:
     them, pool = meeting.them, meeting.a.pool
-    first, second = them.plan(1), them.plan(1, job_id="other")
+    first, second = them.plan(1), them.plan_of_another_job("other")
     gates = held(meeting, "job", "other")
     for round_ in (first, second):
         await ask(meeting, round_)
@@ -65,7 +65,7 @@ async def test_a_batch_that_comes_back_as_a_model_stays(meeting: Meeting) -> Non
     (row,) = await meeting.a.open_rounds()
     assert row.batch is not None
     model, them.model = them.model, meeting.a.blobs.read(row.batch["sha256"])
-    other = them.plan(1, job_id="other", model_sha256=row.batch["sha256"], model_bytes=len(them.model))
+    other = them.plan_of_another_job("other", model_sha256=row.batch["sha256"], model_bytes=len(them.model))
     assert (await them.ask_contribute(other)).kind == "root"
     await gone(meeting)
     them.model = model
