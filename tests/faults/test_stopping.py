@@ -70,6 +70,7 @@ async def test_a_stop_is_not_lost_when_the_stream_breaks_at_the_same_time(moment
         introduction=federation_pb2.JoinRequest,
         aggregator_key="",
         accept=lambda _: None,
+        signed_heads=lambda _: [],
         config=SimpleNamespace(server=SimpleNamespace(address="nowhere"), state_dir=tmp_path),
         fingerprint=dict,
         check_certificate=lambda: None,
