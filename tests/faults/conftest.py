@@ -143,7 +143,9 @@ class Pair:
         assert [event.time for event in events] == sorted(event.time for event in events)
         submitted = JobRow(
             **{name: getattr(row, name) for name in ("job_id", "request_id", "owner", "display_name", "kind")},
-            **{name: getattr(row, name) for name in ("spec", "spec_digest", "priority", "max_attempts")},
+            **{
+                name: getattr(row, name) for name in ("spec", "spec_digest", "signed_order", "priority", "max_attempts")
+            },
             created_at=row.created_at,
             deadline_at=row.deadline_at,
         )
