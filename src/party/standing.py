@@ -194,7 +194,7 @@ class Acceptance:
             return
         try:
             text = json.dumps(self._home.fingerprint(), indent=1, sort_keys=True) + "\n"
-            write_over(self._path, text.encode(), secret=False)
+            write_over(self._path, text.encode(), secret=True)
         except OSError as error:  # then it is noted the next time
             LOG.warning("that this party was accepted cannot be noted: %s", error.strerror)
 

@@ -345,6 +345,7 @@ def test_nothing_is_kept_of_what_the_aggregator_of_the_kit_did_not_sign(
     operator = SigningKey.generate()
     _, roster = load_roster(kit / "roster.json")
     other = replace(roster, aggregator_verify_key=SigningKey.generate().verify_key)
+    (kit / "roster.json").unlink()
     save_roster(kit / "roster.json", sign_roster(other, operator), operator_verify_key=operator.verify_key)
     address = trained.federation.address
     code, _, err = node.run("--kit", kit, "--address", address, "--out", folder, "--job", trained.job_id)

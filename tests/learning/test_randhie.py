@@ -131,13 +131,13 @@ def source(name: str) -> DeterministicEntropy:
 
 
 def test_central_baselines_learn() -> None:
-    """Without privacy and with DP-SGD at the demonstration's noise, well above what chance and a constant give."""
+    """Without privacy and with DP-SGD at the demonstration's noise, well above what chance and a constant give: after a
+    fifth of the demonstration's rounds already."""
     data, holdout = parts(DEMO.parties)
     local = DEMO.local_training(noise_multiplier=2.77)
-    private = pooled_training(
-        local, rounds=DEMO.rounds, parties=DEMO.parties, learning_rate=DEMO.central_dp_learning_rate
-    )
-    assert private.steps == DEMO.rounds * local.steps
+    rounds = DEMO.rounds // 5
+    private = pooled_training(local, rounds=rounds, parties=DEMO.parties, learning_rate=DEMO.central_dp_learning_rate)
+    assert private.steps == rounds * local.steps
     assert private.expected_batch == pytest.approx(DEMO.parties * local.expected_batch)
     assert (private.sampling_rate, private.noise_multiplier) == (local.sampling_rate, local.noise_multiplier)
     result = central(
