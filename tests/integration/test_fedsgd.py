@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -20,6 +20,15 @@ from src.protocol.roster import AGGREGATOR, load_roster
 ROUNDS, TARGET_EPSILON = 3, 3.0
 PARTIES = ("a", "b", "c")
 STEP: dict[str, Any] = {"sampling_rate": 0.1, "learning_rate": 4.0, "epsilon": TARGET_EPSILON}
+
+
+@pytest.fixture(scope="module")
+def federation(make_federation: Callable[..., Any]) -> Iterator[Any]:
+    """One of its own: what a row spends under fedsgd is finite up to about 33, whatever limit it has."""
+    loud = dict.fromkeys((AGGREGATOR, *PARTIES), {"SOTTO__LOGGING__LEVEL": "DEBUG"})
+    made = make_federation(parties=PARTIES, settings=loud)
+    yield made
+    made.close()
 
 
 @pytest.fixture(scope="module")
