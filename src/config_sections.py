@@ -356,7 +356,8 @@ class PartyPolicy(Section):
 
     allow_plaintext_scheme: bool = setting(False, "true takes part in rounds without encryption")
     allow_trusted_aggregator: bool = setting(
-        False, "true gives the aggregator exact sums of gradients, which it alone adds noise to; see budgets.against"
+        False,
+        "true takes part in fedsgd with noise by the aggregator alone, or a key that it holds; see budgets.against",
     )
     allow_unsigned_jobs: bool = setting(
         False, "true takes part in jobs that no scientist of the roster signed: the aggregator can then make up any"

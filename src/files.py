@@ -22,8 +22,8 @@ SECRET_MODE: Final = 0o600
 PUBLIC_MODE: Final = 0o644
 DIRECTORY_MODE: Final = 0o700
 _OTHERS_WRITE: Final = stat.S_IWGRP | stat.S_IWOTH
-_OF_A_ROLE: Final = re.compile(
-    r"[a-z]+\.sqlite([.-].*)?|blobs|work|(private|public)_key\.json|signing\.key|aggregator\.json|address|\..*"
+OF_A_ROLE: Final = re.compile(
+    r"[a-z]+\.sqlite([.-].*)?|blobs|work|(private|public)_key\.json|signing\.key|accepted\.json|aggregator\.json|address|\..*"
 )
 """What a role's state directory may hold. Whatever else lies there says that it is not for a role alone."""
 _NO_LINKS: Final = {errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK}
@@ -180,7 +180,7 @@ def open_state_directory(path: Path) -> list[str]:
 def _make_private(path: Path, mode: int) -> None:
     """Raises ConfigError where the directory is shared on purpose, or not this user's to change."""
     advice = "name a directory inside it, which is made private"
-    others = next((entry.name for entry in path.iterdir() if not _OF_A_ROLE.fullmatch(entry.name)), None)
+    others = next((entry.name for entry in path.iterdir() if not OF_A_ROLE.fullmatch(entry.name)), None)
     if mode & stat.S_ISVTX or others is not None:
         why = "is shared by everybody" if others is None else f"holds other things too ({others})"
         raise _unusable(path, f"can be written to by others than its owner (mode {mode:04o}) and {why}: {advice}")

@@ -140,6 +140,12 @@ def _check_policy(plan: RoundPlan, config: PartyConfig) -> None:
             "this party gives no aggregator the exact sum of its gradients (policy.allow_trusted_aggregator): the plan "
             "has all the noise drawn by the aggregator, which calls itself trusted"
         )
+    opens_alone = plan.gradient_sum is not None and plan.custody == "aggregator" and plan.scheme != "plaintext"
+    if opens_alone and config.name in plan.cohort and not policy.allow_trusted_aggregator:
+        raise PolicyError(
+            "this party gives no aggregator its gradients under a key that the aggregator holds "
+            "(policy.allow_trusted_aggregator): opened by themselves they have one noise share, not those of a sum"
+        )
     if plan.custody != config.keys.custody:
         raise PolicyError(f"this party's keys.custody is {config.keys.custody}, the plan's is {plan.custody}")
     if plan.quorum < policy.min_quorum:

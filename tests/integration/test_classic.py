@@ -17,6 +17,7 @@ from src.client import SottoClient
 from src.communication.generated import jobs_pb2
 from src.communication.identity import Identity
 from src.errors import StateError
+from src.files import OF_A_ROLE
 from src.jobs.spec import FederatedTrainingSpec, LocalTraining
 from src.protocol.keyring import load_private_key
 
@@ -127,6 +128,10 @@ def test_what_the_roles_have_made_is_their_owners_alone_though_no_umask_said_so(
     assert {"aggregator/aggregator.sqlite-wal", "party-a/party.sqlite", "aggregator/work"} <= set(modes)
     public = {"address", "aggregator/public_key.json"}
     assert {name: oct(mode) for name, mode in modes.items() if mode & 0o077 and name not in public} == {}
+    # And nothing lies there that is taken for somebody else's: such a directory would not be made private.
+    names = {path.name for role in classic.state.iterdir() if role.is_dir() for path in role.iterdir()}
+    assert {"accepted.json", "party.sqlite", "aggregator.sqlite"} <= names
+    assert {name for name in names if not OF_A_ROLE.fullmatch(name)} == set()
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells what is dumped")

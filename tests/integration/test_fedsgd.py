@@ -25,7 +25,7 @@ STEP: dict[str, Any] = {"sampling_rate": 0.1, "learning_rate": 4.0, "epsilon": T
 @pytest.fixture(scope="module")
 def federation(make_federation: Callable[..., Any]) -> Iterator[Any]:
     """One of its own: what a row spends under fedsgd is finite up to about 33, whatever limit it has."""
-    loud = dict.fromkeys((AGGREGATOR, *PARTIES), {"SOTTO__LOGGING__LEVEL": "DEBUG"})
+    loud = {name: {"SOTTO__LOGGING__LEVEL": "DEBUG"} for name in (AGGREGATOR, *PARTIES)}
     made = make_federation(parties=PARTIES, settings=loud)
     yield made
     made.close()

@@ -72,6 +72,29 @@ def test_an_aggregator_that_calls_itself_trusted_is_no_trusted_one_to_a_party_th
         check(make_sum_plan(noise_by="aggregator"))
 
 
+def test_an_aggregator_that_holds_the_key_is_a_trusted_one(
+    keys: dict[str, SigningKey],
+    roster: Roster,
+    make_config: MakeConfig,
+    make_sum_plan: MakePlan,
+    scheme: Scheme,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """It can open what a party contributed by itself, in which there is one share of the noise."""
+    monkeypatch.setattr(type(scheme), "name", "paillier")
+    plan = replace(make_sum_plan(), custody="aggregator", scheme="paillier")
+    roster = replace(roster, custody="aggregator", threshold=0, colluders=0)
+    signed = keys["aggregator"].sign("plan", plan.to_statement(), signer="aggregator")
+
+    def check(**policy: bool) -> None:
+        config = make_config(keys={"custody": "aggregator"}, policy=policy)
+        check_plan(signed, roster, config=config, scheme=scheme, pinned=False)
+
+    with pytest.raises(PolicyError, match=r"a key that the aggregator holds.*allow_trusted_aggregator"):
+        check()
+    check(allow_trusted_aggregator=True)
+
+
 REFUSED: list[tuple[str, Callable[[RoundPlan], RoundPlan], str]] = [
     ("strategy fedavg under the numbers of fedsgd", lambda p: replace(p, gradient_sum=None), "does not follow"),
     ("several steps", lambda p: replace(p, local=replace(p.local, steps=2)), "local.steps"),
