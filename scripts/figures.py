@@ -86,6 +86,7 @@ def _central(task: Any, setting: Setting) -> float:
     from src.learning.flatten import model_to_tensors
     from src.learning.task import loss_of
     from src.learning.tasks.randhie import DEMO
+    from src.learning.together import sums_together
 
     parties, holdout = _data(task, setting.seed)
     config = replace(
@@ -96,7 +97,8 @@ def _central(task: Any, setting: Setting) -> float:
     )
     model = task.build_model(setting.seed)
     entropy = _entropy("central", setting)
-    train_dpsgd(model, pool(list(parties.values())), loss=loss_of(task), config=config, entropy=entropy)
+    rows = pool(list(parties.values()))
+    train_dpsgd(model, rows, loss=loss_of(task), config=config, entropy=entropy, sums_of=sums_together)
     return evaluate(task, model_to_tensors(model), holdout)["auc"]
 
 

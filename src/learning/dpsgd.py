@@ -19,14 +19,20 @@ from numpy.typing import NDArray
 from ..privacy.entropy import Entropy
 from ..privacy.normals import secure_normals
 from ..privacy.sampling import poisson_sample
-from .per_example import ClippedSums
+from .per_example import ClippedSums, SumsOf
 from .settings import LocalTraining
 from .task import Dataset, Loss
 from .trial import checked_losses
 
 
 def train_dpsgd(
-    model: torch.nn.Module, dataset: Dataset, *, loss: Loss, config: LocalTraining, entropy: Entropy
+    model: torch.nn.Module,
+    dataset: Dataset,
+    *,
+    loss: Loss,
+    config: LocalTraining,
+    entropy: Entropy,
+    sums_of: SumsOf = ClippedSums,
 ) -> None:
     """Train `model` in place with DP-SGD: `config.steps` steps of SGD on clipped, noised gradients.
 
@@ -38,6 +44,7 @@ def train_dpsgd(
         model: float32, trained in float64 and rounded at the end; buffers stay as they are.
         dataset: private rows.
         loss: one loss for each example, shape (n,).
+        sums_of: what adds up gradients. What is not the default one protects nobody: for public rows.
 
     Raises:
         InvalidInput: DP-SGD cannot train this model (it mixes examples, as batch normalisation does), or `loss` does
@@ -45,7 +52,7 @@ def train_dpsgd(
     """
     working = copy.deepcopy(model).double().train()  # what is left behind (un-noised sums) dies with the copy
     trainable = [parameter for parameter in working.parameters() if parameter.requires_grad]
-    sums = ClippedSums(working, dataset, loss=loss, parameters=trainable, max_grad_norm=config.max_grad_norm)
+    sums = sums_of(working, dataset, loss=loss, parameters=trainable, max_grad_norm=config.max_grad_norm)
     optimizer = torch.optim.SGD(trainable, lr=config.learning_rate, momentum=config.momentum)
     for chosen in _samples(dataset, config, entropy):
         noised = noised_sum(sums.over(dataset, chosen), config.noise_multiplier * config.max_grad_norm, entropy=entropy)

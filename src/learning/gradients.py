@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from .per_example import ClippedSums
+from .per_example import ClippedSums, SumsOf
 from .task import Dataset, Loss
 
 
@@ -21,6 +21,7 @@ def clipped_gradient_sum(
     loss: Loss,
     max_grad_norm: float,
     padded_to: int = 0,
+    sums_of: SumsOf = ClippedSums,
 ) -> NDArray[np.float64]:
     """Σ of the gradients of the chosen examples, each scaled down to L2 norm `max_grad_norm` at most.
 
@@ -35,6 +36,7 @@ def clipped_gradient_sum(
         max_grad_norm: C, at least `privacy.clipping.MIN_NORM`.
         padded_to: rows to compute at least, with public ones that count for nothing, so that neither the time taken nor
             the shapes at work tell how many were chosen.
+        sums_of: what adds up gradients. What is not the default one protects nobody: for public rows.
 
     Returns:
         shape (d,), float64: trainable parameters in the order of their names, as `flatten` has them.
@@ -46,5 +48,5 @@ def clipped_gradient_sum(
     working = copy.deepcopy(model).double().train()  # what is left behind dies with the copy
     named = sorted((name, p) for name, p in working.named_parameters() if p.requires_grad)
     parameters = [parameter for _, parameter in named]
-    sums = ClippedSums(working, dataset, loss=loss, parameters=parameters, max_grad_norm=max_grad_norm)
+    sums = sums_of(working, dataset, loss=loss, parameters=parameters, max_grad_norm=max_grad_norm)
     return cast("NDArray[np.float64]", sums.over(dataset, chosen, padded_to=max(1, padded_to)).numpy())

@@ -45,6 +45,28 @@ _CHUNK_BYTES: Final = 1 << 27
 """Rows that are read at a time: so many, or as many as fit 128 MiB."""
 
 
+class Sums(Protocol):
+    """Computes sums of clipped gradients of one model, with its parameters as they are at each call."""
+
+    def over(self, dataset: Dataset, chosen: NDArray[np.int64], *, padded_to: int = 0) -> torch.Tensor:
+        """Σ over the chosen examples, each scaled down to the bound at most; shape (size,), float64."""
+        ...
+
+
+class SumsOf(Protocol):
+    """Makes them; `ClippedSums` is the only one that protects a row."""
+
+    def __call__(
+        self,
+        model: torch.nn.Module,
+        rows: Dataset,
+        *,
+        loss: Loss,
+        parameters: Sequence[torch.nn.Parameter],
+        max_grad_norm: float,
+    ) -> Sums: ...
+
+
 class ClippedSums:
     """Computes sums of clipped per-example gradients of one model, with its parameters as they are at each call.
 

@@ -3,7 +3,7 @@
 `simulate` computes what a real job of `fedavg` computes up to the rounding of encoded updates: local DP-SGD, clipping
 of each party's update, Gaussian noise on the sum, the server optimizer. `simulate_fedsgd` computes the very integers of
 a job of `fedsgd`: those that a scheme without encryption sums, and Paillier opens. Neither accounts for anything or
-protects anybody.
+protects anybody: rows are public, and go through the model together.
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ from .gradients import clipped_gradient_sum
 from .server_optimizer import ServerOptimizer
 from .settings import LocalTraining
 from .task import Dataset, Task, loss_of
+from .together import sums_together
 
 OnRound = Callable[[int, dict[str, float]], None]
 
@@ -88,7 +89,7 @@ def simulate(
         for data in parties:
             model = task.build_model(seed)
             load_tensors(model, unflatten(parameters, signature))
-            train_dpsgd(model, data, loss=loss_of(task), config=settings.local, entropy=entropy)
+            train_dpsgd(model, data, loss=loss_of(task), config=settings.local, entropy=entropy, sums_of=sums_together)
             total += clip(flatten(model_to_tensors(model))[0] - parameters, settings.clipping_norm)
         parameters, state = settings.server.step(parameters, total / len(parties), state=state)
         history.append(evaluate(task, unflatten(parameters, signature), holdout))
@@ -190,7 +191,12 @@ def simulate_fedsgd(
         for data in parties.values():
             chosen = poisson_sample(len(data), sampling_rate=settings.sampling_rate, entropy=entropy)
             gradients = clipped_gradient_sum(
-                model, data, chosen, loss=loss_of(task), max_grad_norm=settings.max_grad_norm
+                model,
+                data,
+                chosen,
+                loss=loss_of(task),
+                max_grad_norm=settings.max_grad_norm,
+                sums_of=sums_together,
             )
             total += round_to_nearest(project(gradients, derived.contribution_norm), resolution_bits=bits)
             total += discrete_gaussian(derived.noise_plan.share_sigma2, len(parameters), entropy=entropy)
