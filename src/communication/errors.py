@@ -64,11 +64,14 @@ _WITHOUT_DETAILS: Final[dict[grpc.StatusCode, type[SottoError]]] = {
     grpc.StatusCode.FAILED_PRECONDITION: Refused,
     grpc.StatusCode.UNIMPLEMENTED: VersionError,
     grpc.StatusCode.UNAVAILABLE: UnavailableError,
+    grpc.StatusCode.INTERNAL: UnavailableError,
 }
-"""What a status means that no servant of ours wrote: the channel's own, or another server's."""
+"""What a status means that no servant of ours wrote: the channel's own, or another server's. INTERNAL is what gRPC says
+where a stream breaks off, now and then also where a server had refused it in the middle of an upload."""
 
 _VERBS: Final = {
     grpc.StatusCode.UNAVAILABLE: "cannot be reached",
+    grpc.StatusCode.INTERNAL: "broke the call off",
     grpc.StatusCode.DEADLINE_EXCEEDED: "did not answer in time",
     grpc.StatusCode.UNIMPLEMENTED: "does not know this method",
 }

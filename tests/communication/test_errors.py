@@ -134,16 +134,21 @@ async def test_a_server_that_ends_an_upload_early_says_why(plain: Any, party: gr
         while True:
             yield federation_pb2.UploadUpdateRequest(body=b"x" * 1000)
 
-    with pytest.raises(Refused, match="the round is over"):
+    async def iterated() -> None:
         await stub.UploadUpdate(endless(), timeout=60)
-    call: Any = stub.UploadUpdate(timeout=60)  # type: ignore[call-arg]  # the stubs know one of the two ways
 
-    async def write_on() -> None:
+    async def written() -> None:
+        call: Any = stub.UploadUpdate(timeout=60)  # type: ignore[call-arg]  # the stubs know one of the two ways
         while True:
             await call.write(federation_pb2.UploadUpdateRequest(body=b"x" * 1000))
 
-    with pytest.raises(Refused, match="the round is over"):
-        await write_on()
+    for upload in (iterated, written):
+        for _ in range(20):  # gRPC may lose a status that meets a message on its way; who is told so asks again
+            with pytest.raises((Refused, UnavailableError)) as caught:
+                await upload()
+            if not caught.errisinstance(UnavailableError):
+                break
+        assert str(caught.value) == "the round is over"
 
 
 async def test_an_error_in_the_caller_s_own_request_iterator_is_what_the_caller_sees(
@@ -244,6 +249,7 @@ async def test_the_largest_status_arrives(plain: Any, scientist: grpc.aio.Channe
     ("code", "cls"),
     [
         (grpc.StatusCode.UNAVAILABLE, UnavailableError),
+        (grpc.StatusCode.INTERNAL, UnavailableError),
         (grpc.StatusCode.DEADLINE_EXCEEDED, DeadlineError),
         (grpc.StatusCode.CANCELLED, AbandonedError),
         (grpc.StatusCode.UNKNOWN, SottoError),
