@@ -105,6 +105,7 @@ def _central(task: Any, setting: Setting) -> float:
 def _fedsgd(task: Any, setting: Setting) -> float:
     from src.learning.simulate import SumSettings, simulate_fedsgd
     from src.learning.tasks.randhie import DEMO
+    from src.learning.together import sums_together
     from src.privacy.accounting import calibrate_sampled_sum
     from src.protocol.derive import failure_probability
 
@@ -127,7 +128,13 @@ def _fedsgd(task: Any, setting: Setting) -> float:
         declared_rows=dict.fromkeys(parties, DEMO.declared_rows),
     )
     history = simulate_fedsgd(
-        task, parties, holdout=holdout, settings=settings, seed=setting.seed, entropy=_entropy("fedsgd", setting)
+        task,
+        parties,
+        holdout=holdout,
+        settings=settings,
+        seed=setting.seed,
+        entropy=_entropy("fedsgd", setting),
+        sums_of=sums_together,
     )
     return history[-1]["auc"]
 

@@ -98,7 +98,7 @@ class ClippedSums:
         self._bound = max_grad_norm * CLIPPING_MARGIN
         shape = rows.features.shape[1:]
         self._filler = try_out(model, loss, list(parameters), shape=shape, label_dtype=rows.labels.dtype)
-        self._buffers = _Buffers(model)
+        self._tensors = _Tensors(model)
         self._source: _Source
         if _is_chain(model, loss, self._filler):
             self._source = _LinearLayers(model, loss, list(parameters))
@@ -130,6 +130,7 @@ class ClippedSums:
         self, dataset: Dataset, chosen: NDArray[np.int64], *, padded_to: int
     ) -> Iterator[tuple[torch.Tensor, NDArray[np.bool_]]]:
         """The sum over each chunk, shape (size,), and which of its chosen rows it is of."""
+        self._tensors.keep()
         end = max(len(chosen), padded_to)
         for start in range(0, end, self._chunk):
             part = chosen[start : start + self._chunk]
@@ -166,7 +167,7 @@ class ClippedSums:
         try:
             return self._source.of_row(features.clone(), labels.clone())
         finally:
-            self._buffers.restore()
+            self._tensors.restore()
 
 
 def rows_that_count(model: torch.nn.Module, dataset: Dataset, *, loss: Loss) -> NDArray[np.bool_]:
@@ -306,8 +307,8 @@ class _LinearLayers:
     def _record(self, layer: torch.nn.Module, inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> torch.Tensor:
         if layer in self._calls or inputs[0].ndim != 2 or len(inputs[0]) != 1:
             raise InvalidInput("a linear layer was called in another way than on public rows")
-        # Nobody writes into an input afterwards: torch could not differentiate that, and the trial would have failed.
-        call = self._calls[layer] = _Call(inputs[0].detach(), torch.zeros_like(output, requires_grad=True))
+        # A copy: the model may have computed it in a space of its own, where the next row comes.
+        call = self._calls[layer] = _Call(inputs[0].detach().clone(), torch.zeros_like(output, requires_grad=True))
         return output + call.probe
 
 
@@ -364,11 +365,17 @@ class _Total:
         return self._sum + self._lost
 
 
-class _Buffers:
-    """What a model keeps beside its parameters is for each row what it was for the first."""
+class _Tensors:
+    """A model's parameters and buffers are for each row what they were for the first."""
 
     def __init__(self, model: torch.nn.Module) -> None:
-        self._kept = [(value, value.clone()) for value in model.buffers()]
+        self._model = model
+        self.keep()
+
+    def keep(self) -> None:
+        """As they are now: a step has changed them, say."""
+        tensors = (*self._model.parameters(), *self._model.buffers())
+        self._kept = [(value, value.detach().clone()) for value in tensors]
         self._versions = [value._version for value, _ in self._kept]
 
     def restore(self) -> None:

@@ -3,7 +3,7 @@
 `simulate` computes what a real job of `fedavg` computes up to the rounding of encoded updates: local DP-SGD, clipping
 of each party's update, Gaussian noise on the sum, the server optimizer. `simulate_fedsgd` computes the very integers of
 a job of `fedsgd`: those that a scheme without encryption sums, and Paillier opens. Neither accounts for anything or
-protects anybody: rows are public, and go through the model together.
+protects anybody: rows are public, and may go through the model together.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ from .dpsgd import train_dpsgd
 from .evaluation import evaluate
 from .flatten import flatten, load_tensors, model_to_tensors, unflatten
 from .gradients import clipped_gradient_sum
+from .per_example import ClippedSums, SumsOf
 from .server_optimizer import ServerOptimizer
 from .settings import LocalTraining
 from .task import Dataset, Task, loss_of
@@ -170,8 +171,12 @@ def simulate_fedsgd(
     seed: int,
     entropy: Entropy,
     on_round: OnRound | None = None,
+    sums_of: SumsOf = ClippedSums,
 ) -> list[dict[str, float]]:
     """Metrics on `holdout` after each round of `fedsgd`; the arguments as in `simulate`, parties by name.
+
+    With `sums_of` `together.sums_together` it is tens of times as fast, and the integers are those of a job up to the
+    rounding of gradients.
 
     Raises:
         ConfigError: the parties are not those of `settings.declared_rows`.
@@ -196,7 +201,7 @@ def simulate_fedsgd(
                 chosen,
                 loss=loss_of(task),
                 max_grad_norm=settings.max_grad_norm,
-                sums_of=sums_together,
+                sums_of=sums_of,
             )
             total += round_to_nearest(project(gradients, derived.contribution_norm), resolution_bits=bits)
             total += discrete_gaussian(derived.noise_plan.share_sigma2, len(parameters), entropy=entropy)

@@ -1,9 +1,11 @@
 """A model and its loss, tried on public rows before a private one is looked at: is a row's gradient its own affair?
 
 What is computed of a row must depend on that row alone: not on the rows beside it, not on what was computed before, not
-on chance. In training each row is computed by itself (`per_example`), so nothing of this costs anybody their privacy;
+on chance. In training each row is computed by itself (`per_example`), so that rows beside it cost nobody their privacy;
 but a loss that standardises by the batch, or a model that drops the axis of rows, learns something else than its author
-believes, and is refused here, with the line where that can be found.
+believes, and is refused here, with the line where that can be found. What a task *keeps* of a row would reach the next
+one even so: it is refused where it is found (`kept`). A task that hides what it keeps is not found: it is code that its
+party trusts with the rows themselves.
 
 Rows and parameters are public numbers: what an aggregator sends has no say in what is found.
 """
@@ -27,6 +29,7 @@ import torch
 from torch.overrides import TorchFunctionMode
 
 from ..errors import InvalidInput
+from .kept import changed, state_of
 from .public_draws import public_normals, public_uniforms
 from .task import Loss
 
@@ -94,6 +97,7 @@ def try_out(
                         warnings.simplefilter("ignore")  # what torch has to say of one row says the error, if any
                         works = trial.run(rows)
                     if works:
+                        trial.keeps_nothing(shape, label_dtype)
                         return PublicRow(rows[0][:1].clone(), rows[1][:1].clone())
                 except InvalidInput:
                     raise
@@ -154,6 +158,22 @@ class _Trial:
         for count in COMPANIES:
             self._compare(rows, count, alone)
         return True
+
+    def keeps_nothing(self, shape: tuple[int, ...], label_dtype: np.dtype[Any]) -> None:
+        """Refuses a model or loss that holds, once other rows were computed, something else than before; what is made
+        once, with the first row of all, may stay."""
+        before = state_of(model=self._model, loss=self._loss)
+        for kind in _KINDS:
+            rows = _public_rows(kind, shape, label_dtype, others=True)
+            for row in range(_ROWS):
+                with contextlib.suppress(Exception):  # a label that is none of this task's, say
+                    self._of(rows, [row])
+        found = changed(before, state_of(model=self._model, loss=self._loss))
+        if found:
+            raise InvalidInput(
+                "DP-SGD cannot train this model: it keeps something of the rows that it computes, which the next row "
+                f"would meet ({', '.join(found[:3])}){self._somewhere()}"
+            )
 
     def _never_finite_alone(self, rows: tuple[torch.Tensor, torch.Tensor]) -> None:
         """Refuses what is a number for rows together and none for each by itself, as a deviation over the batch is."""
@@ -291,8 +311,13 @@ def _is_finite(found: tuple[torch.Tensor, torch.Tensor]) -> bool:
 
 
 def _refuse_layers(model: torch.nn.Module) -> None:
-    """By name, what is known to mix rows: a line of its own says what to take instead."""
+    """By name, what is known to mix rows, or to keep something of them: a line of its own says what to take instead."""
     for name, module in model.named_modules():
+        if getattr(module, "max_norm", None) is not None:
+            raise InvalidInput(
+                f"DP-SGD cannot train this model: {type(module).__name__} ({name or 'the model'}) with max_norm "
+                "changes its weights by the rows that it sees, without noise; leave max_norm out"
+            )
         if isinstance(module, torch.nn.modules.batchnorm._BatchNorm):
             raise InvalidInput(
                 f"DP-SGD cannot train this model: {type(module).__name__} ({name or 'the model'}) mixes the rows of a "
@@ -307,16 +332,23 @@ def _drops(module: torch.nn.Module) -> bool:
     return isinstance(share, float) and share > 0.0
 
 
-def _public_rows(kind: str, shape: tuple[int, ...], label_dtype: np.dtype[Any]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Features, float64 of shape (rows, …), and labels, shape (rows,): whole numbers 0 and 1, or any numbers."""
-    values = _ROWS * math.prod(shape)
+def _public_rows(
+    kind: str, shape: tuple[int, ...], label_dtype: np.dtype[Any], *, others: bool = False
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Features, float64 of shape (rows, …), and labels, shape (rows,): whole numbers 0 and 1, or any numbers.
+    `others`: rows of other values, and whole numbers up to 5."""
+    values, name = _ROWS * math.prod(shape), "trial/others" if others else "trial/features"
     if kind == "normal":
-        features = public_normals(values, "trial/features")
+        features = public_normals(values, name)
     else:
-        features = np.round(public_uniforms(values, "trial/features")) * (kind == "binary")
-    labels = np.array([0, 1, 1, 0, 1]) * (kind != "blank")
+        features = np.round(public_uniforms(values, name)) * (kind == "binary")
+    labels = np.array([5, 2, 3, 4, 1] if others else [0, 1, 1, 0, 1]) * (kind != "blank")
     if label_dtype.kind == "f":
-        labels = labels + (public_normals(_ROWS, "trial/labels") if kind == "normal" else np.zeros(_ROWS))
+        labels = labels + (
+            public_normals(_ROWS, "trial/other labels" if others else "trial/labels")
+            if kind == "normal"
+            else np.zeros(_ROWS)
+        )
     wide = np.float64 if label_dtype.kind == "f" else label_dtype
     return torch.from_numpy(features.reshape(_ROWS, *shape)), torch.from_numpy(labels.astype(wide))
 

@@ -16,6 +16,7 @@ from src.learning.per_example import CLIPPING_MARGIN
 from src.learning.simulate import SumSettings, simulate_fedsgd
 from src.learning.task import Dataset, default_loss, find_task
 from src.privacy.entropy import DeterministicEntropy
+from tests.learning.notes import note, noted
 
 MakeData = Callable[..., Dataset]
 
@@ -80,16 +81,16 @@ def test_blank_rows_make_up_the_numbers_and_count_for_nothing(data: MakeData) ->
 @pytest.mark.parametrize("padded_to", [1, 64, 129])
 def test_as_much_is_computed_for_an_empty_batch_as_for_a_full_one(data: MakeData, padded_to: int) -> None:
     """And for a party with no row at all."""
+
+    def loss(outputs: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        note(tuple(outputs.shape))
+        return default_loss(outputs, labels)
+
     found = []
     for rows, count in ((data(200), 0), (data(200), 1), (data(200), padded_to), (data(0), 0)):
-        shapes: list[tuple[int, ...]] = []
-
-        def loss(outputs: torch.Tensor, labels: torch.Tensor, shapes: list[tuple[int, ...]] = shapes) -> torch.Tensor:
-            shapes.append(tuple(outputs.shape))
-            return default_loss(outputs, labels)
-
+        noted()
         clipped_gradient_sum(make_model(), rows, np.arange(count), loss=loss, max_grad_norm=1.0, padded_to=padded_to)
-        found.append(shapes)
+        found.append(noted())
     assert found[0][-padded_to:] == [(1, 1)] * padded_to
     assert found == [found[0]] * 4
 

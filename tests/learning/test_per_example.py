@@ -26,6 +26,7 @@ from src.learning.subnormals import flushed_subnormals
 from src.learning.task import Dataset, default_loss
 from src.privacy.clipping import MIN_NORM
 from src.privacy.entropy import DeterministicEntropy, SystemEntropy
+from tests.learning.notes import note, noted
 
 Build = Callable[[], torch.nn.Module]
 Vector = NDArray[np.float64]
@@ -271,17 +272,18 @@ def test_every_row_takes_one_pass_and_one_that_fails_another(build: Build) -> No
     """A chunk with a failing row used to be computed row by row, which took nine times as long, and told of it."""
     good = rows_of(np.random.default_rng(3).normal(size=(300, 4)))
     passes = []
+
+    def loss(outputs: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        note(len(labels))
+        return torch.as_tensor(fails_beyond(5)(outputs, labels))
+
     for label in (0, 7):
         labels = np.zeros(300, np.int64)
         labels[5] = label
-        seen: list[int] = []
-
-        def loss(outputs: torch.Tensor, labels: torch.Tensor, seen: list[int] = seen) -> torch.Tensor:
-            seen.append(len(labels))
-            return torch.as_tensor(fails_beyond(5)(outputs, labels))
-
+        noted()
         dataset = rows_of(good.features, labels)
         clipped_gradient_sum(build(), dataset, np.arange(300), loss=loss, max_grad_norm=1.0, padded_to=320)
+        seen = noted()
         assert set(seen[-320:]) == {1}
         passes.append(len(seen))
     assert passes[1] == passes[0] + 1
@@ -410,10 +412,10 @@ def test_a_row_that_is_not_finite_adds_nothing_and_no_model_or_loss_ever_sees_it
     known = np.arange(6) % 2 * 1.0
     with_it = rows_of(np.insert(others, 2, features, axis=0), np.insert(known, 2, label))
 
-    seen: list[bool] = []
+    noted()
 
     def loss(outputs: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-        seen.append(bool(torch.isfinite(outputs).all() and torch.isfinite(labels).all()))
+        note(bool(torch.isfinite(outputs).all() and torch.isfinite(labels).all()))
         return default_loss(outputs, labels)
 
     for run in (summed, moved):
@@ -421,6 +423,7 @@ def test_a_row_that_is_not_finite_adds_nothing_and_no_model_or_loss_ever_sees_it
         np.testing.assert_allclose(found, without, rtol=1e-6, atol=1e-7)
     alone = rows_of([features], [label])
     assert not summed(model, alone, 0.5, loss).any()
+    seen = noted()
     assert seen
     assert all(seen)
 

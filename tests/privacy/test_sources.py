@@ -158,11 +158,12 @@ EXEMPT = {
 
 OURS = {
     "encryption/keys.py": {".integers"},
+    "learning/kept.py": {"random", "random.Random", "numpy.random", "numpy.random.Generator", "torch.Generator"},
     "learning/trial.py": {"torch.get_rng_state", "torch.set_rng_state"},
     "party/node.py": {".SystemRandom"},
 }
-"""Names that a file has for something else: numbers that are read from JSON; finding out whether a model draws; the
-operating system's own generator, of which a sample is asked."""
+"""Names that a file has for something else: numbers that are read from JSON; finding out whether a model draws, and
+whether it keeps generators; the operating system's own generator, of which a sample is asked."""
 
 FILES = sorted(path for path in SRC.rglob("*.py") if path.relative_to(SRC).as_posix() not in EXEMPT)
 

@@ -50,7 +50,8 @@ MARKERS: Final = np.array(
 
 _noted: set[str] = set()
 _noted_parts: list[None] = []
-"""One entry for each of them; both begin anew with each training."""
+_noted_calls: list[None] = []
+"""One entry for each of them; all begin anew with each training."""
 
 
 def note(kind: str, values: Any) -> None:
@@ -145,7 +146,6 @@ class PlantedTask:
 
     def __init__(self) -> None:
         self._fail = ""
-        self._calls = 0
 
     def build_model(self, seed: int) -> torch.nn.Module:
         """3 → 2; its outputs are logits."""
@@ -162,6 +162,7 @@ class PlantedTask:
         self._fail = str(options.get("fail") or "") if mine else ""
         _noted.clear()
         _noted_parts.clear()
+        _noted_calls.clear()
         note("rows", MARKERS)
         note("rows", [SECRET])
         note("count", [ROWS, LABEL])
@@ -179,14 +180,15 @@ class PlantedTask:
     def loss(self, outputs: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         """Cross entropy, but for bad rows."""
         losses = default_loss(outputs, labels)
-        self._calls += 1
-        if self._calls <= NOTED_CALLS:
-            self._note(losses, outputs)
+        self._note(losses, outputs)
         if self._fail and (labels == LABEL).any():
             FAILURES[self._fail]("a bad row")
         return losses
 
     def _note(self, losses: torch.Tensor, outputs: torch.Tensor) -> None:
+        _noted_calls.append(None)  # not in the task itself: what keeps something between two rows is refused
+        if len(_noted_calls) > NOTED_CALLS:
+            return
         found = losses.detach().numpy()
         note("values", np.unique(found))
         note("values", np.unique(outputs.detach().numpy()))

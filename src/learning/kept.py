@@ -1,0 +1,135 @@
+"""What a model and a loss hold between two calls: whether computing rows changes it.
+
+A row's gradient is a function of that row and the model alone as long as nothing of one row is there when the next one
+is computed. Parameters, buffers, attributes, containers, generators and closures are looked at, and what a loss's own
+function names of its module; not what is hidden deeper, which only its author knows.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import random
+import types
+from collections import deque
+from collections.abc import Iterator, Mapping
+from typing import Any, Final
+
+import numpy as np
+import torch
+
+_MOST: Final = 100_000
+"""Values that are looked at; a task that holds more is looked at as far as that."""
+_WHOLE_BYTES: Final = 1 << 26
+"""Of an array up to this size every byte counts, of a larger one its ends."""
+_PLAIN: Final = (bool, int, float, complex, str, bytes, type(None))
+_NOTHING: Final = (type, types.ModuleType, types.BuiltinFunctionType, torch.dtype, torch.device)
+
+
+_CONTAINERS: Final = (dict, list, set, deque, torch.Tensor, np.ndarray)
+
+
+def state_of(**roots: Any) -> dict[str, str]:
+    """What is reachable from each root, by its path (`loss.seen[2]`), as something that can be compared."""
+    found: dict[str, str] = {}
+    seen: set[int] = set()
+    waiting: deque[tuple[str, Any]] = deque(roots.items())
+    while waiting and len(found) < _MOST:
+        path, value = waiting.popleft()
+        if isinstance(value, _PLAIN):
+            found[path] = repr(value)
+            continue
+        if isinstance(value, _NOTHING) or id(value) in seen:
+            continue
+        seen.add(id(value))
+        summary = _summary(value)
+        if summary is not None:
+            found[path] = summary
+        else:
+            waiting.extend(_parts(path, value))
+            if isinstance(value, Mapping | list | tuple | set | frozenset | deque):
+                found[path] = f"{len(value)} items"
+    return found
+
+
+def changed(before: Mapping[str, str], after: Mapping[str, str]) -> list[str]:
+    """Paths of what is not what it was, shortest first: where something was added, what it was added to."""
+    differ = {path for path in before.keys() | after.keys() if before.get(path) != after.get(path)}
+    return sorted(differ, key=lambda path: (len(path), path))
+
+
+def _summary(value: Any) -> str | None:
+    """Of what is looked at as a whole; None for what has parts."""
+    if isinstance(value, torch.Tensor):
+        return _bytes_of(value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy(), tuple(value.shape))
+    if isinstance(value, np.ndarray):
+        return _bytes_of(np.frombuffer(value.tobytes(), np.uint8), value.shape)
+    if isinstance(value, torch.Generator):
+        return _bytes_of(value.get_state().numpy(), ())
+    if isinstance(value, np.random.Generator):
+        return repr(value.bit_generator.state)
+    if isinstance(value, random.Random):
+        return repr(value.getstate())
+    return None
+
+
+def _bytes_of(values: np.ndarray[Any, Any], shape: tuple[int, ...]) -> str:
+    whole = values if values.nbytes <= _WHOLE_BYTES else np.concatenate([values[: 1 << 20], values[-(1 << 20) :]])
+    return f"{shape} {hashlib.sha256(whole.tobytes()).hexdigest()}"
+
+
+def _parts(path: str, value: Any) -> Iterator[tuple[str, Any]]:
+    if isinstance(value, Mapping):
+        yield from ((f"{path}[{_name(key)}]", each) for key, each in value.items())
+    elif isinstance(value, list | tuple | deque):
+        yield from ((f"{path}[{number}]", each) for number, each in enumerate(value))
+    elif isinstance(value, functools.partial):
+        yield from ((f"{path}.{name}", getattr(value, name)) for name in ("func", "args", "keywords"))
+    elif isinstance(value, types.MethodType):
+        yield from ((path, each) for each in (value.__self__, value.__func__))
+    elif isinstance(value, types.FunctionType):
+        yield from _of_function(path, value)
+    elif isinstance(value, torch.nn.Module):
+        for kind in (value._parameters, value._buffers, value._modules):
+            yield from ((f"{path}.{name}", each) for name, each in kind.items())
+        own = {name: each for name, each in vars(value).items() if name not in _OF_MODULES and "hook" not in name}
+        yield from ((f"{path}.{name}", each) for name, each in own.items())
+        yield from _of_class(path, value)
+    else:
+        yield from ((f"{path}.{name}", each) for name, each in getattr(value, "__dict__", {}).items())
+        yield from _of_class(path, value)
+        slots = [name for kind in type(value).__mro__ for name in getattr(kind, "__slots__", ())]
+        yield from ((f"{path}.{name}", getattr(value, name)) for name in slots if hasattr(value, name))
+
+
+_OF_MODULES: Final = ("_parameters", "_buffers", "_modules", "training")
+
+
+def _of_class(path: str, value: Any) -> Iterator[tuple[str, Any]]:
+    """Containers and arrays that all instances of a task's classes share."""
+    for kind in type(value).__mro__:
+        if kind.__module__.partition(".")[0] not in _LIBRARIES:
+            shared = {name: each for name, each in vars(kind).items() if isinstance(each, _CONTAINERS)}
+            yield from ((f"{path}.{name}", each) for name, each in shared.items() if not name.startswith("__"))
+
+
+_LIBRARIES: Final = ("builtins", "torch", "numpy", "typing", "collections", "functools")
+
+
+def _of_function(path: str, function: types.FunctionType) -> Iterator[tuple[str, Any]]:
+    """What it closes over, its defaults, and the containers and arrays of its module that it names."""
+    cells = zip(function.__code__.co_freevars, function.__closure__ or (), strict=True)
+    for name, cell in cells:
+        try:
+            yield f"{path}.{name}", cell.cell_contents
+        except ValueError:  # not filled yet
+            continue
+    yield from ((f"{path}.{number}", each) for number, each in enumerate(function.__defaults__ or ()))
+    for name in function.__code__.co_names:
+        each = function.__globals__.get(name)
+        if isinstance(each, (*_CONTAINERS, bool, int, float)):
+            yield f"{path}.{name}", each
+
+
+def _name(key: object) -> str:
+    return repr(key) if isinstance(key, _PLAIN) else type(key).__name__
