@@ -49,7 +49,7 @@ class App:
         state = config.state_dir
         self._changed = open_state_directory(state)
         home = Home(config)
-        self._may_order = home.pinned and bool(home.roster.scientists)
+        self._refuses_all = _why_nobody_may_order(home)
         metadata = MetaData()
         self._memory = RoundMemory(metadata)
         ledger = LedgerStore(metadata, signer=EntrySigner(home.signing_key))
@@ -136,12 +136,17 @@ class App:
             LOG.warning("custody aggregator: the aggregator holds the key and can read this party's updates")
         if config.policy.allow_unsigned_jobs:
             LOG.warning("jobs that nobody signed are taken part in (policy.allow_unsigned_jobs)")
-        elif not self._may_order:
-            LOG.warning(
-                "every job will be refused: the roster of this kit was made before scientists signed their jobs"
-            )
+        elif self._refuses_all:
+            LOG.warning("every job will be refused: %s", self._refuses_all)
         if config.server.insecure:
             LOG.warning("INSECURE: no TLS; anybody on this machine can pose as the aggregator")
+
+
+def _why_nobody_may_order(home: Home) -> str:
+    """Empty where somebody may."""
+    if not home.pinned:
+        return "there is no kit, whose roster says who may order jobs, and policy.allow_unsigned_jobs is off"
+    return "" if home.roster.scientists else "the roster of this kit was made before scientists signed their jobs"
 
 
 async def work(config: PartyConfig) -> None:
