@@ -18,7 +18,7 @@ from ..communication.identity import Identity
 from ..communication.tls import TlsFiles
 from ..config import PartyConfig
 from ..config_database import located
-from ..files import open_state_directory
+from ..files import open_state_directory, who_may_replace
 from ..jobs.executors.pool import WorkerPool
 from ..jobs.executors.settings import PoolSettings
 from ..protocol.ledger import EntrySigner
@@ -47,7 +47,7 @@ class App:
     def __init__(self, config: PartyConfig) -> None:
         self.config = config
         state = config.state_dir
-        self._changed = open_state_directory(state)
+        self._changed = [*open_state_directory(state), *who_may_replace(state)]
         home = Home(config)
         self._refuses_all = _why_nobody_may_order(home)
         metadata = MetaData()
