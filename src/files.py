@@ -13,6 +13,7 @@ import os
 import re
 import secrets
 import stat
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Final
 
@@ -22,6 +23,9 @@ SECRET_MODE: Final = 0o600
 PUBLIC_MODE: Final = 0o644
 DIRECTORY_MODE: Final = 0o700
 _OTHERS_WRITE: Final = stat.S_IWGRP | stat.S_IWOTH
+_A_DIRECTORY: Final = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
+_MOST_LINKS: Final = 40
+"""On the way to a file, as Linux has it."""
 OF_A_ROLE: Final = re.compile(
     r"[a-z]+\.sqlite([.-].*)?|blobs|work|(private|public)_key\.json|signing\.key|accepted\.json|aggregator\.json|address|\..*"
 )
@@ -135,60 +139,115 @@ def make_private_directory(path: Path) -> Path:
             missing.mkdir(mode=DIRECTORY_MODE)
         except FileExistsError:  # somebody was faster: it is theirs
             continue
-        missing.chmod(DIRECTORY_MODE)
+        with _directory(missing) as descriptor:
+            os.fchmod(descriptor, DIRECTORY_MODE)
     return path
+
+
+@contextlib.contextmanager
+def _directory(path: Path) -> Iterator[int]:
+    """A descriptor of a directory that has this name itself, and not behind a link."""
+    descriptor = os.open(path, _A_DIRECTORY)
+    try:
+        yield descriptor
+    finally:
+        os.close(descriptor)
 
 
 def open_state_directory(path: Path) -> list[str]:
     """Make or check the directory of a role's memory, in which nobody else may change or plant anything.
 
     One that is this user's, that others may write to, and in which nothing lies but what a role makes, becomes private;
-    what lies in it is looked at then. Of a directory that is more than that no mode is changed.
+    what lies in it is looked at then. Of a directory that is more than that no mode is changed, nor of one that a link
+    names, as operators do where there is room elsewhere. What was looked at is what is changed: all by descriptor.
 
     Returns:
         What was changed, as sentences for the operator.
 
     Raises:
-        ConfigError: it cannot be made; it is somebody else's; others may write to it and it is not for this process to
-            change that; or something in it may have been planted while they could.
+        ConfigError: it cannot be made; it, or the link that is named, is somebody else's; others may write to it and it
+            is not for this process to change that; or something in it may have been planted while they could.
     """
     try:
         make_private_directory(path)
-        found = path.stat()
+        linked = path.is_symlink()
+        if linked and (owner := path.lstat().st_uid) not in (os.geteuid(), 0):
+            raise _unusable(path, f"is a link that belongs to somebody else (uid {owner}), who could lead it elsewhere")
+        if not path.is_dir():
+            raise _unusable(path, "is not a directory")
+        with _directory(path.resolve() if linked else path) as descriptor:
+            return _check_directory(path, descriptor, linked=linked)
     except OSError as error:
         raise _unusable(path, f"cannot be used: {error.strerror}") from error
+
+
+def _check_directory(path: Path, descriptor: int, *, linked: bool) -> list[str]:
+    found = os.fstat(descriptor)
     mode = stat.S_IMODE(found.st_mode)
-    if not stat.S_ISDIR(found.st_mode):
-        raise _unusable(path, "is not a directory")
     if found.st_uid not in (os.geteuid(), 0):
         raise _unusable(path, f"belongs to somebody else (uid {found.st_uid}), who could change what lies in it")
     if not mode & _OTHERS_WRITE:
         return []
-    _make_private(path, mode)
-    for entry in path.iterdir():
-        at = entry.lstat()
+    _make_private(path, descriptor, mode, linked=linked)
+    for name in os.listdir(descriptor):
+        at = os.stat(name, dir_fd=descriptor, follow_symlinks=False)
         if stat.S_ISLNK(at.st_mode) or at.st_uid not in (os.geteuid(), 0):
             what = "is a link" if stat.S_ISLNK(at.st_mode) else f"belongs to uid {at.st_uid}"
             raise _unusable(
                 path,
-                f"could be written to by others (mode {mode:04o}; it is private now), and {entry.name} in it {what}, "
+                f"could be written to by others (mode {mode:04o}; it is private now), and {name} in it {what}, "
                 "which may have been planted: look at it, and remove it",
             )
     return [f"the state directory {path} could be written to by others (mode {mode:04o}): it is private now"]
 
 
-def _make_private(path: Path, mode: int) -> None:
-    """Raises ConfigError where the directory is shared on purpose, or not this user's to change."""
+def _make_private(path: Path, descriptor: int, mode: int, *, linked: bool) -> None:
+    """Raises ConfigError where the directory is shared on purpose, behind a link, or not this user's to change."""
     advice = "name a directory inside it, which is made private"
-    others = next((entry.name for entry in path.iterdir() if not OF_A_ROLE.fullmatch(entry.name)), None)
+    text = f"can be written to by others than its owner (mode {mode:04o}) and"
+    others = next((name for name in os.listdir(descriptor) if not OF_A_ROLE.fullmatch(name)), None)
     if mode & stat.S_ISVTX or others is not None:
         why = "is shared by everybody" if others is None else f"holds other things too ({others})"
-        raise _unusable(path, f"can be written to by others than its owner (mode {mode:04o}) and {why}: {advice}")
+        raise _unusable(path, f"{text} {why}: {advice}")
+    if linked:
+        raise _unusable(path, f"{text} is named by a link, behind which no mode is changed: chmod 700 it, or {advice}")
     try:
-        path.chmod(DIRECTORY_MODE)
+        os.fchmod(descriptor, DIRECTORY_MODE)
     except OSError as error:
         text = f"can be written to by others than its owner (mode {mode:04o}), and this process cannot change that"
         raise _unusable(path, f"{text} ({error.strerror}): {advice}") from error
+
+
+def who_may_replace(path: Path) -> list[str]:
+    """Who else could put another directory in the place of a state directory, by way of one above it, or above a link
+    to it, as sentences for the operator. They could take away what a role remembers, or give it an older copy."""
+    trusted = (os.geteuid(), 0)
+    found = {}
+    for step in _way(path.absolute()):
+        above, at = step.parent.stat(), step.lstat()
+        mode = stat.S_IMODE(above.st_mode)
+        if above.st_uid not in trusted:
+            found[step.parent] = f"belongs to uid {above.st_uid}"
+        elif mode & _OTHERS_WRITE and not mode & stat.S_ISVTX:
+            found[step.parent] = f"can be written to by others (mode {mode:04o})"
+        if stat.S_ISLNK(at.st_mode) and at.st_uid not in trusted:
+            found[step] = f"is a link that belongs to uid {at.st_uid}"
+    return [f"the state directory {path} could be replaced: {at} {why}" for at, why in found.items()]
+
+
+def _way(path: Path) -> Iterator[Path]:
+    """Every name that is looked up on the way to a path, links followed."""
+    at, rest, links = Path(path.anchor), [*reversed(path.parts[1:])], 0
+    while rest and links < _MOST_LINKS:
+        part = rest.pop()
+        if part == "..":  # no link is left in `at`
+            at = at.parent
+            continue
+        at /= part
+        yield at
+        if at.is_symlink():
+            target = at.parent / at.readlink()
+            at, rest, links = Path(target.anchor), [*rest, *reversed(target.parts[1:])], links + 1
 
 
 def _unusable(path: Path, why: str) -> ConfigError:

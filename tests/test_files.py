@@ -13,12 +13,21 @@ from pathlib import Path
 import pytest
 
 from src import files
+from src.aggregator.app import App as AggregatorApp
 from src.aggregator.app import _write_address
 from src.aggregator.federation import open_federation
 from src.cli.train import _Target
-from src.config import load_aggregator_config
+from src.config import load_aggregator_config, load_party_config
 from src.errors import ConfigError, StorageError
-from src.files import make_private_directory, open_private, open_state_directory, write_new, write_over
+from src.files import (
+    make_private_directory,
+    open_private,
+    open_state_directory,
+    who_may_replace,
+    write_new,
+    write_over,
+)
+from src.party.app import App as PartyApp
 from src.protocol.signing import SigningKey
 from src.storage.blobs import Blobs
 from src.storage.database import Database
@@ -277,6 +286,113 @@ def test_no_directory_is_no_state_directory(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(ConfigError, match="is not a directory"):
         open_state_directory(tmp_path / "file")
+
+
+@pytest.mark.parametrize("open_to", [0o770, 0o777, 0o1777])
+def test_no_mode_is_changed_behind_a_link(tmp_path: Path, open_to: int) -> None:
+    """Operators do link to a disk with room: such a directory is used as it is, or refused."""
+    there = tmp_path / "disk"
+    there.mkdir()
+    (there / ".profile").touch()  # which a role might have made, too
+    (tmp_path / "state").symlink_to(there)
+    there.chmod(open_to)
+    with pytest.raises(ConfigError, match="name a directory inside it"):
+        open_state_directory(tmp_path / "state")
+    assert mode(there) == open_to
+    assert open_state_directory(tmp_path / "state" / "own") == []
+    there.chmod(0o750)
+    assert open_state_directory(tmp_path / "state") == []
+    assert mode(there) == 0o750
+
+
+def test_a_directory_that_becomes_a_link_while_it_is_looked_at_is_not_followed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Neither one that is checked, nor one that was just made."""
+    victim = tmp_path / "victim"
+    victim.mkdir()
+    victim.chmod(0o770)
+    state, made = tmp_path / "state", tmp_path / "made"
+    state.mkdir()
+    state.chmod(0o770)
+    really_mkdir, really_is_link = Path.mkdir, Path.is_symlink
+
+    def swap(path: Path) -> None:
+        path.rmdir()
+        path.symlink_to(victim)
+
+    def is_symlink(path: Path) -> bool:
+        was = really_is_link(path)
+        if path == state and not was:
+            swap(path)
+        return was
+
+    def mkdir(path: Path, *arguments: int, **more: int) -> None:
+        really_mkdir(path, *arguments, **more)  # type: ignore[arg-type]
+        swap(path)
+
+    monkeypatch.setattr(Path, "is_symlink", is_symlink)
+    monkeypatch.setattr(Path, "mkdir", mkdir)
+    for path in (state, made):
+        with pytest.raises(ConfigError, match="cannot be used"):
+            open_state_directory(path)
+    assert mode(victim) == 0o770
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root gives links away")
+def test_a_link_of_somebody_else_is_no_state_directory(tmp_path: Path) -> None:
+    (tmp_path / "disk").mkdir(mode=0o700)
+    (tmp_path / "state").symlink_to(tmp_path / "disk")
+    os.chown(tmp_path / "state", NOBODY, NOBODY, follow_symlinks=False)
+    with pytest.raises(ConfigError, match=f"is a link that belongs to somebody else \\(uid {NOBODY}\\)"):
+        open_state_directory(tmp_path / "state")
+
+
+def test_a_start_says_who_else_could_replace_the_state_directory(tmp_path: Path) -> None:
+    """By a directory above it, or above any link on the way to it: sticky ones are safe, `..` leads through none."""
+    state = tmp_path / "open" / "there" / "state"
+    make_private_directory(state)
+    assert who_may_replace(state) == []
+    (tmp_path / "open").chmod(0o777)
+    (told,) = who_may_replace(state)
+    assert told.endswith(f"could be replaced: {tmp_path / 'open'} can be written to by others (mode 0777)")
+    assert who_may_replace(tmp_path / "open" / ".." / "open") == []
+    (tmp_path / "second").symlink_to(Path("open") / "there")
+    (tmp_path / "open" / "first").symlink_to(tmp_path / "second" / "..")
+    (tmp_path / "open").chmod(0o770)
+    assert len(who_may_replace(tmp_path / "second" / "state")) == 1
+    assert len(who_may_replace(tmp_path / "open" / "first")) == 1
+    (tmp_path / "open").chmod(0o1777)
+    assert who_may_replace(state) == []
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root gives files away")
+def test_a_start_names_what_is_somebody_elses_on_the_way(tmp_path: Path) -> None:
+    state = tmp_path / "theirs" / "state"
+    make_private_directory(state)
+    os.chown(tmp_path / "theirs", NOBODY, NOBODY)
+    (told,) = who_may_replace(state)
+    assert f"theirs belongs to uid {NOBODY}" in told
+    os.chown(tmp_path / "theirs", 0, 0)
+    (tmp_path / "link").symlink_to(tmp_path / "theirs")
+    os.chown(tmp_path / "link", NOBODY, NOBODY, follow_symlinks=False)
+    (told,) = who_may_replace(tmp_path / "link" / "state")
+    assert f"link is a link that belongs to uid {NOBODY}" in told
+
+
+def test_both_roles_warn_of_who_could_replace_their_memory(tmp_path: Path) -> None:
+    """Beside what they changed of it."""
+    tmp_path.chmod(0o777)
+    keys = "keys: {custody: aggregator, insecure_small_modulus: true"
+    start = f"version: 1\nfederation: demo\nserver: {{insecure: true}}\n{keys}"
+    (tmp_path / "aggregator.yaml").write_text(f"{start}, modulus_bits: 512}}\nstate_dir: a\n")
+    (tmp_path / "party.yaml").write_text(
+        f"{start}}}\nname: b\nstate_dir: b\ndatasets: {{randhie: {{declared_rows: 9}}}}\n"
+    )
+    aggregator = AggregatorApp(load_aggregator_config(tmp_path / "aggregator.yaml", environ={}))
+    party = PartyApp(load_party_config(tmp_path / "party.yaml", environ={}))
+    for app in (aggregator, party):
+        assert [f"{tmp_path} can be written to by others" in each for each in app._changed] == [True]
 
 
 # --- what a role makes ------------------------------------------------------------------------------------------------

@@ -23,7 +23,7 @@ from ..config_database import located
 from ..config_sections import split_address
 from ..descriptors import descriptor_limit, room_for_connections
 from ..errors import UnavailableError
-from ..files import make_private_directory, open_state_directory, write_over
+from ..files import make_private_directory, open_state_directory, who_may_replace, write_over
 from ..jobs.admission import JobSettings
 from ..jobs.executors.pool import WorkerPool
 from ..jobs.executors.settings import PoolSettings
@@ -63,7 +63,7 @@ class App:
 
     def __init__(self, config: AggregatorConfig) -> None:
         self.config = config
-        self._changed = open_state_directory(config.state_dir)
+        self._changed = [*open_state_directory(config.state_dir), *who_may_replace(config.state_dir)]
         self.federation = open_federation(config, now=time.time())
         metadata = MetaData()
         jobs, rounds, ledger, enrolments = (

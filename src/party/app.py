@@ -18,7 +18,7 @@ from ..communication.identity import Identity
 from ..communication.tls import TlsFiles
 from ..config import PartyConfig
 from ..config_database import located
-from ..files import open_state_directory
+from ..files import open_state_directory, who_may_replace
 from ..jobs.executors.pool import WorkerPool
 from ..jobs.executors.settings import PoolSettings
 from ..protocol.ledger import EntrySigner
@@ -47,9 +47,9 @@ class App:
     def __init__(self, config: PartyConfig) -> None:
         self.config = config
         state = config.state_dir
-        self._changed = open_state_directory(state)
+        self._changed = [*open_state_directory(state), *who_may_replace(state)]
         home = Home(config)
-        self._may_order = home.pinned and bool(home.roster.scientists)
+        self._refuses_all = _why_nobody_may_order(home)
         metadata = MetaData()
         self._memory = RoundMemory(metadata)
         ledger = LedgerStore(metadata, signer=EntrySigner(home.signing_key))
@@ -136,12 +136,17 @@ class App:
             LOG.warning("custody aggregator: the aggregator holds the key and can read this party's updates")
         if config.policy.allow_unsigned_jobs:
             LOG.warning("jobs that nobody signed are taken part in (policy.allow_unsigned_jobs)")
-        elif not self._may_order:
-            LOG.warning(
-                "every job will be refused: the roster of this kit was made before scientists signed their jobs"
-            )
+        elif self._refuses_all:
+            LOG.warning("every job will be refused: %s", self._refuses_all)
         if config.server.insecure:
             LOG.warning("INSECURE: no TLS; anybody on this machine can pose as the aggregator")
+
+
+def _why_nobody_may_order(home: Home) -> str:
+    """Empty where somebody may."""
+    if not home.pinned:
+        return "there is no kit, whose roster says who may order jobs, and policy.allow_unsigned_jobs is off"
+    return "" if home.roster.scientists else "the roster of this kit was made before scientists signed their jobs"
 
 
 async def work(config: PartyConfig) -> None:

@@ -68,6 +68,7 @@ class Means:
             signed_from_proto(work.order) if work.HasField("order") else None,
             checked.plan,
             roster=self.home.roster,
+            pinned=self.home.pinned,
             scheme=self.home.scheme(checked.plan.scheme),
             allow_unsigned=self.home.config.policy.allow_unsigned_jobs,
         )

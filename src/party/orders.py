@@ -27,7 +27,7 @@ from sqlalchemy import (
 )
 
 from ..encryption.scheme import Scheme
-from ..errors import InvalidInput, PlanError, PolicyError
+from ..errors import InvalidInput, PlanError, PolicyError, SignatureError
 from ..jobs.orders import spec_of_order
 from ..jobs.plans import Model, round_plan
 from ..jobs.spec import FederatedTrainingSpec
@@ -50,14 +50,18 @@ class Ordered:
 
 
 def check_order(
-    signed: Signed | None, plan: RoundPlan, *, roster: Roster, scheme: Scheme, allow_unsigned: bool
+    signed: Signed | None, plan: RoundPlan, *, roster: Roster, pinned: bool, scheme: Scheme, allow_unsigned: bool
 ) -> Ordered | None:
-    """The order that a plan rests on, once the plan follows from it; None where it rests on none, and may.
+    """The order that a plan rests on, once the plan follows from it; None where it rests on nobody's, and may.
+
+    Whose key is whose only a kit can say. In a roster that came from the aggregator, scientists are as much its word as
+    the job is: what they signed is nobody's, and if it is taken, no name is known for it.
 
     Args:
         signed: the order that came with the plan; None where none did.
         plan: checked against kit and policy.
         roster: this party's.
+        pinned: whether it is a kit's; else the aggregator made it.
         scheme: the plan's, under this federation's key.
         allow_unsigned: `policy.allow_unsigned_jobs`.
 
@@ -76,6 +80,11 @@ def check_order(
                 "(policy.allow_unsigned_jobs)"
             )
         return None
+    if not pinned and not allow_unsigned:
+        raise SignatureError(
+            "a job order is signed by a stranger: this party has no kit, whose roster alone says who may order jobs "
+            "(policy.allow_unsigned_jobs)"
+        )
     if signed is None:
         raise PlanError("the plan names an order that did not come with it", field="order")
     order, digest = open_order(signed, roster)
@@ -92,7 +101,7 @@ def check_order(
         )
     _check_follows(plan, spec, by=order.scientist, roster=roster, scheme=scheme)
     _check_epsilon(plan, spec, by=order.scientist)
-    return Ordered(order, digest, spec)
+    return Ordered(order, digest, spec) if pinned else None
 
 
 def _check_follows(plan: RoundPlan, spec: FederatedTrainingSpec, *, by: str, roster: Roster, scheme: Scheme) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields, replace
+from pathlib import Path
 from typing import Any, Final
 
 import pytest
@@ -13,19 +14,29 @@ from pydantic import BaseModel
 from sqlalchemy import Engine, MetaData
 
 from src.aggregator.planning import plan_round as planned_by_an_aggregator
-from src.communication.generated import jobs_pb2
+from src.communication.generated import federation_pb2, jobs_pb2
+from src.communication.messages import signed_to_proto
+from src.config import PartyConfig
+from src.encryption.dealer import make_key_pair
 from src.encryption.scheme import Scheme
 from src.errors import InvalidInput, PlanError, PolicyError, SignatureError, SottoError
+from src.files import make_private_directory
 from src.jobs.orders import order_of
 from src.jobs.plans import Model, round_plan
 from src.jobs.spec import AdaptiveClipping, FederatedTrainingSpec
 from src.jobs.specs import spec_into_proto
+from src.party.app import App
+from src.party.home import Home
+from src.party.means import Means
 from src.party.orders import OrderBook, Ordered, check_order
 from src.privacy.accounting import epsilon
+from src.privacy.entropy import SystemEntropy
+from src.protocol.canonical import canonical_bytes
 from src.protocol.derive import example_event
+from src.protocol.keyring import Keyring
 from src.protocol.order import ORDER_KIND, Order, order_time, sign_order
-from src.protocol.plan import GradientSum, LocalPlan, NoiseSpec, RoundPlan, signed_digest
-from src.protocol.roster import Member, Roster, Scientist
+from src.protocol.plan import PLAN_KIND, PROTOCOL_VERSION, GradientSum, LocalPlan, NoiseSpec, RoundPlan, signed_digest
+from src.protocol.roster import AGGREGATOR, Member, Roster, Scientist, sign_roster
 from src.protocol.signing import Signed, SigningKey
 
 NOW: Final = 1_800_000_000.0
@@ -102,7 +113,9 @@ class Case:
     scheme: Scheme
 
     def check(self, plan: RoundPlan, *, allow_unsigned: bool = False) -> Ordered | None:
-        return check_order(self.signed, plan, roster=self.roster, scheme=self.scheme, allow_unsigned=allow_unsigned)
+        return check_order(
+            self.signed, plan, roster=self.roster, pinned=True, scheme=self.scheme, allow_unsigned=allow_unsigned
+        )
 
 
 MakeCase = Callable[..., Case]
@@ -385,12 +398,118 @@ def test_what_is_signed_has_to_be_right_also_where_unsigned_jobs_are_taken_part_
 def test_an_unsigned_job_is_taken_part_in_where_policy_says_so_and_nowhere_else(case: MakeCase) -> None:
     found = case("fedavg")
     plan = replace(found.plan, order="")
-    arguments: dict[str, Any] = {"roster": found.roster, "scheme": found.scheme}
+    arguments: dict[str, Any] = {"roster": found.roster, "pinned": True, "scheme": found.scheme}
     assert check_order(None, plan, **arguments, allow_unsigned=True) is None
     with pytest.raises(PolicyError, match=r"policy\.allow_unsigned_jobs"):
         check_order(None, plan, **arguments, allow_unsigned=False)
     with pytest.raises(PlanError, match="did not come with it"):
         check_order(None, found.plan, **arguments, allow_unsigned=True)
+
+
+# --- without a kit ----------------------------------------------------------------------------------------------------
+
+
+class Believing:
+    """Party a without a kit, which has joined an aggregator that says of ann that she may order jobs; and a round of
+    what "ann" ordered then."""
+
+    def __init__(self, home: Home, aggregator: SigningKey, ann: SigningKey) -> None:
+        pair = make_key_pair(512, entropy=SystemEntropy(), insecure_small=True)
+        keyring = Keyring.of_private_key(pair)
+        self.home = home
+        self.told = Roster(
+            federation="demo",
+            key_id=keyring.key_id,
+            custody="aggregator",
+            threshold=0,
+            colluders=0,
+            aggregator_verify_key=aggregator.verify_key,
+            members=tuple(Member(name, home.signing_key.verify_key) for name in "abc"),
+            created_at="2026-01-01T00:00:00+00:00",
+            scientists=(Scientist("ann", ann.verify_key),),
+        )
+        home.accept(
+            federation_pb2.JoinResponse(
+                protocol_version=PROTOCOL_VERSION,
+                federation="demo",
+                public_key=canonical_bytes(keyring.to_json()),
+                roster=signed_to_proto(sign_roster(self.told, aggregator, signer=AGGREGATOR)),
+                aggregator_verify_key=aggregator.verify_key,
+                custody="aggregator",
+            )
+        )
+        self.aggregator = aggregator
+        self.signed = sign_order(make_order(make_spec("fedavg")), ann)
+        digest = signed_digest(self.signed, ORDER_KIND)
+        self.plan = make_plan(make_spec("fedavg"), self.told, home.scheme("plaintext"), digest)
+        self.means = Means(home=home, **dict.fromkeys(("database", "memory", "blobs", "pool", "uses")))  # type: ignore[arg-type]
+
+    async def check(self, signed: Signed | None, plan: RoundPlan) -> Ordered | None:
+        """As a party does with what an assignment brings."""
+        sent = self.aggregator.sign(PLAN_KIND, plan.to_statement(), signer=AGGREGATOR)
+        checked = self.means.check(sent, federation_pb2.RoundName(job_id=plan.job_id, round=plan.round))
+        order = signed_to_proto(signed) if signed else None
+        return await self.means.check_order(federation_pb2.Contribute(order=order), checked)
+
+
+@pytest.fixture
+def unpinned(make_config: Callable[..., PartyConfig], tmp_path: Path) -> Callable[[bool], PartyConfig]:
+    """unpinned(allow_unsigned): the configuration of a party without a kit."""
+
+    def make(allow_unsigned: bool) -> PartyConfig:
+        return make_config(
+            state_dir=str(make_private_directory(tmp_path / "state")),
+            keys={
+                "custody": "aggregator",
+                "signing_key": str(tmp_path / "state" / "signing.key"),
+                "insecure_small_modulus": True,
+            },
+            policy={
+                "allow_plaintext_scheme": True,
+                "allow_unsigned_jobs": allow_unsigned,
+                "allow_trusted_aggregator": True,
+            },
+        )
+
+    return make
+
+
+async def test_whom_an_aggregator_calls_a_scientist_orders_nothing_of_a_party_without_a_kit(
+    unpinned: Callable[[bool], PartyConfig], keys: dict[str, SigningKey], ann: SigningKey
+) -> None:
+    """It made up ann, and her key, as it makes up jobs."""
+    party = Believing(Home(unpinned(False)), keys["aggregator"], ann)
+    with pytest.raises(SignatureError, match="signed by a stranger: this party has no kit"):
+        await party.check(party.signed, party.plan)
+    with pytest.raises(PolicyError, match=r"policy\.allow_unsigned_jobs"):
+        await party.check(None, replace(party.plan, order=""))
+
+
+async def test_without_a_kit_an_order_is_nobodys_where_unsigned_jobs_are_taken_part_in(
+    unpinned: Callable[[bool], PartyConfig], keys: dict[str, SigningKey], ann: SigningKey
+) -> None:
+    """No name gets into the ledger, and the roster stays the one that plans name; what comes signed has to be right."""
+    party = Believing(Home(unpinned(True)), keys["aggregator"], ann)
+    assert party.home.roster.digest == party.told.digest == party.plan.roster_digest
+    assert await party.check(None, replace(party.plan, order="")) is None
+    assert await party.check(party.signed, party.plan) is None
+    with pytest.raises(PlanError, match="seed"):
+        await party.check(party.signed, replace(party.plan, seed=9))
+    with pytest.raises(SignatureError):
+        await party.check(replace(party.signed, signature=bytes(64)), party.plan)
+
+
+@pytest.mark.parametrize(
+    ("allow_unsigned", "said"),
+    [(False, "every job will be refused: there is no kit"), (True, "jobs that nobody signed are taken part in")],
+)
+def test_a_party_without_a_kit_says_at_its_start_whose_jobs_it_takes_part_in(
+    unpinned: Callable[[bool], PartyConfig], allow_unsigned: bool, said: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    App(unpinned(allow_unsigned))._log_start([], [])
+    assert said in caplog.text
+    assert "every job will be refused" not in caplog.text or not allow_unsigned
+    assert "the roster of this kit" not in caplog.text
 
 
 # --- orders are counted -----------------------------------------------------------------------------------------------
