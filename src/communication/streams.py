@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
-from collections.abc import AsyncIterable, AsyncIterator
+from collections.abc import AsyncIterable, AsyncIterator, Callable
 from typing import Final
 
 from ..errors import DigestError, InvalidInput, LimitError
@@ -86,11 +86,20 @@ async def receive_bytes(
 
 
 async def receive_blob(
-    stream: AsyncIterable[DataChunk], blobs: Blobs, *, max_bytes: int, expected_sha256: str | None = None
+    stream: AsyncIterable[DataChunk],
+    blobs: Blobs,
+    *,
+    max_bytes: int,
+    expected_sha256: str | None = None,
+    storing: Callable[[str], object] = lambda _sha256: None,
 ) -> BlobRef:
-    """The whole that `stream` carries, as a stored blob; raises as `receive`, and then nothing is stored."""
+    """The whole that `stream` carries, as a stored blob; raises as `receive`, and then nothing is stored.
+
+    Args:
+        storing: called with its digest once all of it has come, before it is stored under that.
+    """
     with await asyncio.to_thread(blobs.writer) as writer:
-        return await receive(stream, writer, max_bytes=max_bytes, expected_sha256=expected_sha256)
+        return await receive(stream, writer, max_bytes=max_bytes, expected_sha256=expected_sha256, storing=storing)
 
 
 async def receive(
@@ -99,6 +108,7 @@ async def receive(
     *,
     max_bytes: int,
     expected_sha256: str | None = None,
+    storing: Callable[[str], object] = lambda _sha256: None,
 ) -> BlobRef:
     """Takes a whole into `sink`, and returns its name.
 
@@ -107,6 +117,7 @@ async def receive(
         sink: a bytearray, or a writer, which is committed at the end.
         max_bytes: how large the whole may be.
         expected_sha256: its digest where the receiver knows it already, hex.
+        storing: called with its digest before a writer is committed.
 
     Raises:
         LimitError: the whole is announced larger than `max_bytes`; nothing was kept of it.
@@ -138,6 +149,7 @@ async def receive(
     if position < total:
         raise DigestError(f"{position} of the announced {total} bytes were sent")
     if not isinstance(sink, bytearray):
+        storing(announced.hex())
         return await asyncio.to_thread(sink.commit, announced.hex())
     if digest.digest() != announced:
         raise DigestError("the bytes do not have the announced SHA-256")
