@@ -8,12 +8,15 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
-from collections.abc import AsyncIterable, AsyncIterator, Callable
-from typing import Final
+from collections.abc import AsyncGenerator, AsyncIterable, AsyncIterator, Awaitable, Callable
+from typing import Final, TypeVar
 
-from ..errors import DigestError, InvalidInput, LimitError
+from ..errors import DigestError, InvalidInput, LimitError, UnavailableError
 from ..storage.blobs import BlobRef, Blobs, BlobWriter
 from .generated.common_pb2 import DataChunk
+
+T = TypeVar("T")
+R = TypeVar("R")
 
 CHUNK_BYTES: Final = 512 << 10
 """Of one message: between 256 KiB and 1 MiB throughput over loopback and LAN is flat, and flow control still fine."""
@@ -172,6 +175,73 @@ async def receive_pieces(pieces: AsyncIterable[bytes], writer: BlobWriter, *, si
         await asyncio.to_thread(writer.write, piece)
     if writer.size < size:
         raise DigestError(f"{writer.size} of the {size} bytes that were to come were sent")
+
+
+async def unless_silent(stream: AsyncIterable[T], *, silence_s: float) -> AsyncGenerator[T]:
+    """What another process sends, for as long as it sends something: it may take its time, but not for nothing. To be
+    closed, which hangs up.
+
+    Raises:
+        UnavailableError: nothing came for `silence_s`.
+    """
+    iterator = aiter(stream)
+    try:
+        while True:
+            waiting = asyncio.timeout(silence_s)
+            try:
+                async with waiting:
+                    message = await anext(iterator)
+            except StopAsyncIteration:
+                return
+            except TimeoutError:
+                if not waiting.expired():
+                    raise
+                raise _away(f"nothing came for {silence_s:g} s") from None
+            yield message
+    finally:
+        if isinstance(iterator, AsyncGenerator):
+            await iterator.aclose()
+
+
+async def unless_not_taken(
+    send: Callable[[AsyncIterator[T]], Awaitable[R]], parts: AsyncIterable[T], *, silence_s: float
+) -> R:
+    """What another process answers to `parts`, for as long as it takes one after the other. For the answer itself it
+    may take its time: it may have to work through all of them.
+
+    Args:
+        send: the call that takes them.
+
+    Raises:
+        UnavailableError: one was not taken for `silence_s`.
+    """
+    loop, taking, over = asyncio.get_running_loop(), asyncio.timeout(silence_s), False
+
+    async def watched() -> AsyncIterator[T]:
+        async for part in parts:
+            yield part
+            if over or taking.expired():
+                return
+            taking.reschedule(loop.time() + silence_s)
+        if not over and not taking.expired():
+            taking.reschedule(None)
+
+    try:
+        async with taking:
+            return await send(watched())
+    except TimeoutError:
+        if not taking.expired():
+            raise
+        raise _away(f"nothing of an upload was taken for {silence_s:g} s") from None
+    finally:
+        over = True
+
+
+def _away(text: str) -> UnavailableError:
+    """As a channel says it of a process that is not there."""
+    error = UnavailableError(text)
+    error.remote = True
+    return error
 
 
 def _announced(chunk: DataChunk, *, max_bytes: int, expected_sha256: str | None) -> tuple[int, bytes]:

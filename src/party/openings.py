@@ -12,7 +12,7 @@ from sqlalchemy import Connection
 
 from ..communication.generated import federation_pb2
 from ..communication.messages import signed_from_proto, signed_to_proto
-from ..communication.streams import blob_pieces, receive_blob
+from ..communication.streams import blob_pieces
 from ..errors import OpeningError
 from ..protocol.batches import StoredBatch, expected_header
 from ..protocol.plan import SHARES_KIND, OpeningStatement, RootStatement
@@ -63,7 +63,7 @@ class Openings:
             ordered = await self._means.check_order(work, checked) if row.stage is Stage.WITNESS else None
             with contextlib.ExitStack() as used:
                 row = await self._make_share(stub, checked, ordered, signed=signed, asked=asked, roots=roots, used=used)
-        await stub.UploadShares(self._shares(row))
+        await self._means.upload(stub.UploadShares, self._shares(row))
         LOG.info("opened", extra={"job": row.job_id, "round": row.number, "contributions": len(opening.contributors)})
 
     async def _make_share(
@@ -133,8 +133,7 @@ class Openings:
             return own
         request = federation_pb2.DownloadContributionRequest(round=round_name(row), contributor=root.contributor)
         limit = min(self._means.home.config.limits.max_update_bytes, root.body_bytes)
-        pieces = stub.DownloadContribution(request)
-        ref = await receive_blob(pieces, self._means.blobs, max_bytes=limit, storing=use)
+        ref = await self._means.download(stub.DownloadContribution(request), max_bytes=limit, storing=use)
         return StoredBatch(header, ref.sha256, ref.size, root.root, root.proof)
 
     async def _shares(self, row: PartyRound) -> AsyncIterator[federation_pb2.UploadSharesRequest]:

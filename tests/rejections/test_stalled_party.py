@@ -5,8 +5,11 @@ from __future__ import annotations
 import asyncio
 import os
 
+import pytest
+
+from src.party import means
 from src.protocol.signing import Signed
-from tests.rejections.cheating import PATIENCE_S, Meeting, Round, contribute_to
+from tests.rejections.cheating import PATIENCE_S, Meeting, Round, contribute_to, open_of
 
 OPENINGS = 20
 
@@ -65,3 +68,31 @@ async def test_while_a_download_hangs_what_refused_openings_brought_leaves_the_d
     them.gates["model"].set()
     async with asyncio.timeout(PATIENCE_S):
         assert (await them.answers.get()).kind == "root"
+
+
+async def test_a_model_that_does_not_come_is_asked_for_again(meeting: Meeting, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(means, "SILENCE_S", 0.3)
+    them = meeting.them
+    them.gates["model"] = asyncio.Event()
+    round_ = them.plan()
+    await them.tell(round_.name, contribute=contribute_to(round_))
+    await asked_for(meeting, "model", 3)
+    them.gates["model"].set()
+    async with asyncio.timeout(PATIENCE_S):
+        assert (await them.answers.get()).kind == "root"
+
+
+async def test_a_contribution_that_does_not_come_is_asked_for_again(
+    meeting: Meeting, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    round_, listed = await meeting.delivered()
+    monkeypatch.setattr(means, "SILENCE_S", 0.3)
+    them = meeting.them
+    them.gates["b"] = asyncio.Event()
+    opening = them.opening(round_, listed)
+    them.served = {name: them.blobs.read(batch.sha256) for name, batch in round_.batches.items()}
+    await them.tell(round_.name, open=open_of(round_, listed, opening))
+    await asked_for(meeting, "b", 3)
+    them.gates["b"].set()
+    async with asyncio.timeout(PATIENCE_S):
+        assert (await them.answers.get()).kind == "shares"
