@@ -8,12 +8,15 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
-from collections.abc import AsyncIterable, AsyncIterator
-from typing import Final
+from collections.abc import AsyncGenerator, AsyncIterable, AsyncIterator, Awaitable, Callable
+from typing import Final, TypeVar
 
-from ..errors import DigestError, InvalidInput, LimitError
+from ..errors import DigestError, InvalidInput, LimitError, UnavailableError
 from ..storage.blobs import BlobRef, Blobs, BlobWriter
 from .generated.common_pb2 import DataChunk
+
+T = TypeVar("T")
+R = TypeVar("R")
 
 CHUNK_BYTES: Final = 512 << 10
 """Of one message: between 256 KiB and 1 MiB throughput over loopback and LAN is flat, and flow control still fine."""
@@ -86,11 +89,20 @@ async def receive_bytes(
 
 
 async def receive_blob(
-    stream: AsyncIterable[DataChunk], blobs: Blobs, *, max_bytes: int, expected_sha256: str | None = None
+    stream: AsyncIterable[DataChunk],
+    blobs: Blobs,
+    *,
+    max_bytes: int,
+    expected_sha256: str | None = None,
+    storing: Callable[[str], object] = lambda _sha256: None,
 ) -> BlobRef:
-    """The whole that `stream` carries, as a stored blob; raises as `receive`, and then nothing is stored."""
+    """The whole that `stream` carries, as a stored blob; raises as `receive`, and then nothing is stored.
+
+    Args:
+        storing: called with its digest once all of it has come, before it is stored under that.
+    """
     with await asyncio.to_thread(blobs.writer) as writer:
-        return await receive(stream, writer, max_bytes=max_bytes, expected_sha256=expected_sha256)
+        return await receive(stream, writer, max_bytes=max_bytes, expected_sha256=expected_sha256, storing=storing)
 
 
 async def receive(
@@ -99,6 +111,7 @@ async def receive(
     *,
     max_bytes: int,
     expected_sha256: str | None = None,
+    storing: Callable[[str], object] = lambda _sha256: None,
 ) -> BlobRef:
     """Takes a whole into `sink`, and returns its name.
 
@@ -107,6 +120,7 @@ async def receive(
         sink: a bytearray, or a writer, which is committed at the end.
         max_bytes: how large the whole may be.
         expected_sha256: its digest where the receiver knows it already, hex.
+        storing: called with its digest before a writer is committed.
 
     Raises:
         LimitError: the whole is announced larger than `max_bytes`; nothing was kept of it.
@@ -138,6 +152,7 @@ async def receive(
     if position < total:
         raise DigestError(f"{position} of the announced {total} bytes were sent")
     if not isinstance(sink, bytearray):
+        storing(announced.hex())
         return await asyncio.to_thread(sink.commit, announced.hex())
     if digest.digest() != announced:
         raise DigestError("the bytes do not have the announced SHA-256")
@@ -160,6 +175,73 @@ async def receive_pieces(pieces: AsyncIterable[bytes], writer: BlobWriter, *, si
         await asyncio.to_thread(writer.write, piece)
     if writer.size < size:
         raise DigestError(f"{writer.size} of the {size} bytes that were to come were sent")
+
+
+async def unless_silent(stream: AsyncIterable[T], *, silence_s: float) -> AsyncGenerator[T]:
+    """What another process sends, for as long as it sends something: it may take its time, but not for nothing. To be
+    closed, which hangs up.
+
+    Raises:
+        UnavailableError: nothing came for `silence_s`.
+    """
+    iterator = aiter(stream)
+    try:
+        while True:
+            waiting = asyncio.timeout(silence_s)
+            try:
+                async with waiting:
+                    message = await anext(iterator)
+            except StopAsyncIteration:
+                return
+            except TimeoutError:
+                if not waiting.expired():
+                    raise
+                raise _away(f"nothing came for {silence_s:g} s") from None
+            yield message
+    finally:
+        if isinstance(iterator, AsyncGenerator):
+            await iterator.aclose()
+
+
+async def unless_not_taken(
+    send: Callable[[AsyncIterator[T]], Awaitable[R]], parts: AsyncIterable[T], *, silence_s: float
+) -> R:
+    """What another process answers to `parts`, for as long as it takes one after the other. For the answer itself it
+    may take its time: it may have to work through all of them.
+
+    Args:
+        send: the call that takes them.
+
+    Raises:
+        UnavailableError: one was not taken for `silence_s`.
+    """
+    loop, taking, over = asyncio.get_running_loop(), asyncio.timeout(silence_s), False
+
+    async def watched() -> AsyncIterator[T]:
+        async for part in parts:
+            yield part
+            if over or taking.expired():
+                return
+            taking.reschedule(loop.time() + silence_s)
+        if not over and not taking.expired():
+            taking.reschedule(None)
+
+    try:
+        async with taking:
+            return await send(watched())
+    except TimeoutError:
+        if not taking.expired():
+            raise
+        raise _away(f"nothing of an upload was taken for {silence_s:g} s") from None
+    finally:
+        over = True
+
+
+def _away(text: str) -> UnavailableError:
+    """As a channel says it of a process that is not there."""
+    error = UnavailableError(text)
+    error.remote = True
+    return error
 
 
 def _announced(chunk: DataChunk, *, max_bytes: int, expected_sha256: str | None) -> tuple[int, bytes]:

@@ -164,9 +164,8 @@ class Node:
                 await self._abandon(name)
             while True:
                 try:
-                    with self._worker.uses.storing():
-                        await self._refresh_roster(stub, assignment, kind)
-                        await self._work(stub, assignment, kind)
+                    await self._refresh_roster(stub, assignment, kind)
+                    await self._work(stub, assignment, kind)
                 except SottoError as error:
                     if not is_trouble(error):
                         raise

@@ -12,7 +12,7 @@ from sqlalchemy import Connection
 
 from ..communication.generated import federation_pb2
 from ..communication.messages import signed_from_proto, signed_to_proto
-from ..communication.streams import blob_pieces, receive_blob
+from ..communication.streams import blob_pieces
 from ..errors import OpeningError
 from ..protocol.batches import StoredBatch, expected_header
 from ..protocol.plan import SHARES_KIND, OpeningStatement, RootStatement
@@ -63,7 +63,7 @@ class Openings:
             ordered = await self._means.check_order(work, checked) if row.stage is Stage.WITNESS else None
             with contextlib.ExitStack() as used:
                 row = await self._make_share(stub, checked, ordered, signed=signed, asked=asked, roots=roots, used=used)
-        await stub.UploadShares(self._shares(row))
+        await self._means.upload(stub.UploadShares, self._shares(row))
         LOG.info("opened", extra={"job": row.job_id, "round": row.number, "contributions": len(opening.contributors)})
 
     async def _make_share(
@@ -81,8 +81,7 @@ class Openings:
         row, opening = await self._means.database.run(asked)
         batches = {}
         for name in opening.contributors:
-            batches[name] = await self._fetch(stub, row, checked, roots[name])
-            used.enter_context(self._means.uses.using(batches[name].sha256))
+            batches[name] = await self._fetch(stub, row, checked, roots[name], used)
         params = {**self._means.params(checked, signed), "name": self._means.home.name}
         own = {name: batch.to_json() for name, batch in batches.items()}
         with self._means.uses.storing():
@@ -118,14 +117,23 @@ class Openings:
 
             return await self._means.database.run(keep)
 
-    async def _fetch(self, stub: Stub, row: PartyRound, checked: CheckedPlan, root: RootStatement) -> StoredBatch:
-        """A contributor's batch; its own it has. Whether it has its root is found while multiplying."""
+    async def _fetch(
+        self, stub: Stub, row: PartyRound, checked: CheckedPlan, root: RootStatement, used: contextlib.ExitStack
+    ) -> StoredBatch:
+        """A contributor's batch; its own it has. Whether it has its root is found while multiplying. It counts as used
+        from before it is stored: until then nobody waits for what an aggregator may never send."""
+
+        def use(sha256: str) -> None:
+            used.enter_context(self._means.uses.using(sha256))
+
         header = expected_header(checked.plan, checked.digest, root.contributor).encode().hex()
         if root.contributor == self._means.home.name and row.batch is not None:
-            return StoredBatch(**row.batch)
+            own = StoredBatch(**row.batch)
+            use(own.sha256)
+            return own
         request = federation_pb2.DownloadContributionRequest(round=round_name(row), contributor=root.contributor)
         limit = min(self._means.home.config.limits.max_update_bytes, root.body_bytes)
-        ref = await receive_blob(stub.DownloadContribution(request), self._means.blobs, max_bytes=limit)
+        ref = await self._means.download(stub.DownloadContribution(request), max_bytes=limit, storing=use)
         return StoredBatch(header, ref.sha256, ref.size, root.root, root.proof)
 
     async def _shares(self, row: PartyRound) -> AsyncIterator[federation_pb2.UploadSharesRequest]:

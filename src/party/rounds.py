@@ -13,7 +13,7 @@ from sqlalchemy import Connection
 
 from ..communication.generated import federation_pb2
 from ..communication.messages import signed_from_proto, signed_to_proto
-from ..communication.streams import blob_pieces, receive_blob
+from ..communication.streams import blob_pieces
 from ..errors import (
     AbandonedError,
     BudgetError,
@@ -165,7 +165,7 @@ class RoundWorker:
         with self.uses.using(plan.model_sha256):
             if key not in self._trainings:
                 pieces = stub.DownloadModel(federation_pb2.DownloadModelRequest(round=round_name(row)))
-                await receive_blob(pieces, self._blobs, max_bytes=limit, expected_sha256=plan.model_sha256)
+                await self._means.download(pieces, max_bytes=limit, expected_sha256=plan.model_sha256)
             if key not in self._trainings:
                 self._trainings[key] = asyncio.create_task(self._contribution(checked, signed, options))
                 self._trainings[key].add_done_callback(lambda done: self._training_ended(key, done))
@@ -285,7 +285,7 @@ class RoundWorker:
             return row, self._accounts.head(connection)
 
         row, head = await self._database.run(accept)
-        answer = await stub.UploadUpdate(self._upload(row, ledger_head=head))
+        answer = await self._means.upload(stub.UploadUpdate, self._upload(row, ledger_head=head))
         if answer.accepted:
             await self._database.run(lambda c: self._delivered(c, name))
             LOG.info("delivered", extra={"job": row.job_id, "round": row.number})

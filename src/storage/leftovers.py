@@ -61,7 +61,9 @@ class BlobUses:
 
     @contextlib.contextmanager
     def storing(self) -> Iterator[None]:
-        """From before a blob is stored until the row that names it is handed to the database."""
+        """From before a blob is stored until the row that names it is handed to the database, or somebody says that
+        it is used. Nothing leaves the disk meanwhile: not to be held while somebody else may take as long as they like.
+        """
         ended = asyncio.get_running_loop().create_future()
         self._storing.add(ended)
         try:

@@ -24,8 +24,10 @@ from src.communication.streams import (
     receive_pieces,
     send_blob,
     send_bytes,
+    unless_not_taken,
+    unless_silent,
 )
-from src.errors import DigestError, InvalidInput, LimitError, NotFoundError, SottoError
+from src.errors import DigestError, InvalidInput, LimitError, NotFoundError, SottoError, UnavailableError
 from src.protocol.signing import Signed
 from src.storage.blobs import BlobRef, Blobs
 
@@ -219,3 +221,59 @@ async def test_a_piece_without_a_byte_is_no_progress(blobs: Blobs) -> None:
 
     with blobs.writer() as writer, pytest.raises(InvalidInput, match="empty"):
         await receive_pieces(pieces(), writer, size=2)
+
+
+async def _in_steps(steps: int, pause_s: float, *, hangs: bool) -> AsyncIterator[int]:
+    for step in range(steps):
+        await asyncio.sleep(pause_s)
+        yield step
+    if hangs:
+        await asyncio.Event().wait()
+
+
+@pytest.mark.parametrize("hangs", [False, True])
+async def test_a_stream_may_be_slow_and_not_silent(hangs: bool) -> None:
+    """Altogether it takes longer than it may be silent."""
+    stream = unless_silent(_in_steps(6, 0.1, hangs=hangs), silence_s=0.4)
+    assert [await anext(stream) for _ in range(6)] == list(range(6))
+    if hangs:
+        with pytest.raises(UnavailableError, match="nothing came") as raised:
+            await anext(stream)
+        assert raised.value.remote  # so that it is tried again
+    else:
+        assert await anext(stream, None) is None
+
+
+async def test_a_stream_that_nobody_takes_any_more_is_hung_up() -> None:
+    closed = asyncio.Event()
+
+    async def endless() -> AsyncIterator[int]:
+        try:
+            while True:
+                yield 1
+        finally:
+            closed.set()
+
+    stream = unless_silent(endless(), silence_s=60)
+    assert await anext(stream) == 1
+    await stream.aclose()
+    assert closed.is_set()
+
+
+@pytest.mark.parametrize("hangs_at", [0, 5, None])
+async def test_an_upload_may_be_taken_slowly_and_answered_late(hangs_at: int | None) -> None:
+    async def send(parts: AsyncIterator[int]) -> str:
+        async for part in parts:
+            await asyncio.sleep(0.1)
+            if part == hangs_at:
+                await asyncio.Event().wait()
+        await asyncio.sleep(0.6)
+        return "taken"
+
+    sending = unless_not_taken(send, _in_steps(6, 0, hangs=False), silence_s=0.4)
+    if hangs_at is None:
+        assert await sending == "taken"
+    else:
+        with pytest.raises(UnavailableError, match="was taken") as raised:
+            await sending
+        assert raised.value.remote
