@@ -1,4 +1,4 @@
-"""Where a test's model or loss notes what it was given: out of sight of the trial, which refuses what keeps something."""
+"""Where a test's model or loss notes what it was given: out of sight of the trial, which refuses whoever keeps it."""
 
 from __future__ import annotations
 
