@@ -11,6 +11,7 @@ import torch
 from src.learning.dpsgd import noised_sum
 from src.learning.per_example import ClippedSums
 from src.learning.task import Dataset, default_loss
+from src.learning.together import sums_together
 from src.privacy.entropy import SystemEntropy
 
 from .measure import Figures, cpu_s, say
@@ -24,7 +25,8 @@ REACH: Final[dict[str, tuple[str, float]]] = {"row_vs_bare_autograd_177": ("≤"
 
 
 def run() -> Figures:
-    """For each model: microseconds a row; a step of DP-SGD over an ordinary float32 step; over one row's autograd."""
+    """For each model: microseconds a row; a step of DP-SGD over an ordinary float32 step; over one row's autograd;
+    over the same sums of public rows, many at a time."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     figures: Figures = {}
@@ -44,6 +46,9 @@ def _of_model(name: str, inputs: int, hidden: int) -> Figures:
     working, entropy, chosen = copy.deepcopy(model).double().train(), SystemEntropy(), np.arange(ROWS)
     sums = ClippedSums(working, dataset, loss=default_loss, parameters=list(working.parameters()), max_grad_norm=1.0)
     private = cpu_s(lambda: noised_sum(sums.over(dataset, chosen), 1.0, entropy=entropy))
+    public = copy.deepcopy(model).double().train()
+    at_once = sums_together(public, dataset, loss=default_loss, parameters=list(public.parameters()), max_grad_norm=1.0)
+    together = cpu_s(lambda: at_once.over(dataset, chosen))
     features, labels = torch.from_numpy(dataset.features), torch.from_numpy(dataset.labels)
     plain = cpu_s(lambda: _gradient(model, features, labels))
     twin, wide = copy.deepcopy(model).double(), features.double()
@@ -52,6 +57,7 @@ def _of_model(name: str, inputs: int, hidden: int) -> Figures:
         f"dp_sgd_row_us_{name}": private / ROWS * 1e6,
         f"dp_sgd_vs_plain_step_{name}": private / plain,
         f"row_vs_bare_autograd_{name}": private / bare,
+        f"rows_alone_vs_together_{name}": private / together,
     }
 
 
