@@ -72,7 +72,7 @@ MAX_VALUES: Final = 1 << 36
 """Values that a training may write, some minutes of work; beyond it an audit asks for fewer canaries."""
 
 ROW_VALUES: Final = 1 << 16
-"""What a row costs at least, about a tenth of a millisecond, in values written."""
+"""What a row costs at least, some tenths of a millisecond, in values written."""
 
 _CHUNK: Final = 4096  # rows in one forward pass when losses are computed
 
