@@ -1,8 +1,8 @@
 """What a model and a loss hold between two calls: whether computing rows changes it.
 
 A row's gradient is a function of that row and the model alone as long as nothing of one row is there when the next one
-is computed. Parameters, buffers, attributes, containers, generators and closures are looked at, and what a loss's own
-function names of its module; not what is hidden deeper, which only its author knows.
+is computed. Parameters, buffers, attributes, containers, generators, closures and hooks are looked at, and what the
+task's own methods name of their module; not what is hidden deeper, which only its author knows.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import random
+import sys
 import types
 from collections import deque
 from collections.abc import Iterator, Mapping
@@ -24,8 +25,9 @@ _WHOLE_BYTES: Final = 1 << 26
 """Of an array up to this size every byte counts, of a larger one its ends."""
 _PLAIN: Final = (bool, int, float, complex, str, bytes, type(None))
 _NOTHING: Final = (type, types.ModuleType, types.BuiltinFunctionType, torch.dtype, torch.device)
-
-
+_OPEN: Final = (functools.partial, types.MethodType, types.FunctionType, Mapping, list, tuple, deque)
+"""What is looked into although the standard library defines it; of its other objects their text is compared."""
+_LIBRARIES: Final = ("torch", "numpy")
 _CONTAINERS: Final = (dict, list, set, deque, torch.Tensor, np.ndarray)
 
 
@@ -36,6 +38,8 @@ def state_of(**roots: Any) -> dict[str, str]:
     waiting: deque[tuple[str, Any]] = deque(roots.items())
     while waiting and len(found) < _MOST:
         path, value = waiting.popleft()
+        while path in found:  # an attribute and a name of the module, say
+            path += "'"
         if isinstance(value, _PLAIN):
             found[path] = repr(value)
             continue
@@ -47,7 +51,7 @@ def state_of(**roots: Any) -> dict[str, str]:
             found[path] = summary
         else:
             waiting.extend(_parts(path, value))
-            if isinstance(value, Mapping | list | tuple | set | frozenset | deque):
+            if isinstance(value, Mapping | list | tuple | deque):
                 found[path] = f"{len(value)} items"
     return found
 
@@ -61,21 +65,30 @@ def changed(before: Mapping[str, str], after: Mapping[str, str]) -> list[str]:
 def _summary(value: Any) -> str | None:
     """Of what is looked at as a whole; None for what has parts."""
     if isinstance(value, torch.Tensor):
-        return _bytes_of(value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy(), tuple(value.shape))
+        try:
+            return _bytes_of(value.detach().cpu().resolve_conj().resolve_neg().numpy())
+        except (RuntimeError, TypeError):  # sparse, or of a type that numpy does not have
+            return repr(value)
     if isinstance(value, np.ndarray):
-        return _bytes_of(np.frombuffer(value.tobytes(), np.uint8), value.shape)
+        return _bytes_of(value)
     if isinstance(value, torch.Generator):
-        return _bytes_of(value.get_state().numpy(), ())
+        return _bytes_of(value.get_state().numpy())
     if isinstance(value, np.random.Generator):
         return repr(value.bit_generator.state)
     if isinstance(value, random.Random):
         return repr(value.getstate())
-    return None
+    if isinstance(value, set | frozenset):
+        return repr(sorted(map(repr, value)))
+    standard = type(value).__module__.partition(".")[0] in sys.stdlib_module_names
+    return repr(value) if standard and not isinstance(value, _OPEN) else None  # a logger, a lock, an iterator's place
 
 
-def _bytes_of(values: np.ndarray[Any, Any], shape: tuple[int, ...]) -> str:
-    whole = values if values.nbytes <= _WHOLE_BYTES else np.concatenate([values[: 1 << 20], values[-(1 << 20) :]])
-    return f"{shape} {hashlib.sha256(whole.tobytes()).hexdigest()}"
+def _bytes_of(values: np.ndarray[Any, Any]) -> str:
+    flat = values.reshape(-1)
+    if values.nbytes > _WHOLE_BYTES:
+        some = (1 << 20) // values.itemsize
+        flat = np.concatenate([flat[:some], flat[-some:]])
+    return f"{values.shape} {hashlib.sha256(flat.tobytes()).hexdigest()}"
 
 
 def _parts(path: str, value: Any) -> Iterator[tuple[str, Any]]:
@@ -92,7 +105,7 @@ def _parts(path: str, value: Any) -> Iterator[tuple[str, Any]]:
     elif isinstance(value, torch.nn.Module):
         for kind in (value._parameters, value._buffers, value._modules):
             yield from ((f"{path}.{name}", each) for name, each in kind.items())
-        own = {name: each for name, each in vars(value).items() if name not in _OF_MODULES and "hook" not in name}
+        own = {name: each for name, each in vars(value).items() if name not in _OF_MODULES}
         yield from ((f"{path}.{name}", each) for name, each in own.items())
         yield from _of_class(path, value)
     else:
@@ -106,18 +119,19 @@ _OF_MODULES: Final = ("_parameters", "_buffers", "_modules", "training")
 
 
 def _of_class(path: str, value: Any) -> Iterator[tuple[str, Any]]:
-    """Containers and arrays that all instances of a task's classes share."""
+    """Containers and arrays that all instances of a task's classes share, and what their methods name."""
     for kind in type(value).__mro__:
-        if kind.__module__.partition(".")[0] not in _LIBRARIES:
+        room = kind.__module__.partition(".")[0]
+        if room not in _LIBRARIES and room not in sys.stdlib_module_names:
             shared = {name: each for name, each in vars(kind).items() if isinstance(each, _CONTAINERS)}
             yield from ((f"{path}.{name}", each) for name, each in shared.items() if not name.startswith("__"))
-
-
-_LIBRARIES: Final = ("builtins", "torch", "numpy", "typing", "collections", "functools")
+            for each in vars(kind).values():
+                if isinstance(each, types.FunctionType):
+                    yield from _of_function(path, each)
 
 
 def _of_function(path: str, function: types.FunctionType) -> Iterator[tuple[str, Any]]:
-    """What it closes over, its defaults, and the containers and arrays of its module that it names."""
+    """What it closes over, its defaults and attributes, and what it names of its module but other functions."""
     cells = zip(function.__code__.co_freevars, function.__closure__ or (), strict=True)
     for name, cell in cells:
         try:
@@ -125,10 +139,11 @@ def _of_function(path: str, function: types.FunctionType) -> Iterator[tuple[str,
         except ValueError:  # not filled yet
             continue
     yield from ((f"{path}.{number}", each) for number, each in enumerate(function.__defaults__ or ()))
+    for named in (function.__kwdefaults__ or {}, vars(function)):
+        yield from ((f"{path}.{name}", each) for name, each in named.items())
     for name in function.__code__.co_names:
-        each = function.__globals__.get(name)
-        if isinstance(each, (*_CONTAINERS, bool, int, float)):
-            yield f"{path}.{name}", each
+        if name in function.__globals__ and not isinstance(function.__globals__[name], types.FunctionType):
+            yield f"{path}.{name}", function.__globals__[name]
 
 
 def _name(key: object) -> str:

@@ -4,6 +4,9 @@ name of what it keeps; and what is not found there changes no parameter, and no 
 from __future__ import annotations
 
 import functools
+import itertools
+import logging
+import threading
 from collections.abc import Callable, Iterator
 from typing import Any, ClassVar
 
@@ -23,6 +26,7 @@ from src.privacy.entropy import SystemEntropy
 
 ROWS = 200
 SEEN: list[float] = []
+PLACE: list[float] = []
 
 
 class Words(torch.nn.Module):
@@ -118,6 +122,53 @@ def closing_over() -> Loss:
     return loss
 
 
+def counting_itself(outputs: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    counting_itself.calls = getattr(counting_itself, "calls", 0) + 1  # type: ignore[attr-defined]
+    return default_loss(outputs, labels)
+
+
+def with_a_default(outputs: torch.Tensor, labels: torch.Tensor, *, seen: set[float] = {0.0}) -> torch.Tensor:  # noqa: B006
+    seen.pop()
+    seen.add(float(outputs.detach().sum()))
+    return default_loss(outputs, labels)
+
+
+class Naming(torch.nn.Module):
+    """Its forward pass writes into its module."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = torch.nn.Linear(3, 1)
+
+    def forward(self, features: torch.Tensor) -> torch.Tensor:
+        PLACE.append(float(features.sum()))
+        outputs: torch.Tensor = self.layer(features)
+        return outputs
+
+
+def hooked() -> torch.nn.Module:
+    """A hook on a layer counts what goes through it."""
+    layer, passes = torch.nn.Linear(3, 1), itertools.count()
+    layer.register_forward_hook(lambda *_: (next(passes), None)[1])
+    return layer
+
+
+class Complex(torch.nn.Module):
+    """Holds tensors of every kind, and changes none."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = torch.nn.Linear(3, 1)
+        self.held = [torch.ones(2, dtype=torch.complex64).conj(), torch.zeros(0), torch.ones(2, dtype=torch.bfloat16)]
+        self.held += [torch.eye(2).to_sparse(), torch.tensor(1.0)]
+        self.log, self.lock = logging.getLogger("test"), threading.Lock()
+        self.array = np.zeros((2, 0))
+
+    def forward(self, features: torch.Tensor) -> torch.Tensor:
+        outputs: torch.Tensor = self.layer(features)
+        return outputs
+
+
 def drawing(generator: np.random.Generator, outputs: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     generator.normal()
     return default_loss(outputs, labels)
@@ -161,6 +212,10 @@ KEEPING: list[tuple[str, Callable[[], torch.nn.Module], Callable[[], Loss], str]
     ("a cache of its class", linear, Caching, r"loss\.cache"),
     ("a count of calls", linear, Counting, r"loss\.calls"),
     ("a list of its module", linear, lambda: appending, r"loss\.SEEN"),
+    ("an attribute of the function", linear, lambda: counting_itself, r"loss\.calls"),
+    ("a default that is a set", linear, lambda: with_a_default, r"loss\.seen"),
+    ("what its forward pass names", Naming, lambda: default_loss, r"model\.PLACE"),
+    ("a hook", hooked, lambda: default_loss, r"model\._forward_hooks"),
     ("what it closes over", linear, closing_over, r"loss\.before"),
     ("a generator", linear, lambda: functools.partial(drawing, np.random.default_rng(1)), r"loss\.args"),
     ("a space that each row is computed in", WorkSpace, lambda: default_loss, r"model\.space"),
@@ -184,6 +239,14 @@ def test_weights_that_are_changed_by_looking_are_refused(layer: Any, max_norm: f
 
 def test_a_constant_that_is_made_once_is_no_row_s() -> None:
     sums(Once())
+
+
+def test_what_is_held_and_not_changed_is_nobodys_row() -> None:
+    model = Complex().train()
+    kept = state_of(model=model)
+    assert changed(kept, state_of(model=model)) == []
+    model.held[0].mul_(2)
+    assert changed(kept, state_of(model=model)) == ["model.held[0]"]
 
 
 @pytest.fixture

@@ -63,6 +63,12 @@ def note(kind: str, values: Any) -> None:
             file.write(f"{line}\n")
 
 
+def _enough() -> bool:
+    """Counts calls, out of sight: a task that keeps something between two rows is refused."""
+    _noted_calls.append(None)
+    return len(_noted_calls) > NOTED_CALLS
+
+
 def watch(put: Callable[[Any, str, Any], None]) -> None:
     """Note what goes into and out of every mechanism, by `put(module, name, function)` in its place."""
     import src.learning.dpsgd as dpsgd
@@ -186,8 +192,7 @@ class PlantedTask:
         return losses
 
     def _note(self, losses: torch.Tensor, outputs: torch.Tensor) -> None:
-        _noted_calls.append(None)  # not in the task itself: what keeps something between two rows is refused
-        if len(_noted_calls) > NOTED_CALLS:
+        if _enough():
             return
         found = losses.detach().numpy()
         note("values", np.unique(found))
