@@ -63,6 +63,11 @@ def note(kind: str, values: Any) -> None:
             file.write(f"{line}\n")
 
 
+def _begin() -> None:
+    for noted in (_noted, _noted_parts, _noted_calls):
+        noted.clear()
+
+
 def _enough() -> bool:
     """Counts calls, out of sight: a task that keeps something between two rows is refused."""
     _noted_calls.append(None)
@@ -166,9 +171,7 @@ class PlantedTask:
         for party `fails_at` (anybody, if absent)."""
         mine = options.get("fails_at") in (None, options.get("who"))
         self._fail = str(options.get("fail") or "") if mine else ""
-        _noted.clear()
-        _noted_parts.clear()
-        _noted_calls.clear()
+        _begin()
         note("rows", MARKERS)
         note("rows", [SECRET])
         note("count", [ROWS, LABEL])
