@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.sotto-ready
 PYTEST_WORKERS ?= 2
 
-.PHONY: help setup demo demo-check test test-all check proto bench figures clean
+.PHONY: help setup demo demo-check test test-all check proto bench figures findings clean
 
 help:  ## what there is
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -44,6 +44,9 @@ bench: $(READY)  ## measure (ONLY=encryption|…), writes build/bench.json
 
 figures: $(READY)  ## redraw docs/figures/utility from scratch: central DP-SGD, fedsgd, fedavg (some minutes)
 	@$(BIN)/python scripts/figures.py --processes $(PYTEST_WORKERS) $(ARGS)
+
+findings:  ## do public libraries still surprise as findings/ says? fetches each in a temporary folder (ONLY=name)
+	@findings/run.sh $(ONLY)
 
 clean:  ## remove what was built (keeps runs/)
 	rm -rf $(VENV) build dist *.egg-info src/*.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
