@@ -6,10 +6,10 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.sotto-ready
 PYTEST_WORKERS ?= 2
 
-.PHONY: help setup demo demo-check test test-all check proto bench figures findings clean
+.PHONY: help setup demo demo-check newcomer-check test test-all check proto bench bench-check figures findings clean
 
 help:  ## what there is
-	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-14s %s\n", $$1, $$2}'
 
 setup: $(READY)  ## create .venv from the pinned constraints (done once; the others call it)
 
@@ -22,6 +22,9 @@ demo: $(READY)  ## train an encrypted, differentially private federation on real
 
 demo-check: $(READY)  ## five seeds: the federation learns as much as central DP-SGD (exit code says)
 	@$(BIN)/python scripts/demo_check.py $(ARGS)
+
+newcomer-check: $(READY)  ## walk README as a newcomer would, in a fresh environment: seconds and commands (ten minutes)
+	@$(BIN)/python scripts/newcomer_check.py $(ARGS)
 
 test: $(READY)  ## the test suite, under ten minutes on two cores
 	@$(BIN)/python -m pytest -q -n $(PYTEST_WORKERS) -m "not slow" $(ARGS)
@@ -41,6 +44,9 @@ proto: $(READY)  ## regenerate src/communication/generated from proto/
 
 bench: $(READY)  ## measure (ONLY=encryption|…), writes build/bench.json
 	@$(BIN)/python benchmarks/bench.py $(if $(ONLY),--only $(ONLY)) $(ARGS)
+
+bench-check: $(READY)  ## the same, and whether all that is to be reached is, or is listed with its reason
+	@$(BIN)/python benchmarks/bench.py --check $(if $(ONLY),--only $(ONLY)) $(ARGS)
 
 figures: $(READY)  ## redraw docs/figures/utility from scratch: central DP-SGD, fedsgd, fedavg (some minutes)
 	@$(BIN)/python scripts/figures.py --processes $(PYTEST_WORKERS) $(ARGS)

@@ -24,7 +24,7 @@ from src.encryption.threshold import partial_decrypt_all
 from src.privacy.noise import tail_bound
 
 from .measure import Figures, cpu_s, say, speedup
-from .peers import heu_us, numpy_us, phe_us, tenseal_us
+from .peers import heu_us, numpy_us, phe_us, pypaillier_us, tenseal_us
 
 VALUE_BOUND: Final = 2**15 - 1
 PARTIES: Final = 16
@@ -126,7 +126,15 @@ def one_core(bench: Bench) -> Figures:
     heu = heu_us(bench.bits, layout.slots_per_ciphertext)
     figures |= {f"heu_{name}_2048_us": value for name, value in heu.items()}
     figures |= {f"{name}_2048_vs_heu_equal_slots": value / ours[name] for name, value in heu.items()}
-    return figures
+    return figures | _beside_pypaillier(bench, layout, ours)
+
+
+def _beside_pypaillier(bench: Bench, layout: Layout, ours: Figures) -> Figures:
+    found = pypaillier_us(bench.bits, layout.slots_per_ciphertext)
+    figures = {f"pypaillier_{name}_{bench.bits}_us": value for name, value in found.items()}
+    return figures | {
+        f"{name}_{bench.bits}_vs_pypaillier_packed": value / ours[name] for name, value in found.items() if name in ours
+    }
 
 
 def _add_s(bench: Bench, body: bytes, layout: Layout) -> float:
@@ -185,6 +193,7 @@ def larger_key(bench: Bench) -> Figures:
     phe = phe_us(bench.p, bench.q)
     figures = {f"{name}_3072_us": value for name, value in ours.items()}
     figures |= {f"{name}_3072_vs_phe": phe[name] / value for name, value in ours.items() if name in phe}
+    figures |= _beside_pypaillier(bench, layout, ours)
     return figures | {"bytes_per_parameter_3072": bench.layout(MODEL).body_bytes / MODEL}
 
 

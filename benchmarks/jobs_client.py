@@ -88,6 +88,7 @@ class Watchers:
 
     def __init__(self, connection: dict[str, Any], job_id: str, count: int) -> None:
         connection.pop("roster")
+        connection.pop("signer")
         self._connection = connection
         self._job_id = job_id
         self._seen: list[list[int]] = [[] for _ in range(count)]

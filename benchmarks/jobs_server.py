@@ -106,12 +106,14 @@ class Bench:
                 self._store.apply(connection, job_id, event, now=now)
 
     async def begin(self) -> dict[str, Any]:
-        """A running job that nobody drives."""
+        """A running job that nobody drives: this holds its lease, so that the coordinator does not take it up."""
         row = replace(new_row(0, now=time.time()), job_id="a" * 16, request_id="played")
 
         def begin(connection: Connection) -> None:
             self._store.create(connection, row)
-            self._store.apply(connection, row.job_id, Event(kind=EventKind.STARTED), now=time.time())
+            now = time.time()
+            self._store.apply(connection, row.job_id, Event(kind=EventKind.STARTED), now=now)
+            self._store.acquire(connection, row.job_id, holder="played", now=now, lease_s=DAY_S)
 
         await self._database.run(begin)
         return {"job_id": row.job_id, "events": 2}

@@ -20,6 +20,7 @@ ROOT = Path(__file__).resolve().parent.parent
 OWN_PLACE = ROOT / "build" / "peers"
 DISTRIBUTIONS = {
     "phe": "phe",
+    "paillier": "pypaillier",
     "tenseal": "tenseal",
     "heu.phe": "sf-heu",
     "opendp.prelude": "opendp",
@@ -90,6 +91,22 @@ def heu_us(bits: int, slots: int) -> Figures:
     return {
         "encrypt": cpu_s(lambda: [encryptor.encrypt(packed) for _ in range(200)]) / 200 / slots * 1e6,
         "add": cpu_s(lambda: [evaluator.add(ciphertext, ciphertext) for _ in range(1000)]) / 1000 / slots * 1e6,
+    }
+
+
+def pypaillier_us(bits: int, slots: int) -> Figures:
+    """pypaillier, whose integers are packed by hand into as many slots as we have: encrypt, add and decrypt, in
+    microseconds of all cores together a slot."""
+    paillier = peer("paillier")
+    if paillier is None:
+        return {}
+    public, secret = paillier.generate_keypair(bits)
+    packed = [(1 << (bits - 32)) // 3] * (10 * SLICE)  # it keeps room for a sum of 2^20
+    ciphertexts = [bytes(each) for each in paillier.encrypt_integers(public, packed)]
+    return {
+        "encrypt": cpu_s(lambda: paillier.encrypt_integers(public, packed)) / len(packed) / slots * 1e6,
+        "add": cpu_s(lambda: paillier.add_many(public, ciphertexts)) / (len(packed) - 1) / slots * 1e6,
+        "decrypt": cpu_s(lambda: paillier.decrypt_exact_many(secret, ciphertexts)) / len(packed) / slots * 1e6,
     }
 
 

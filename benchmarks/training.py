@@ -1,17 +1,22 @@
-"""What a step of DP-SGD costs, each row by itself, beside an ordinary step on the same rows and bare autograd."""
+"""What a step of DP-SGD costs, each row by itself, beside an ordinary step on the same rows and bare autograd; and what
+reading a party's rows adds to it."""
 
 from __future__ import annotations
 
 import copy
-from typing import Final
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any, Final
 
 import numpy as np
 import torch
 
 from src.learning.dpsgd import noised_sum
+from src.learning.gradients import clipped_gradient_sum
 from src.learning.per_example import ClippedSums
-from src.learning.task import Dataset, default_loss
+from src.learning.task import Dataset, Options, default_loss
 from src.learning.together import sums_together
+from src.party.rows import held_rows
 from src.privacy.entropy import SystemEntropy
 
 from .measure import Figures, cpu_s, say
@@ -20,19 +25,26 @@ ROWS: Final = 500
 WIDTHS: Final = {"177": (9, 16), "10k": (100, 100), "100k": (784, 128)}
 """Inputs and hidden units of models with so many parameters."""
 
-REACH: Final[dict[str, tuple[str, float]]] = {"row_vs_bare_autograd_177": ("≤", 2)}
+HELD_ROWS: Final = 250_000
+"""Of 100 features: a file of 100 MB."""
+
+REACH: Final[dict[str, tuple[str, float]]] = {"row_vs_bare_autograd_177": ("≤", 2), "rows_held_vs_read": ("≤", 0.02)}
 """What is to be reached: at least, or at most."""
 
 
 def run() -> Figures:
     """For each model: microseconds a row; a step of DP-SGD over an ordinary float32 step; over one row's autograd;
-    over the same sums of public rows, many at a time."""
+    over the same sums of public rows, many at a time. Of a file of 100 MB: milliseconds to read it and to hold it;
+    to have it held over reading it; a step of fedsgd on 500 of its rows that reads them, over one that has them."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     figures: Figures = {}
     for name, widths in WIDTHS.items():
         say(f"DP-SGD of {name} parameters, {ROWS} rows a step")
         figures |= _of_model(name, *widths)
+    say("rows of 100 MB, read and held")
+    with TemporaryDirectory() as directory:
+        figures |= _of_file(Path(directory))
     torch.set_num_threads(threads)
     return figures
 
@@ -63,3 +75,52 @@ def _of_model(name: str, inputs: int, hidden: int) -> Figures:
 
 def _gradient(model: torch.nn.Module, features: torch.Tensor, labels: torch.Tensor) -> object:
     return torch.autograd.grad(default_loss(model(features), labels).sum(), list(model.parameters()))
+
+
+class _Table:
+    """Rows of a file."""
+
+    name = "table"
+
+    def build_model(self, seed: int) -> torch.nn.Module:
+        torch.manual_seed(seed)
+        return torch.nn.Linear(100, 1)
+
+    def load_data(self, options: Options) -> Dataset:
+        with np.load(str(options["file"])) as table:
+            return Dataset(table["features"], table["labels"], "generated")
+
+
+def _of_file(directory: Path) -> Figures:
+    file, task = directory / "rows.npz", _Table()
+    generator = np.random.default_rng(0)
+    features = generator.normal(size=(HELD_ROWS, 100)).astype(np.float32)
+    np.savez(file, features=features, labels=generator.integers(0, 2, HELD_ROWS))
+    options, chosen = {"file": str(file)}, np.arange(ROWS)
+
+    def rows(kept: dict[str, Any]) -> Dataset:
+        return held_rows(
+            task,
+            name=task.name,
+            options=options,
+            directory=directory,
+            job="j",
+            kept=kept,
+            load=lambda: task.load_data(options),
+        )[1]
+
+    def step(kept: dict[str, Any]) -> object:
+        model = task.build_model(0)
+        return clipped_gradient_sum(model, rows(kept), chosen, loss=default_loss, max_grad_norm=1.0)
+
+    kept: dict[str, Any] = {}
+    plain = cpu_s(lambda: task.load_data(options))
+    while not kept:  # until the file is older than a tick of its clock
+        rows(kept)
+    read, held = cpu_s(lambda: rows({})), cpu_s(lambda: rows(kept))
+    return {
+        "rows_read_100mb_ms": plain * 1e3,
+        "rows_read_and_held_100mb_ms": read * 1e3,
+        "rows_held_vs_read": held / read,
+        "fedsgd_step_read_vs_held": cpu_s(lambda: step({})) / cpu_s(lambda: step(kept)),
+    }

@@ -83,7 +83,6 @@ def _central(task: Any, setting: Setting) -> float:
     from src.learning.baselines import pool
     from src.learning.dpsgd import train_dpsgd
     from src.learning.evaluation import evaluate
-    from src.learning.flatten import model_to_tensors
     from src.learning.task import loss_of
     from src.learning.tasks.randhie import DEMO
     from src.learning.together import sums_together
@@ -99,7 +98,7 @@ def _central(task: Any, setting: Setting) -> float:
     entropy = _entropy("central", setting)
     rows = pool(list(parties.values()))
     train_dpsgd(model, rows, loss=loss_of(task), config=config, entropy=entropy, sums_of=sums_together)
-    return evaluate(task, model_to_tensors(model), holdout)["auc"]
+    return evaluate(task, model, holdout)["auc"]
 
 
 def _fedsgd(task: Any, setting: Setting) -> float:

@@ -26,6 +26,7 @@ from .client_async import AT_REST, RETRY_FOR_S, AsyncSottoClient, Events, Jobs, 
 from .client_config import connection_of
 from .client_signing import JobSigner
 from .communication.generated.jobs_pb2 import (
+    ContinuedFrom,
     Evaluation,
     Export,
     FederatedTraining,
@@ -49,6 +50,7 @@ __all__ = [
     "AT_REST",
     "RETRY_FOR_S",
     "AsyncSottoClient",
+    "ContinuedFrom",
     "Evaluation",
     "EvaluationSpec",
     "Export",
@@ -131,6 +133,10 @@ class SottoClient:
             self._client.submit(job, request_id, priority=priority, timeout_s=timeout_s, inline_wait_s=inline_wait_s)
         )
 
+    def upload_model(self, model: bytes | Path | str) -> str:
+        """As `AsyncSottoClient.upload_model`."""
+        return self._run(self._client.upload_model(model))
+
     def get(self, job_id: str) -> Job:
         """As `AsyncSottoClient.get`."""
         return self._run(self._client.get(job_id))
@@ -149,9 +155,9 @@ class SottoClient:
             self._client.list(filter, order_by, page_size=page_size, limit=limit, show_deleted=show_deleted)
         )
 
-    def cancel(self, job_id: str) -> Job:
+    def cancel(self, job_id: str, *, keep: bool = False) -> Job:
         """As `AsyncSottoClient.cancel`."""
-        return self._run(self._client.cancel(job_id))
+        return self._run(self._client.cancel(job_id, keep=keep))
 
     def delete(self, job_id: str) -> Job:
         """As `AsyncSottoClient.delete`."""
@@ -195,13 +201,19 @@ class SottoClient:
         """As `AsyncSottoClient.wait`."""
         return self._run(self._client.wait(job_id, timeout_s))
 
-    def result(self, job_id: str) -> JobResult:
+    def result(self, job_id: str, *, round: int | str = "", best: str = "") -> JobResult:
         """As `AsyncSottoClient.result`."""
-        return self._run(self._client.result(job_id))
+        return self._run(self._client.result(job_id, round=round, best=best))
 
-    def fetch_artifact(self, job_id: str, directory: Path | str) -> dict[str, Path]:
+    def continued_from(self, job_id: str, *, round: int | str = "", best: str = "") -> ContinuedFrom:
+        """As `AsyncSottoClient.continued_from`."""
+        return self._run(self._client.continued_from(job_id, round=round, best=best))
+
+    def fetch_artifact(
+        self, job_id: str, directory: Path | str, *, round: int | str = "", best: str = ""
+    ) -> dict[str, Path]:
         """As `AsyncSottoClient.fetch_artifact`."""
-        return self._run(self._client.fetch_artifact(job_id, directory))
+        return self._run(self._client.fetch_artifact(job_id, directory, round=round, best=best))
 
     def _run(self, work: Coroutine[Any, Any, T]) -> T:
         future = self._schedule(work)
@@ -221,16 +233,22 @@ class SottoClient:
             return asyncio.run_coroutine_threadsafe(work, self._loop)
 
     def _stop(self, last: Coroutine[Any, Any, None]) -> None:
-        asyncio.run_coroutine_threadsafe(_cancel_others(), self._loop).result()
-        asyncio.run_coroutine_threadsafe(last, self._loop).result()
+        """All in the loop's own thread: the one that closes may have a loop that runs, as in a notebook."""
+        asyncio.run_coroutine_threadsafe(_wind_up(last), self._loop).result()
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join()
-        self._loop.run_until_complete(self._loop.shutdown_asyncgens())
-        self._loop.run_until_complete(self._loop.shutdown_default_executor())
         self._loop.close()
 
 
 _CLOSED: Final = "this client is closed"
+
+
+async def _wind_up(last: Coroutine[Any, Any, None]) -> None:
+    loop = asyncio.get_running_loop()
+    await _cancel_others()
+    await last
+    await loop.shutdown_asyncgens()
+    await loop.shutdown_default_executor()
 
 
 async def _cancel_others() -> None:

@@ -3,36 +3,47 @@
 from __future__ import annotations
 
 import asyncio
-import math
-import time
+import contextlib
+import tempfile
 import uuid
 from collections.abc import AsyncGenerator, Awaitable, Callable
 from contextlib import aclosing
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Final, Self, TypeVar
+from typing import TYPE_CHECKING, Final, Self, TypeVar
 
 from .client_config import connection_of
+from .client_messages import choice_of, job_of, model_of, read_model, submitted
+from .client_patience import Patience
 from .client_signing import JobSigner
 from .communication.generated import jobs_pb2, jobs_pb2_grpc
-from .communication.generated.jobs_pb2 import Evaluation, Export, FederatedTraining, Job, JobEvent, JobResult, Status
+from .communication.generated.jobs_pb2 import (
+    ContinuedFrom,
+    Evaluation,
+    Export,
+    FederatedTraining,
+    Job,
+    JobEvent,
+    JobResult,
+    Status,
+)
 from .communication.grpc_client import connect
 from .communication.identity import Identity
-from .communication.options import CLIENT_PING_INTERVAL_S, DEFAULT_MAX_MESSAGE_BYTES, PING_TIMEOUT_S
+from .communication.options import DEFAULT_MAX_MESSAGE_BYTES
+from .communication.streams import send_bytes
 from .communication.tls import TlsFiles
 from .errors import (
     PASSING,
     AbandonedError,
     DeadlineError,
     DigestError,
-    InvalidInput,
     JobFailed,
     NotFoundError,
-    SottoError,
     StateError,
     UnavailableError,
 )
-from .jobs.artifact import Partial, keep
+from .jobs.artifact import MANIFEST_FILE, Partial, keep
+from .jobs.keeping import LAST
 
 if TYPE_CHECKING:
     from .jobs.specs import JobSpec
@@ -44,15 +55,7 @@ Events = list[JobEvent]
 
 RETRY_FOR_S: Final = 60.0
 """How long an aggregator may be away before a call gives up: a restart takes seconds."""
-FIRST_PAUSE_S: Final = 0.1
-LONGEST_PAUSE_S: Final = 5.0
-NOTICED_S: Final = float(CLIENT_PING_INTERVAL_S + PING_TIMEOUT_S)
-"""Within it a channel notices that nobody answers: what failed later was connected until then, however silent."""
-
 AT_REST: Final = frozenset({jobs_pb2.SUCCEEDED, jobs_pb2.FAILED, jobs_pb2.CANCELLED})
-
-MAX_TIMEOUT_S: Final = 10_000 * 365.25 * 86_400
-"""What google.protobuf.Duration holds: ±10 000 years."""
 
 
 def result_of(job: Job) -> JobResult:
@@ -79,30 +82,6 @@ def result_of(job: Job) -> JobResult:
     if job.state == jobs_pb2.CANCELLED:
         raise AbandonedError(f"job {job.job_id} was cancelled", job_id=job.job_id)
     raise StateError(f"job {job.job_id} is {jobs_pb2.JobState.Name(job.state)}: it has no result yet")
-
-
-class Patience:
-    """Growing pauses between attempts, bounded one by one and, as long as nobody is there, all together."""
-
-    def __init__(self, retry_for_s: float, *, clock: Callable[[], float] = time.monotonic) -> None:
-        self._retry_for_s = retry_for_s
-        self._clock = clock
-        self.reset()
-
-    def reset(self) -> None:
-        """Something came: the next failure is a first one again."""
-        self._since = self._began = self._clock()
-        self._pause_s = FIRST_PAUSE_S
-
-    async def pause(self, error: SottoError) -> None:
-        """Wait before the next attempt; raises `error` when the time is over."""
-        if self._clock() - self._began > NOTICED_S:
-            self.reset()
-        if self._clock() + self._pause_s > self._since + self._retry_for_s:
-            raise error
-        await asyncio.sleep(self._pause_s)
-        self._pause_s = min(2 * self._pause_s, LONGEST_PAUSE_S)
-        self._began = self._clock()
 
 
 class AsyncSottoClient:
@@ -176,7 +155,7 @@ class AsyncSottoClient:
         One call. The job that comes back has what the aggregator answers at once (id, state, progress, times, attempt)
         and what was sent; `get` adds owner, digest, and the defaults that the aggregator filled in. A job that is at
         rest when the answer comes is whole. What is sent is signed, if this client has a key: whoever trains for it
-        sees that it is this scientist's.
+        sees that it is this scientist's. A model that is too large for one message is uploaded before.
 
         Args:
             job: the wire's `Job`, `FederatedTraining`, `Evaluation` or `Export`, or a specification.
@@ -194,16 +173,43 @@ class AsyncSottoClient:
         """
         request = jobs_pb2.CreateJobRequest(
             request_id=request_id or str(uuid.uuid4()),
-            job=_to_job(job, priority=priority, timeout_s=timeout_s),
+            job=job_of(job, priority=priority, timeout_s=timeout_s),
             inline_wait_s=inline_wait_s,
         )
+        model = model_of(request.job)
+        if model:
+            await self.upload_model(model)
         if self._signer is not None:
             request.order.CopyFrom(await asyncio.to_thread(self._signer.sign, request.job, request.request_id))
-        operation = await self._patiently(lambda: self._stub.CreateJob(request))
+        try:
+            operation = await self._patiently(lambda: self._stub.CreateJob(request))
+        except NotFoundError as error:
+            if not model or "sha256" not in error.metadata:
+                raise
+            await self.upload_model(model)  # the aggregator was restarted in between
+            operation = await self._patiently(lambda: self._stub.CreateJob(request))
         metadata = jobs_pb2.OperationMetadata()
         if operation.done or not operation.metadata.Unpack(metadata):
             return await self.get(operation.name.removeprefix("operations/"))
-        return _submitted(request.job, metadata)
+        return submitted(request.job, metadata)
+
+    async def upload_model(self, model: bytes | Path | str) -> str:
+        """Hand in a model by itself, as jobs name it then: `FederatedTraining(initial_model_sha256=…)`. `submit` does
+        so where it has to. Kept for an hour; once more is no harm.
+
+        Args:
+            model: safetensors, at most 256 MiB: the bytes, or a file.
+
+        Returns:
+            Its SHA-256 (hex).
+
+        Raises:
+            StorageError: the file cannot be read.
+            LimitError: it is too large, or too much of this scientist's is kept already.
+        """
+        data = model if isinstance(model, bytes) else await asyncio.to_thread(read_model, Path(model))
+        answer = await self._patiently(lambda: self._stub.UploadModel(send_bytes(data)))
+        return bytes(answer.sha256).hex()
 
     async def get(self, job_id: str) -> Job:
         """A job with its progress. Raises NotFoundError."""
@@ -247,9 +253,14 @@ class AsyncSottoClient:
                 break
         return jobs[:limit]
 
-    async def cancel(self, job_id: str) -> Job:
-        """Ask a job to stop. One at rest stays as it is. Raises NotFoundError."""
-        return await self._patiently(lambda: self._stub.CancelJob(jobs_pb2.CancelJobRequest(job_id=job_id)))
+    async def cancel(self, job_id: str, *, keep: bool = False) -> Job:
+        """Ask a job to stop. One at rest stays as it is. Raises NotFoundError.
+
+        Args:
+            keep: it ends in order, with its last released round as its result, if it has one.
+        """
+        request = jobs_pb2.CancelJobRequest(job_id=job_id, keep=keep)
+        return await self._patiently(lambda: self._stub.CancelJob(request))
 
     async def delete(self, job_id: str) -> Job:
         """Drop the files of a job at rest; the job itself stays, with its history and what it spent.
@@ -312,37 +323,100 @@ class AsyncSottoClient:
             raise DeadlineError(f"job {job_id} is not at rest after {timeout_s:g} s", job_id=job_id) from None
         return await self.get(job_id)
 
-    async def result(self, job_id: str) -> JobResult:
-        """The result of a job that succeeded; raises as `result_of`."""
-        return result_of(await self.get(job_id))
+    async def result(self, job_id: str, *, round: int | str = "", best: str = "") -> JobResult:
+        """The result of a job that succeeded; or a released round of a training, in whatever state that is, as one.
 
-    async def fetch_artifact(self, job_id: str, directory: Path | str) -> dict[str, Path]:
-        """Fetch the files of a job that succeeded into a directory; returns their paths by name.
+        Args:
+            round: its number, or "last"; by default the job's own result.
+            best: instead of `round`: the best one by a metric of public rows, such as "auc"; "max:NAME" or "min:NAME"
+                of a metric that is not well known.
+
+        Raises:
+            JobFailed, AbandonedError, StateError: as `result_of`, where no round is meant.
+            NotFoundError: no such job; or that round was not released, or its model was not kept.
+            InvalidInput: that is no round.
+        """
+        choice = choice_of(round, best)
+        if not choice:
+            return result_of(await self.get(job_id))
+        request = jobs_pb2.GetRoundResultRequest(job_id=job_id, round=choice)
+        result = await self._patiently(lambda: self._stub.GetRoundResult(request))
+        if choice.isdecimal() and result.round not in (0, int(choice)):
+            raise DigestError(f"asked for round {choice} of job {job_id}, got {result.round}", job_id=job_id)
+        return result
+
+    async def continued_from(self, job_id: str, *, round: int | str = "", best: str = "") -> ContinuedFrom:
+        """What `FederatedTraining.continue_from` says, to start from a released round of an earlier job, the last one
+        unless it is said. Where a roster is pinned, its files are fetched first, and the manifest checked: what is
+        signed then is its model.
+
+        Args and errors: as of `result` and `fetch_artifact`.
+        """
+        choice = choice_of(round, best) or LAST
+        if await self._pinned() is None:
+            result = await self.result(job_id, round=choice)
+        else:
+            with tempfile.TemporaryDirectory() as folder:
+                result, _ = await self._fetch_round(job_id, choice, Path(folder))
+        (model,) = (file for file in result.files if file.name != MANIFEST_FILE)
+        number = result.round or max(each.round for each in (await self.get(job_id)).progress.rounds)
+        return ContinuedFrom(job_id=job_id, round=number, model_sha256=model.sha256.hex())
+
+    async def fetch_artifact(
+        self, job_id: str, directory: Path | str, *, round: int | str = "", best: str = ""
+    ) -> dict[str, Path]:
+        """Fetch the files of a job that succeeded, or of a released round of a training, into a directory; returns
+        their paths by name.
 
         What is there already and whole is not fetched again; what is there in part (`….part`) is continued. Files get
         their names only when all of them have the announced SHA-256 and, where a roster is pinned, the manifest is
         signed by the aggregator, speaks of this job, and vouches for every other file.
 
+        Args:
+            round, best: which round is meant, as of `result`.
+
         Raises:
-            JobFailed, AbandonedError, StateError: as `result_of`.
-            NotFoundError: its files were deleted.
+            JobFailed, AbandonedError, StateError: as `result_of`, where no round is meant.
+            NotFoundError: its files were deleted, or that round cannot be had.
             DigestError: a file is not what was announced.
             SignatureError: the manifest is not what the aggregator signed.
             KeyMaterialError: the pinned roster cannot be used.
             InvalidInput: a file's name is no plain name, or the manifest is malformed.
             StorageError: the directory cannot be written.
         """
-        job = await self.get(job_id)
-        result = result_of(job)
-        if job.HasField("delete_time"):
-            raise NotFoundError(f"the files of job {job_id} were deleted", job_id=job_id)
+        choice = choice_of(round, best)
+        if not choice:
+            job = await self.get(job_id)
+            result = result_of(job)
+            if job.HasField("delete_time"):
+                raise NotFoundError(f"the files of job {job_id} were deleted", job_id=job_id)
+            return await self._fetch(job_id, result, Path(directory))
+        return (await self._fetch_round(job_id, choice, Path(directory)))[1]
+
+    async def _fetch_round(self, job_id: str, choice: str, folder: Path) -> tuple[JobResult, dict[str, Path]]:
+        """A released round and its files, as they are together."""
+        for _ in range(MOVED_ON_TIMES):
+            result = await self.result(job_id, round=choice)
+            with contextlib.suppress(_MovedOn):
+                return result, await self._fetch(job_id, result, folder, choice=choice)
+        raise NotFoundError(f"job {job_id} moves on faster than its manifest is fetched", job_id=job_id)
+
+    async def _fetch(self, job_id: str, result: JobResult, folder: Path, *, choice: str = "") -> dict[str, Path]:
+        """Raises _MovedOn where what a round's manifest states has changed since, as further rounds were charged."""
         roster = await self._pinned()
-        folder = Path(directory)
-        partials = [await asyncio.to_thread(Partial, folder, file) for file in result.files]
-        for partial in partials:
-            await self._complete(job_id, partial)
-        await asyncio.to_thread(keep, partials, roster=roster, job_id=job_id)
-        return {partial.name: partial.target for partial in partials}
+        of = choice and (str(result.round) if result.round else choice)
+        partials = [(file, await asyncio.to_thread(Partial, folder, file)) for file in result.files]
+        for file, partial in partials:
+            try:
+                await self._complete(job_id, partial, of=of, sha256=file.sha256 if of else b"")
+            except NotFoundError as error:
+                await asyncio.to_thread(partial.discard)
+                if of and file.name == MANIFEST_FILE:
+                    raise _MovedOn(error.message) from error
+                raise
+        found = [partial for _, partial in partials]
+        await asyncio.to_thread(keep, found, roster=roster, job_id=job_id, number=result.round if of else 0)
+        return {partial.name: partial.target for _, partial in partials}
 
     async def _pinned(self) -> Roster | None:
         if isinstance(self._roster, Path):
@@ -351,20 +425,22 @@ class AsyncSottoClient:
             self._roster = (await asyncio.to_thread(load_roster, self._roster))[1]
         return self._roster
 
-    async def _complete(self, job_id: str, partial: Partial) -> None:
+    async def _complete(self, job_id: str, partial: Partial, *, of: str, sha256: bytes) -> None:
         """Fetch what is missing. A part that turns out wrong is fetched once more from its beginning."""
         try:
-            await self._append(job_id, partial)
+            await self._append(job_id, partial, of=of, sha256=sha256)
         except DigestError:
             if not partial.resumed:
                 raise
             await asyncio.to_thread(partial.restart)
-            await self._append(job_id, partial)
+            await self._append(job_id, partial, of=of, sha256=sha256)
 
-    async def _append(self, job_id: str, partial: Partial) -> None:
+    async def _append(self, job_id: str, partial: Partial, *, of: str, sha256: bytes) -> None:
         patience = Patience(self._retry_for_s)
         while not partial.complete:
-            request = jobs_pb2.DownloadArtifactRequest(job_id=job_id, file=partial.name, offset=partial.size)
+            request = jobs_pb2.DownloadArtifactRequest(
+                job_id=job_id, file=partial.name, offset=partial.size, round=of, sha256=sha256
+            )
             try:
                 async for chunk in self._stub.DownloadArtifact(request):
                     await asyncio.to_thread(partial.write, chunk.data, offset=chunk.offset)
@@ -385,46 +461,9 @@ class AsyncSottoClient:
                 await patience.pause(error)
 
 
-def _to_job(job: Any, *, priority: str | None, timeout_s: float | None) -> Job:
-    """The wire's message of whatever describes a job; what the caller holds is not changed."""
-    if isinstance(job, Job):
-        message = Job()
-        message.CopyFrom(job)
-    elif isinstance(job, FederatedTraining):
-        message = Job(federated_training=job)
-    elif isinstance(job, Evaluation):
-        message = Job(evaluation=job)
-    elif isinstance(job, Export):
-        message = Job(export=job)
-    else:
-        from .jobs.specs import spec_into_proto
-
-        message = Job()
-        spec_into_proto(message, job)
-    if priority is not None:
-        if priority.upper() not in ("HIGH", "NORMAL", "LOW"):
-            problem = f"must be high, normal or low (got {priority[:40]!r})"
-            raise InvalidInput(f"priority {problem}", violations={"priority": problem})
-        message.priority = jobs_pb2.JobPriority.Value(priority.upper())
-    if timeout_s is not None:
-        if not (math.isfinite(timeout_s) and 0 < timeout_s <= MAX_TIMEOUT_S):
-            problem = f"must be a number of seconds above 0 (got {timeout_s:g})"
-            raise InvalidInput(f"timeout {problem}", violations={"timeout": problem})
-        message.timeout.FromNanoseconds(round(timeout_s * 1e9))
-    return message
+MOVED_ON_TIMES: Final = 5
+"""So often the manifest of a round is fetched again, where the job goes on meanwhile."""
 
 
-def _submitted(sent: Job, answer: jobs_pb2.OperationMetadata) -> Job:
-    """What is known of a job after it was accepted: what was sent, but the bytes of a model, and what was answered."""
-    job = Job()
-    job.CopyFrom(sent)
-    if job.HasField("federated_training"):
-        job.federated_training.ClearField("initial_model")
-    if job.HasField("evaluation"):
-        job.evaluation.ClearField("model")
-    for field, value in answer.ListFields():
-        if field.message_type is None:
-            setattr(job, field.name, value)
-        else:
-            getattr(job, field.name).CopyFrom(value)
-    return job
+class _MovedOn(NotFoundError):
+    """What a round's manifest states is more by now."""

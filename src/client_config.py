@@ -17,6 +17,7 @@ from .client_signing import JobSigner
 from .communication.identity import Identity
 from .communication.tls import TlsFiles, is_loopback
 from .config_yaml import ENVIRONMENT_PREFIX, read_document
+from .files import expanded
 
 if TYPE_CHECKING:
     from .config import ClientConfig
@@ -40,7 +41,7 @@ def connection_of(path: Path | str, *, address: str | None = None) -> dict[str, 
     Raises:
         ConfigError: the file cannot be used; every problem in `problems`.
     """
-    path = Path(path).expanduser().absolute()
+    path = expanded(Path(path)).absolute()
     overridden = any(name.upper().startswith(ENVIRONMENT_PREFIX) for name in os.environ)
     found = None if overridden else plain_connection(read_document(path), base=path.parent)
     if found is None:

@@ -13,12 +13,13 @@ import stat
 from abc import abstractmethod
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, Final, Literal
+from typing import Any, Final, Literal, Self
 
-from pydantic import BaseModel, Field, ValidationInfo, model_validator
+from pydantic import BaseModel, Field, PrivateAttr, ValidationInfo, model_validator
 
 from .config_reader import ConfigPath, Loading, Model, finish, loading, override, validate
 from .config_sections import (
+    MAX_OPTION_DEPTH,
     AggregatorKeys,
     AggregatorLimits,
     AggregatorPolicy,
@@ -44,6 +45,7 @@ from .config_sections import (
 )
 from .config_yaml import read_document, unusable
 from .errors import ConfigError
+from .files import expanded
 
 CONFIG_VERSION: Final = 1
 
@@ -54,6 +56,19 @@ class _Document(Section):
 
 
 class _RoleDocument(_Document):
+    _directory: Path = PrivateAttr(default_factory=Path.cwd)
+
+    @model_validator(mode="after")
+    def _note_directory(self, info: ValidationInfo) -> Self:
+        self._directory = loading(info).base
+        return self
+
+    @property
+    def directory(self) -> Path:
+        """That of the file: relative paths start there, those in options of tasks too. Of a model that was built by
+        hand, the working directory at that time."""
+        return self._directory
+
     state_dir: ConfigPath = setting(Path("state"), "database, blobs and what is made at first start")
     database: DatabaseSection = section("jobs, rounds and the ledger; SQLite in state_dir unless said otherwise")
 
@@ -196,7 +211,7 @@ def load_client_config(path: Path, *, environ: Mapping[str, str] | None = None) 
 
 
 def _load(model: type[Model], path: Path, environ: Mapping[str, str] | None, *, name: str | None = None) -> Model:
-    path = path.expanduser().absolute()
+    path = expanded(path).absolute()
     data = read_document(path)
     version = data.get("version", CONFIG_VERSION)
     if version != CONFIG_VERSION or isinstance(version, bool):  # another version has other keys: no more is said
@@ -268,13 +283,22 @@ def _fill_placeholders(data: dict[str, Any], state: Loading) -> None:
         data["state_dir"] = data["state_dir"].replace("{name}", name)
     for task, options in _dataset_options(data):
         for key, value in options.items():
-            if value == "{index}":
-                if not re.fullmatch(r"[a-z]", name):
-                    where = f"datasets.{task}.options.{key}"
-                    state.problems.append(f'{where}: "{{index}}" needs a one-letter name (a is 0); write the number')
-                options[key] = ord(name[:1] or "a") - ord("a")
-            elif isinstance(value, str):
-                options[key] = value.replace("{name}", name)
+            options[key] = _filled(value, name, where=f"datasets.{task}.options.{key}", state=state)
+
+
+def _filled(value: object, name: str, *, where: str, state: Loading, depth: int = MAX_OPTION_DEPTH) -> object:
+    """An option with its placeholders replaced, in lists and mappings too."""
+    if isinstance(value, list | dict) and depth > 0:
+        inner = list(enumerate(value)) if isinstance(value, list) else list(value.items())
+        filled = [
+            (key, _filled(each, name, where=f"{where}.{key}", state=state, depth=depth - 1)) for key, each in inner
+        ]
+        return [each for _, each in filled] if isinstance(value, list) else dict(filled)
+    if value == "{index}":
+        if not re.fullmatch(r"[a-z]", name):
+            state.problems.append(f'{where}: "{{index}}" needs a one-letter name (a is 0); write the number')
+        return ord(name[:1] or "a") - ord("a")
+    return value.replace("{name}", name) if isinstance(value, str) else value
 
 
 def _dataset_options(data: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:

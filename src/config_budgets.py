@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
 
@@ -117,11 +117,21 @@ def _alike(one: Mapping[str, object], other: Mapping[str, object]) -> str:
     """Which options name the same data: all of them, or any that is the same file; "" for none."""
     if one and one == other:
         return "options"
-    for name, value in one.items():
-        same = [key for key, its in other.items() if _is_same_file(value, its)]
+    for name, value in _leaves(one):
+        same = [key for key, its in _leaves(other) if _is_same_file(value, its)]
         if same:
             return f"file ({name})" if same[0] == name else f"file ({name}, {same[0]})"
     return ""
+
+
+def _leaves(options: object, at: str = "") -> Iterator[tuple[str, object]]:
+    """What lists and mappings of options hold, with the path to it."""
+    if not isinstance(options, Mapping | list):
+        yield at, options
+        return
+    inner = options.items() if isinstance(options, Mapping) else enumerate(options)
+    for key, value in inner:
+        yield from _leaves(value, f"{at}.{key}" if at else str(key))
 
 
 def _is_same_file(one: object, other: object) -> bool:

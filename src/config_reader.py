@@ -18,6 +18,8 @@ from pydantic import BaseModel, BeforeValidator, ValidationError, ValidationInfo
 from pydantic_core import ErrorDetails
 
 from .config_yaml import ENVIRONMENT_PREFIX, parse_yaml
+from .errors import ConfigError
+from .files import expanded
 
 _SHOWN_CHARACTERS: Final = 40  # of a wrong value: enough to recognise it, too little for a pasted file
 _LONGEST_PATH: Final = 1024  # PATH_MAX is 4096 on Linux and 1024 on macOS
@@ -67,7 +69,10 @@ def _resolve(value: object, info: ValidationInfo) -> object:
         raise ValueError("must be the path of a file, not its content")
     if not text:
         raise ValueError("must be a path, not an empty text")
-    path = Path(text).expanduser()
+    try:
+        path = expanded(Path(text))
+    except ConfigError as error:
+        raise ValueError(error.message) from error
     return path if path.is_absolute() else loading(info).base / path
 
 

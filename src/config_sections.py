@@ -29,6 +29,13 @@ RESERVED_NAMES: Final = frozenset({"aggregator", "operator"})
 USER_PATTERN: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._@-]{0,63}")
 USER_RULE: Final = "1 to 64 letters, digits and . _ @ -, the first a letter or digit"
 
+DEFAULT_MAX_ROUNDS: Final = 10_000
+"""Ten jobs of as many rounds as one may have (`limits.max_rounds`), or thirty of a few hundred steps of fedsgd. A limit
+in rounds without one in ε is no guarantee: it stops a federation that nobody looks after, and no job that anybody
+means. What protects a row is the ε of its budget; what protects a party is the noise on the sum, whose ε can be limited
+where there is any."""
+ROUNDS_RULE: Final = f"{DEFAULT_MAX_ROUNDS} rounds are ten of the longest jobs, and no guarantee: that is ε"
+
 Custody = Literal["threshold", "aggregator"]
 NoiseBy = Literal["both", "parties", "aggregator"]
 
@@ -57,6 +64,10 @@ def _address(value: str) -> str:
     return value
 
 
+MAX_OPTION_DEPTH: Final = 10
+"""Lists and mappings inside each other, in an option of a task."""
+
+
 def _peer_address(value: str) -> str:
     if split_address(value)[1] == 0:
         raise ValueError("must name the port of the aggregator, 1 to 65535")
@@ -82,12 +93,22 @@ def _user_name(value: str) -> str:
 
 
 def _option(value: object) -> object:
-    items = value if isinstance(value, list) else [value]
-    if not all(item is None or isinstance(item, str | int | float) for item in items):
+    if not _is_plain(value, MAX_OPTION_DEPTH):
         raise ValueError(
-            'must be a text, a number, true, false, null or a list of these (placeholders need quotes: "{index}")'
+            "must be a text, a number, true, false, null, or lists and mappings of these, at most "
+            f'{MAX_OPTION_DEPTH} inside each other (placeholders need quotes: "{{index}}")'
         )
     return value
+
+
+def _is_plain(value: object, depth: int) -> bool:
+    """Whether a value is what it was once it has been JSON; and no placeholder that YAML took for a mapping."""
+    if isinstance(value, dict):
+        texts = all(isinstance(key, str) for key in value) and value not in ({"name": None}, {"index": None})
+        return depth > 0 and texts and all(_is_plain(each, depth - 1) for each in value.values())
+    if isinstance(value, list):
+        return depth > 0 and all(_is_plain(each, depth - 1) for each in value)
+    return value is None or isinstance(value, str | int | float)
 
 
 Address = Annotated[str, AfterValidator(_address)]
@@ -283,7 +304,10 @@ class AggregatorPrivacy(Section):
     noise_by: NoiseBy = setting("both", "who adds the party-level noise: both, parties or aggregator")
     colluders: int = setting(0, "corrupt parties that noise shares and thresholds must stand", ge=0)
     allow_plaintext_scheme: bool = setting(False, "true lets jobs ask for no encryption: tests, benchmarks")
-    budget: Budget = section("the party-level budget of this federation", max_rounds=200)
+    budget: Budget = section(
+        f"the party-level budget of this federation; {ROUNDS_RULE}",
+        max_rounds=DEFAULT_MAX_ROUNDS,
+    )
     per_job: Budget | None = setting(
         None, "quota of any one job inside that budget, such as {max_rounds: 50}; null: none of its own"
     )
@@ -323,7 +347,10 @@ class PartyBudgets(Section):
     example: Budget = section(
         "for one row of any dataset, spent by DP-SGD; a dataset may have a budget of its own inside it", epsilon=4.0
     )
-    party: Budget = section("for this party as a whole, spent by every sum it contributes to", max_rounds=200)
+    party: Budget = section(
+        f"for this party as a whole, spent by every sum it contributes to; {ROUNDS_RULE}",
+        max_rounds=DEFAULT_MAX_ROUNDS,
+    )
     against: Literal["aggregator", "release"] = setting(
         "aggregator",
         "whom every ε here counts against: aggregator, whose own noise is none, or only who sees the release",

@@ -20,11 +20,13 @@ row.
     │   ├── PolicyError             this party's or aggregator's own policy does not allow it
     │   ├── PlanError               a round plan that contradicts what was pinned or seen before
     │   ├── OpeningError            an aggregate that an honest party does not open
-    │   └── VersionError            the peer speaks another protocol version
+    │   ├── VersionError            the peer speaks another protocol version
+    │   └── TaskError               a task that cannot be trained at a party; says one of a closed list of reasons
     ├── ShareError                  a key share's partial decryption that is wrong; carries the party
     │   └── TooFewSharesError       fewer correct shares than the threshold
     ├── NotFoundError               no such job, round, artifact, blob
     ├── ConflictError               it exists already, with another content
+    │   └── TwinError               another process of the same party is at work
     ├── StateError                  not possible in the state it is in
     ├── LeaseError                  a job that another process holds by now
     ├── AuthenticationError         who is calling is not known
@@ -34,10 +36,11 @@ row.
     ├── UnavailableError            a peer or service cannot be reached now
     ├── DeadlineError               it did not end in time
     ├── AbandonedError              it was cancelled
+    ├── EvaluationError             a model that cannot be measured: public rows, model or metrics are at fault
     ├── RoundFailed, JobFailed      a round or job ended without a result; says who and why
     ├── LedgerError                 a ledger whose chain is broken, or that cannot be written
     ├── StorageError                a database or blob that is damaged or of another version
-    │   └── StorageFullError        there is no room for it now
+    │   └── StorageFullError        it cannot be written now
     └── WorkerError                 a unit of CPU work died or failed for a reason of its own
 """
 
@@ -146,6 +149,11 @@ class VersionError(Refused):
     """The peer speaks another version of the protocol."""
 
 
+class TaskError(Refused):
+    """A task cannot be trained at a party, for a reason of `protocol.faults`: `metadata["problem"]`, and a place in
+    the task's file in `metadata["place"]` where there is one. Found before anything is charged."""
+
+
 class ShareError(SottoError):
     """A partial decryption that is wrong; `metadata["index"]` or `metadata["party"]` says whose."""
 
@@ -160,6 +168,10 @@ class NotFoundError(SottoError):
 
 class ConflictError(SottoError):
     """It exists already, with another content."""
+
+
+class TwinError(ConflictError):
+    """Another process of the same party is at work: its kit is in use twice."""
 
 
 class StateError(SottoError):
@@ -198,6 +210,11 @@ class AbandonedError(SottoError):
     """It was cancelled."""
 
 
+class EvaluationError(SottoError):
+    """A model cannot be measured, whatever its parameters are: the public rows, the task's model or its metrics are at
+    fault. It costs no more than that it is not known how good a model is."""
+
+
 class RoundFailed(SottoError):
     """A round ended without a result; the message names who and why."""
 
@@ -215,7 +232,8 @@ class StorageError(SottoError):
 
 
 class StorageFullError(StorageError):
-    """There is no room to write now: a full disk, a used-up quota, no file left. It passes when somebody makes room."""
+    """Nothing can be written now: a full disk, a used-up quota, no file left, a file system that is read-only or fails;
+    the message names it. It passes when somebody makes room or mends that, and says nothing of what is stored."""
 
 
 class WorkerError(SottoError):
@@ -266,10 +284,12 @@ CATALOGUE: Final[dict[type[SottoError], Meaning]] = {
     PlanError: Meaning("FAILED_PRECONDITION", "PLAN_REFUSED", 5),
     OpeningError: Meaning("FAILED_PRECONDITION", "OPENING_REFUSED", 5),
     VersionError: Meaning("FAILED_PRECONDITION", "VERSION_MISMATCH", 5),
+    TaskError: Meaning("FAILED_PRECONDITION", "TASK_NOT_READY", 5),
     ShareError: Meaning("INVALID_ARGUMENT", "SHARE_INVALID", 4),
     TooFewSharesError: Meaning("FAILED_PRECONDITION", "TOO_FEW_SHARES", 5),
     NotFoundError: Meaning("NOT_FOUND", "NOT_FOUND", 7),
     ConflictError: Meaning("ALREADY_EXISTS", "ALREADY_EXISTS", 8),
+    TwinError: Meaning("ALREADY_EXISTS", "KIT_IN_USE", 8),
     StateError: Meaning("FAILED_PRECONDITION", "WRONG_STATE", 8),
     LeaseError: Meaning("ABORTED", "LEASE_LOST", 8),
     AuthenticationError: Meaning("UNAUTHENTICATED", "UNAUTHENTICATED", 9),
@@ -279,6 +299,7 @@ CATALOGUE: Final[dict[type[SottoError], Meaning]] = {
     UnavailableError: Meaning("UNAVAILABLE", "UNAVAILABLE", 10),
     DeadlineError: Meaning("DEADLINE_EXCEEDED", "DEADLINE_EXCEEDED", 11),
     AbandonedError: Meaning("CANCELLED", "CANCELLED", 12),
+    EvaluationError: Meaning("FAILED_PRECONDITION", "EVALUATION_FAILED", 13),
     RoundFailed: Meaning("ABORTED", "ROUND_FAILED", 13),
     JobFailed: Meaning("ABORTED", "JOB_FAILED", 13),
     LedgerError: Meaning("DATA_LOSS", "LEDGER_DAMAGED", 14),

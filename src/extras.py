@@ -7,25 +7,37 @@ from typing import Final
 
 from .errors import ConfigError
 
-_PARTY: Final = ("torch", "sklearn")
-PACKAGES: Final = {"party": _PARTY, "demo": (*_PARTY, "statsmodels", "matplotlib")}
+_PARTY: Final = ("torch",)
+_RANDHIE: Final = ("statsmodels",)
+PACKAGES: Final = {"party": _PARTY, "randhie": _RANDHIE, "demo": (*_PARTY, *_RANDHIE, "matplotlib")}
 """By extra: what it installs and its code imports. A package belongs to the first extra that has it."""
 
 
 def require(extra: str, what: str) -> None:
     """Raise ConfigError where the packages of an extra are not installed; `what` needs them, in words."""
-    missing = [name for name in PACKAGES[extra] if find_spec(name) is None]
-    if missing:
-        raise _lacking(extra, what, missing)
+    text = lacking(extra, what)
+    if text:
+        raise ConfigError(text)
 
 
 def explained(error: ModuleNotFoundError) -> ConfigError | None:
     """What to install where the missing module is of an extra; None for any other."""
     package = (error.name or "").partition(".")[0]
-    extra = next((name for name, packages in PACKAGES.items() if package in packages), None)
+    extra = extra_of(package)
     if extra is None or find_spec(package) is not None:  # it is there, and broken: that is another matter
         return None
     return _lacking(extra, "this", [package])
+
+
+def extra_of(package: str) -> str | None:
+    """The extra that brings a package; None for a package of none."""
+    return next((name for name, packages in PACKAGES.items() if package in packages), None)
+
+
+def lacking(extra: str, what: str) -> str:
+    """What to install where the packages of an extra are not; `what` needs them, in words. Empty where they are."""
+    missing = [name for name in PACKAGES[extra] if find_spec(name) is None]
+    return _lacking(extra, what, missing).message if missing else ""
 
 
 def _lacking(extra: str, what: str, missing: list[str]) -> ConfigError:

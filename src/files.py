@@ -154,6 +154,14 @@ def _directory(path: Path) -> Iterator[int]:
         os.close(descriptor)
 
 
+def expanded(path: Path) -> Path:
+    """With a home directory in the place of a ~ that it begins with. Raises ConfigError: there is none."""
+    try:
+        return path.expanduser()
+    except RuntimeError as error:
+        raise ConfigError(f"{path}: there is no home directory that its ~ could stand for") from error
+
+
 def open_state_directory(path: Path) -> list[str]:
     """Make or check the directory of a role's memory, in which nobody else may change or plant anything.
 

@@ -1,5 +1,5 @@
-"""What a process that holds keys or private rows does first: it leaves no image of its memory, makes no files for
-others, and has nobody else write its log."""
+"""What a process that holds keys or private rows does first: it leaves no image of its memory, and makes no files for
+others."""
 
 from __future__ import annotations
 
@@ -40,13 +40,6 @@ def forbid_core_dumps() -> None:
         if libc.prctl(_PR_SET_DUMPABLE, 0, 0, 0, 0) != 0:
             number = ctypes.get_errno()
             raise OSError(number, os.strerror(number))
-
-
-def quieten_grpc() -> None:
-    """Before gRPC is imported: its core writes lines of its own to stderr, one for each handshake that fails, and
-    anybody who reaches the port can have as many of these as they like. Errors stay, and whoever sets GRPC_VERBOSITY
-    gets what it says."""
-    os.environ.setdefault("GRPC_VERBOSITY", "ERROR")
 
 
 def keep_files_private() -> None:

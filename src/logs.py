@@ -18,9 +18,10 @@ import json
 import logging
 import math
 import sys
+import time
 import traceback
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Hashable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -30,6 +31,7 @@ from pathlib import Path
 from typing import Any, Final, Literal, TextIO
 
 from .errors import SottoError, meaning
+from .terminals import make_legible, shows_everything
 from .text import CUT, brief, printable
 
 ROOT: Final = "sotto"
@@ -42,6 +44,9 @@ MAX_LINE_CHARACTERS: Final = 8000
 """Of a line without its traceback; fields that do not fit any more are left out."""
 MAX_TRACE_CHARACTERS: Final = 16_000
 """Of a traceback, in all."""
+
+REPEAT_S: Final = 60.0
+"""What goes on being said is said once in so long: see `Seldom`."""
 
 LINES_AT_ONCE: Final = 100
 """That one caller may cause, and as many errors: a party that joins and takes part in a round causes five."""
@@ -75,8 +80,10 @@ def configure(*, level: str = "INFO", format: Literal["text", "json"] = "text", 
         format: "text", one line a record for people; "json", one object a line for machines.
         stream: where to; stderr by default.
     """
-    handler = _Handler(stream or sys.stderr)
-    handler.setFormatter(JsonFormatter() if format == "json" else TextFormatter())
+    stream = stream or sys.stderr
+    make_legible(stream)
+    handler = _Handler(stream)
+    handler.setFormatter(JsonFormatter(escaped=not shows_everything(stream)) if format == "json" else TextFormatter())
     root = logging.getLogger()
     for old in list(root.handlers):
         if isinstance(old.formatter, TextFormatter | JsonFormatter):
@@ -194,6 +201,47 @@ class _Handler(logging.StreamHandler[TextIO]):
 
     def _say(self, text: str, *args: object) -> None:
         super().emit(logging.LogRecord(f"{ROOT}.logs", logging.WARNING, __file__, 0, text, args, None))
+
+
+class Seldom:
+    """What goes on being wrong and is noticed again and again: one line in `REPEAT_S`, which counts those before it.
+
+    Args:
+        clock: seconds that only grow.
+    """
+
+    def __init__(self, logger: logging.Logger, *, clock: Callable[[], float] = time.monotonic) -> None:
+        self._logger = logger
+        self._clock = clock
+        self._said: dict[Hashable, tuple[float, int]] = {}
+
+    def log(
+        self,
+        level: int,
+        key: Hashable,
+        text: str,
+        *args: object,
+        exc_info: BaseException | None = None,
+        extra: Mapping[str, object] | None = None,
+    ) -> bool:
+        """Say it, unless the same was said a moment ago; whether it was said.
+
+        Args:
+            key: what makes it the same, whatever the text says in detail.
+            exc_info: shown with its traceback the first time.
+        """
+        now, first = self._clock(), key not in self._said
+        since, unsaid = self._said.pop(key, (0.0, 0))
+        if not first and now - since < REPEAT_S:
+            self._said[key] = since, unsaid + 1
+            return False
+        self._said[key] = now, 0
+        if len(self._said) > _MAX_CALLERS:
+            del self._said[next(iter(self._said))]
+        if unsaid:
+            text = f"{text} (and {unsaid} times since the last line)"
+        self._logger.log(level, text, *args, exc_info=exc_info if first else None, extra=extra)
+        return True
 
 
 def _kind(errors: bool) -> str:
@@ -320,7 +368,15 @@ def _quoted(value: object) -> str:
 
 
 class JsonFormatter(logging.Formatter):
-    """One JSON object a line: time, level, logger, message, what was passed as `extra`, and a traceback if any."""
+    """One JSON object a line: time, level, logger, message, what was passed as `extra`, and a traceback if any.
+
+    Args:
+        escaped: what is not ASCII is escaped as JSON has it, for a stream that cannot show it.
+    """
+
+    def __init__(self, *, escaped: bool = False) -> None:
+        super().__init__()
+        self._escaped = escaped
 
     def format(self, record: logging.LogRecord) -> str:
         """The object on one line."""
@@ -330,15 +386,14 @@ class JsonFormatter(logging.Formatter):
             "logger": _canonical(record.name),
             "message": _message(record),
         }
-        room = MAX_LINE_CHARACTERS - len(_json(entry))
+        room = MAX_LINE_CHARACTERS - len(self._json(entry))
         for key, value in _fields(record):
-            size = len(_json({key: value}))
+            size = len(self._json({key: value}))
             if key not in entry and key != _TRACE_FIELD and size <= room:
                 entry[key] = value
                 room -= size
         trace = _trace(record)
-        return _json(entry | ({_TRACE_FIELD: "\n".join(trace)} if trace else {}))
+        return self._json(entry | ({_TRACE_FIELD: "\n".join(trace)} if trace else {}))
 
-
-def _json(entry: Mapping[str, Any]) -> str:
-    return json.dumps(entry, ensure_ascii=False)
+    def _json(self, entry: Mapping[str, Any]) -> str:
+        return json.dumps(entry, ensure_ascii=self._escaped)

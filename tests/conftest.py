@@ -279,7 +279,11 @@ class Federation:
             modulus_bits=MODULUS_BITS,
             insecure_small=True,
             processes=1,
-            aggregator_overrides={"server": {"listen": self.address, "address_file": "address"}, **URGENT},
+            aggregator_overrides={
+                "server": {"listen": self.address, "address_file": "address"},
+                "privacy": {"budget": {"max_rounds": 200}},
+                **URGENT,
+            },
             party_overrides={**URGENT, **(party or {})},
         )
 

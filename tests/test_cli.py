@@ -252,13 +252,13 @@ def test_an_installation_without_torch_says_what_to_install_whatever_is_asked_of
 
 @pytest.mark.parametrize(
     ("arguments", "told"),
-    [(PARTY, needs("a party", "party", "sklearn")), (["demo"], needs("the demo", "demo", "sklearn"))],
+    [(PARTY, needs("a party", "party", "torch")), (["demo"], needs("the demo", "demo", "torch"))],
     ids=["party", "demo"],
 )
 def test_nothing_is_started_where_a_package_of_the_extra_is_missing(
     arguments: list[str], told: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setitem(sys.modules, "sklearn", None)
+    monkeypatch.setitem(sys.modules, "torch", None)
     assert cli.run(arguments) == 3
     assert capsys.readouterr().err == told + "\n"
 
@@ -437,7 +437,7 @@ def test_a_party_sees_both_of_its_budgets_before_anything_is_spent(
     assert shown["role"] == "party b of demo"
     assert [(row["unit"], row["rounds_left"], row["epsilon_left"]) for row in shown["budgets"]] == [
         ("example", None, 4.0),
-        ("party", 200, None),
+        ("party", 10_000, None),
     ]
 
 

@@ -109,13 +109,40 @@ def test_an_index_needs_a_one_letter_name(tmp_path: Path) -> None:
     assert party(tmp_path, PARTY | {"datasets": dataset}).datasets["randhie"].options["file"] == "rows-a.csv"
 
 
+def test_options_may_be_lists_and_mappings_with_placeholders_in_them(tmp_path: Path) -> None:
+    options = {
+        "columns": {"age": {"mean": 41.5, "codes": ["a", "{name}", None]}, "sex": None},
+        "tables": [{"file": "rows-{name}.csv", "party": "{index}"}, []],
+    }
+    found = party(tmp_path, PARTY | {"datasets": {"randhie": {"declared_rows": 10, "options": options}}}, name="c")
+    assert found.datasets["randhie"].options == {
+        "columns": {"age": {"mean": 41.5, "codes": ["a", "c", None]}, "sex": None},
+        "tables": [{"file": "rows-c.csv", "party": 2}, []],
+    }
+    shared = aggregator(tmp_path, AGGREGATOR | {"evaluation": {"randhie": {"columns": {"age": {"mean": 1}}}}})
+    assert shared.evaluation["randhie"] == {"columns": {"age": {"mean": 1}}}
+
+
+@pytest.mark.parametrize("value", ["{index}", "[rows, {name}]", "{a: [{index}]}", "[" * 11 + "]" * 11])
+def test_an_option_that_could_not_be_handed_on_as_it_is_gets_refused(tmp_path: Path, value: str) -> None:
+    """Placeholders without quotes are mappings, for YAML."""
+    text = json.dumps(PARTY)[:-1] + f', "datasets": {{"t": {{"declared_rows": 9, "options": {{"which": {value}}}}}}}}}'
+    (found,) = problems(tmp_path, text, role=party)
+    assert found.startswith("datasets.t.options.which: must be a text, a number, true, false, null, or lists and map")
+    assert "at most 10 inside each other (placeholders need quotes" in found
+
+
 def test_defaults_are_validated_and_placed_like_anything_written(tmp_path: Path) -> None:
     config = aggregator(tmp_path, AGGREGATOR)
     assert config.state_dir == tmp_path / "state"
     assert config.database_path == tmp_path / "state/aggregator.sqlite"
     assert config.blobs_dir == tmp_path / "state/blobs"
     assert config.keys.signing_key == tmp_path / "state/signing.key"
-    assert (config.workers.size, config.privacy.budget.max_rounds, config.server.listen) == (3, 200, "127.0.0.1:50051")
+    assert (config.workers.size, config.privacy.budget.max_rounds, config.server.listen) == (
+        3,
+        10_000,
+        "127.0.0.1:50051",
+    )
 
 
 def test_a_loaded_configuration_cannot_be_changed(tmp_path: Path) -> None:
@@ -177,7 +204,7 @@ def test_every_problem_is_told_at_once_with_its_path_and_what_is_allowed(tmp_pat
             {"privacy": {"budget": {"delta": 1e-6}}},
             "privacy.budget: must limit something: epsilon: null means no limit",
         ),
-        ({"evaluation": {"randhie": {"rows": {"a": 1}}}}, "evaluation.randhie.rows: must be a text, a number"),
+        ({"evaluation": {"randhie": {"rows": {"name": None}}}}, "evaluation.randhie.rows: must be a text, a number"),
         ({"evaluation": {"randhie": None}}, "evaluation.randhie: must be a mapping (got null)"),
         ({"version": 2}, "version: must be 1: this Sotto reads no other version"),
     ],

@@ -81,6 +81,34 @@ def test_a_child_that_runs_another_program_is_not_dumped_either() -> None:
     assert line.split()[3] == "0"
 
 
+QUIET = """
+import importlib, os, sys
+class Look:
+    def find_spec(self, name, path=None, target=None):
+        if name == "grpc":
+            assert os.environ["GRPC_VERBOSITY"] == sys.argv[2]
+sys.meta_path.insert(0, Look())
+importlib.import_module(sys.argv[1])
+import grpc
+call = grpc.insecure_channel("192.0.2.1:1").unary_unary("/a/b")
+try:
+    call(b"", timeout=0.01)
+except grpc.RpcError:
+    pass
+"""
+
+
+@pytest.mark.parametrize("module", ["src.client", "src.party.app", "src.aggregator.app"])
+def test_whichever_part_is_imported_grpc_writes_no_line_of_its_own(module: str) -> None:
+    """Neither of the client in somebody's program; unless who runs it asks for them."""
+    environ = {key: value for key, value in os.environ.items() if key != "GRPC_VERBOSITY"} | {"https_proxy": "ftp://x"}
+    for asked, silent in (({}, True), ({"GRPC_VERBOSITY": "ERROR"}, False)):
+        command = [sys.executable, "-c", QUIET, module, "NONE" if silent else "ERROR"]
+        done = subprocess.run(command, cwd=ROOT, env=environ | asked, capture_output=True, text=True, check=False)
+        assert (done.returncode, "http_proxy_mapper" not in done.stderr) == (0, silent), done.stderr
+        assert silent is (done.stderr == "")
+
+
 def test_who_fails_a_handshake_writes_no_line_into_anybodys_log(tmp_path: Path) -> None:
     """gRPC's core writes one for each, to stderr and past the log, for whoever reaches the port."""
     from src.provisioning import provision

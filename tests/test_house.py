@@ -35,7 +35,7 @@ MUST_NOT_KNOW_ROLES = {"storage", "jobs", "communication", "learning", "protocol
 
 ADAPTERS = {
     "torch": {"learning"},
-    "sklearn": {"learning"},
+    "sklearn": set(),
     "statsmodels": {"learning"},
     "matplotlib": {"learning", "cli"},
     "gmpy2": {"encryption"},

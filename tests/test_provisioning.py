@@ -411,7 +411,7 @@ def test_overrides_are_laid_over_the_written_configurations(tmp_path: Path) -> N
     server = load_aggregator_config(made.out / "aggregator/aggregator.yaml", environ={}).server
     assert (server.listen, server.address_file) == ("127.0.0.1:0", tmp_path / "address")
     party = load_party_config(made.out / "party-b/party.yaml", environ={})
-    assert (party.privacy.budgets.example.epsilon, party.privacy.budgets.party.max_rounds) == (8.5, 200)
+    assert (party.privacy.budgets.example.epsilon, party.privacy.budgets.party.max_rounds) == (8.5, 10_000)
     assert sorted(party.datasets) == ["iris", "randhie"]
 
 

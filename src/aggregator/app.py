@@ -17,6 +17,7 @@ from ..communication.bounds import Bounds
 from ..communication.generated import budget_pb2_grpc, federation_pb2_grpc, jobs_pb2_grpc
 from ..communication.grpc_server import GrpcServer
 from ..communication.tls import TlsFiles
+from ..communication.validity import warnings_of
 from ..config import AggregatorConfig
 from ..config_budgets import limit_of, limits_of
 from ..config_database import located
@@ -43,6 +44,7 @@ from .coordinator import Coordinator, capacity_of
 from .federation import Federation, open_federation
 from .orders import OrderDesk
 from .pipeline import AggregatorPipeline
+from .results import Results
 from .servicers import budget as budget_servicer
 from .servicers import federation as federation_servicer
 from .servicers import jobs as jobs_servicer
@@ -50,7 +52,7 @@ from .servicers import operations as operations_servicer
 from .servicers.ids import check_ids
 from .sessions import Sessions
 from .store import BlobNames, EnrolmentStore, RoundStore
-from .work import has_torch
+from .work import why_not_evaluated
 
 LOG = logging.getLogger("sotto.aggregator")
 
@@ -86,7 +88,7 @@ class App:
             jobs=jobs,
             rounds=rounds,
             accounts=self._accounts,
-            blobs=blobs,
+            results=self._make_results(jobs, rounds, blobs, pipeline),
             pipeline=pipeline,
             computations=Computations(self._pool, config, self.federation, blobs),
             federation=self.federation,
@@ -114,6 +116,19 @@ class App:
         self._server = self._make_server(blobs, pipeline)
         self._loop: asyncio.Task[None] | None = None
         self._sweeping: asyncio.Task[None] | None = None
+
+    def _make_results(self, jobs: JobStore, rounds: RoundStore, blobs: Blobs, pipeline: AggregatorPipeline) -> Results:
+        return Results(
+            database=self._database,
+            jobs=jobs,
+            rounds=rounds,
+            accounts=self._accounts,
+            blobs=blobs,
+            pipeline=pipeline,
+            federation=self.federation,
+            leftovers=self._leftovers,
+            most_bytes=self.config.limits.max_stored_bytes_per_scientist,
+        )
 
     def _make_server(self, blobs: Blobs, pipeline: AggregatorPipeline) -> GrpcServer:
         server, config = self.config.server, self.config
@@ -228,12 +243,14 @@ def _bounds(config: AggregatorConfig) -> Bounds:
 
 
 def _make_pool(config: AggregatorConfig) -> WorkerPool:
+    evaluates = bool(config.evaluation) and not why_not_evaluated()
     return WorkerPool(
         PoolSettings(**config.workers.model_dump()),
         handlers="aggregator.work",
         blobs_root=config.blobs_dir,
         workspace=config.state_dir / "work",
-        preload=("learning.evaluation", "learning.warm") if has_torch() and config.evaluation else (),
+        preload=("learning.evaluation",) if evaluates else (),
+        prepare={"learning.warm": list(config.evaluation)} if evaluates else {},
     )
 
 
@@ -279,10 +296,13 @@ def log_start(config: AggregatorConfig, federation: Federation, address: str) ->
         config.workers.size,
         config.state_dir,
     )
-    for warning in config.exposed():
+    tls = config.server.tls
+    for warning in (*config.exposed(), *(warnings_of(tls.certificate, tls.ca) if tls else ())):
         LOG.warning("%s", warning)
     if federation.custody == "aggregator":
         LOG.warning("custody aggregator: this process holds the key and can read every update")
+    if config.evaluation and why_not_evaluated():
+        LOG.warning("nothing is evaluated here: %s", why_not_evaluated())
     if config.policy.allow_unsigned_jobs:
         LOG.warning("jobs that nobody signed are taken (policy.allow_unsigned_jobs)")
     if config.server.insecure:

@@ -16,7 +16,7 @@ from typing import Any, Final
 from jsonschema import Draft202012Validator
 
 from ..errors import NotFoundError, StorageError
-from ..jobs.artifact import UNSIGNED
+from ..jobs.artifact import OF_ROUND, UNSIGNED
 from ..jobs.computations import ExportSpec
 from ..jobs.spec import FederatedTrainingSpec
 from ..jobs.states import JobRow
@@ -29,7 +29,9 @@ from ..protocol.plan import MANIFEST_KIND, TRANSCRIPT_KIND, RoundPlan, signed_di
 from ..protocol.signing import Signed, open_signed
 from ..storage.blobs import Blobs
 from ..versions import versions_of
+from .early import figures_of_party, place_of, said_first
 from .federation import Federation
+from .pipeline import StoredModel
 from .planning import plan_of
 from .round_row import RoundRow, RoundState
 from .steps import party_ledger_heads
@@ -54,36 +56,54 @@ def write_artifact(
     spec: FederatedTrainingSpec,
     history: Sequence[RoundRow],
     *,
+    model: StoredModel,
     federation: Federation,
     blobs: Blobs,
     ledger_head: str,
     created_at: str,
+    number: int | None = None,
+    continued: Sequence[Mapping[str, Any]] = (),
 ) -> dict[str, Any]:
-    """Store the manifest beside the last model; returns a job's result (`jobs.states.JobRow.result`)."""
+    """Store the manifest beside a released model; returns a job's result (`jobs.states.JobRow.result`).
+
+    Args:
+        history: every round that was begun, whatever became of it: all figures are of all of them.
+        model: the one that is meant (`released_model`), whole.
+        number: of the round whose model that is; None: the last that was released.
+        continued: the jobs that this one goes on from (`predecessor`), the nearest first.
+    """
     released = [row for row in history if row.state is RoundState.RELEASED and row.result]
-    last = released[-1].result or {}
-    plan = plan_of(released[-1].plan)
+    meant = _meant(history, number)
+    whole = meant is released[-1] and len(released) >= spec.rounds
+    last = {**(meant.result or {}), **({} if whole else figures_of_party(history, spec.party_privacy.delta))}
+    plan = plan_of(meant.plan)
     plans = [plan_of(row.plan) for row in history]
     spent_example = epsilon(map(example_event, plans), delta=float(plan.local.delta))
     privacy = _privacy(plan, plans, last, spent_example=spent_example)
+    place = {} if whole else place_of(job, spec, history, meant)
+    goes_on = {"continued_from": [dict(each) for each in continued]} if continued else {}
+    words = [*said_first(place, goes_on), *statements(plan, federation.keyring.modulus_bits, last)]
     statement = {
         **_head(job, federation, created_at=created_at),
         "task": spec.task,
         **({} if spec.strategy == "fedavg" else {"strategy": spec.strategy}),
         "data": f"rows that the parties hold; options shared by all: {spec.task_options_text}",
-        "model": {"file": MODEL_FILE, "sha256": last["model_sha256"], "bytes": last["model_bytes"]},
-        "evaluation": _metrics(last["metrics"]) or "not evaluated",
+        "model": _model(model, last),
+        **({OF_ROUND: place} if place else {}),
+        **goes_on,
+        "evaluation": _evaluation(meant),
         "privacy": privacy,
         "encryption": _encryption(plan, federation),
         "rounds": [_round(row) for row in history],
         "ledger_head": ledger_head,
         **({"party_ledger_heads": heads} if (heads := party_ledger_heads(history)) else {}),
         "versions": versions_of(PACKAGES),
-        "statements": statements(plan, federation.keyring.modulus_bits, last),
+        "statements": [*words, *_left_out(meant), *_not_whole(model)],
     }
     return {
         "files": write_files(statement, federation=federation, blobs=blobs),
-        "metrics": last["metrics"],
+        "metrics": meant.metrics,
+        **({"not_evaluated": meant.not_evaluated} if meant.not_evaluated else {}),
         "epsilon_example": number_or_inf(spent_example),
         "epsilon_party": last["epsilon_party"],
         "epsilon_party_against_aggregator": last["epsilon_party_against_aggregator"],
@@ -94,6 +114,9 @@ def write_artifact(
         "example_assumption": privacy["example"]["assumption"],
         "party_assumption": privacy["party"]["assumption"],
         "party_assumption_against_aggregator": privacy["party"]["assumption_against_aggregator"],
+        "round": meant.number,
+        **{name: place[name] for name in ("rounds_released", "rounds_planned") if place},
+        **goes_on,
     }
 
 
@@ -135,7 +158,7 @@ def read_source(job: JobRow, *, federation: Federation, blobs: Blobs) -> Source:
     key = federation.signing_key.verify_key
     statement = open_signed(Signed.from_json(content["manifest"]), MANIFEST_KIND, verify_key=key)
     described = {"file": MODEL_FILE, "sha256": model["sha256"], "bytes": model["bytes"]}
-    if statement["job_id"] != job.job_id or statement["model"] != described:
+    if statement["job_id"] != job.job_id or not described.items() <= statement["model"].items():
         raise StorageError(f"the manifest of job {job.job_id} is not about its model", job_id=job.job_id)
     return Source(statement, manifest["sha256"], model["sha256"], model["bytes"])
 
@@ -147,7 +170,7 @@ def export_statement(
     return {
         **source.statement,
         **_head(job, federation, created_at=created_at),
-        "model": dict(file),
+        "model": {**source.statement["model"], **file},
         "exported_from": {
             "job_id": spec.job_id,
             "spec_digest": source.statement["spec_digest"],
@@ -168,6 +191,7 @@ def evaluation_statement(
     rows: str,
     model: Mapping[str, Any],
     metrics: Mapping[str, float],
+    lacking: str,
     created_at: str,
 ) -> dict[str, Any]:
     """What was measured, on what, of which model; of a training's model also what is guaranteed for it.
@@ -177,8 +201,9 @@ def evaluation_statement(
             known but its bytes.
         rows: the public rows, in words.
         model: {"file", "sha256", "bytes"}.
+        lacking: which metrics there are not, and why, in words; empty where there are all.
     """
-    lines = ["the metrics are exact, without noise: they are of public rows, and cost no privacy"]
+    lines = ["the metrics are exact, without noise: they are of public rows, and cost no privacy", *_lacking(lacking)]
     if source is None:
         lines.append("nothing is known of how this model was made: it came with the job")
     else:
@@ -225,6 +250,50 @@ def _head(job: JobRow, federation: Federation, *, created_at: str) -> dict[str, 
     }
 
 
+def released_model(history: Sequence[RoundRow], number: int | None = None) -> tuple[RoundPlan, StoredModel]:
+    """The plan of a released round, the last one where no number is given, and what is trained of its model."""
+    row = _meant(history, number)
+    result = row.result or {}
+    return plan_of(row.plan), StoredModel(result["model_sha256"], result["model_bytes"])
+
+
+def _meant(history: Sequence[RoundRow], number: int | None) -> RoundRow:
+    released = [row for row in history if row.state is RoundState.RELEASED and row.result]
+    return released[-1] if number is None else next(row for row in released if row.number == number)
+
+
+def _model(model: StoredModel, last: Mapping[str, Any]) -> dict[str, Any]:
+    trained = last["model_sha256"]
+    return {
+        "file": MODEL_FILE,
+        "sha256": model.sha256,
+        "bytes": model.size,
+        **({} if trained == model.sha256 else {"trained_sha256": trained}),
+        **({"not_trained_sha256": model.not_trained} if model.not_trained else {}),
+    }
+
+
+def _not_whole(model: StoredModel) -> list[str]:
+    """Where the file is not all of the model."""
+    if not model.without:
+        return []
+    return [f"{MODEL_FILE} holds what was trained alone, to be put into the task's build_model(seed): {model.without}"]
+
+
+def _evaluation(row: RoundRow) -> dict[str, str] | str:
+    """Of the released model: its metrics, or that and why there are none."""
+    why = f": {row.not_evaluated}" if row.not_evaluated else ""
+    return _metrics(row.metrics) or f"not evaluated{why}"
+
+
+def _left_out(row: RoundRow) -> list[str]:
+    return _lacking(row.not_evaluated) if row.metrics else []
+
+
+def _lacking(why: str) -> list[str]:
+    return [f"not all metrics are given: {why}"] if why else []
+
+
 def _metrics(metrics: Mapping[str, float]) -> dict[str, str]:
     return {name: real(value) for name, value in metrics.items()}
 
@@ -253,8 +322,8 @@ def _privacy(
             "unit": "one party's whole update",
             "neighbouring": _PARTY_NEIGHBOURS[plan.adaptive_clipping is not None],
             "against": AGAINST["release"],
-            "epsilon": _text(last["epsilon_party"]),
-            "epsilon_against_aggregator": _text(last["epsilon_party_against_aggregator"]),
+            "epsilon": real(last["epsilon_party"]),
+            "epsilon_against_aggregator": real(last["epsilon_party_against_aggregator"]),
             "epsilon_if_all_others_collude": real(epsilon(alone, delta=float(plan.noise.delta))),
             "assumption": noise.assumption("release"),
             "assumption_against_aggregator": noise.assumption("aggregator"),
@@ -387,7 +456,3 @@ def statements(plan: RoundPlan, modulus_bits: int, last: dict[str, Any]) -> list
     else:
         lines.append("the noise is an exact discrete Gaussian on integers: it has no low bits to attack")
     return lines
-
-
-def _text(value: float | str) -> str:
-    return value if isinstance(value, str) else real(value)

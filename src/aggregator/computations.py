@@ -14,18 +14,20 @@ from typing import Any, Final, Protocol
 
 from ..config import AggregatorConfig
 from ..errors import DeadlineError, InvalidInput, NotFoundError, PolicyError, StateError
+from ..jobs.artifact import NOT_YET
 from ..jobs.computations import EvaluationSpec, ExportSpec
 from ..jobs.spec import FederatedTrainingSpec
 from ..jobs.specs import JobSpec, spec_of
 from ..jobs.states import JobRow, JobState, seconds, utc
-from ..jobs.wire import ASSUMPTIONS, FIGURES
-from ..learning.task import known_tasks
+from ..jobs.wire import ASSUMPTIONS, FIGURES, MEASURED, ROUND_FIELDS
+from ..learning.installed import known_tasks
+from ..learning.model_file import read_model_file
 from ..storage.blobs import Blobs
 from ..text import shown
 from .artifact import MODEL_FILE, Source, evaluation_statement, export_statement, read_source, write_files
 from .federation import Federation
 from .pipeline import evaluation_options
-from .work import EXPORTS, has_torch, model_shape
+from .work import EXPORTS, why_not_evaluated
 
 OPERATORS: Final = "operator/"
 """How their names begin: they see everybody's jobs."""
@@ -57,7 +59,8 @@ class Computations:
         """Refuse what could not be computed. No worker is asked; a model that came with the job is read (milliseconds).
 
         Args:
-            source: the job of `spec.source_job_id`; None where there is none.
+            source: the job of `spec.source_job_id`; None where there is none. Whether it has released the round that is
+                meant, `results` says.
             owner: of the job that is to be, as "role/name".
             model: the bytes of the model that comes with it; empty where that is stored already.
 
@@ -81,18 +84,15 @@ class Computations:
 
     def _check_source(self, spec: JobSpec, source: JobRow | None, owner: str) -> None:
         job_id = spec.source_job_id
-        visible = source is not None and (source.owner == owner or owner.startswith(OPERATORS))
-        if source is None or source.job_id != job_id or not visible:
+        if source is None or source.job_id != job_id or not may_see(source, owner):
             raise NotFoundError(f"no job {shown(job_id)}", job_id=job_id)
         if source.kind != FederatedTrainingSpec.kind:
             raise InvalidInput(
                 f"job {job_id} is of kind {source.kind}: only a {FederatedTrainingSpec.kind} makes a model",
                 violations={f"{spec.kind}.job_id": f"must be a {FederatedTrainingSpec.kind}"},
             )
-        if source.state is not JobState.SUCCEEDED:
-            raise StateError(
-                f"job {job_id} is {source.state.value}: only a SUCCEEDED job has a model", state=source.state.value
-            )
+        if source.state is not JobState.SUCCEEDED and not round_of(spec):
+            raise StateError(f"job {job_id} is {source.state.value}: {NOT_YET}", state=source.state.value)
         if source.deleted_at:
             raise StateError(f"the files of job {job_id} were deleted", state=source.state.value)
 
@@ -104,12 +104,13 @@ class Computations:
             )
         if task not in self._config.evaluation:
             raise PolicyError(f"this aggregator has no public rows for task {task!r}: nothing can be evaluated on them")
-        if not has_torch():
-            raise PolicyError("this aggregator has no torch to evaluate a model with")
+        lacking = why_not_evaluated()
+        if lacking:
+            raise PolicyError(f"this aggregator evaluates nothing: {lacking}")
 
     def _check_model(self, model: bytes) -> None:
         try:
-            model_shape(model)
+            read_model_file(model)
         except InvalidInput as error:
             raise InvalidInput(
                 f"the model cannot be used: {error.message}",
@@ -124,7 +125,7 @@ class Computations:
 
         Args:
             job: of kind evaluation or export.
-            source: the job that it is about; None where there is none.
+            source: the job that it is about, with the result that is meant; None where there is none.
             now: seconds since the epoch.
 
         Raises:
@@ -132,6 +133,7 @@ class Computations:
             InvalidInput: the model is not that of the task.
             SignatureError, StorageError: the files of `source` are not what the aggregator made, or are damaged.
             DeadlineError: the job's deadline passed.
+            EvaluationError: the public rows, the task's model or its metrics are at fault.
             WorkerError: the worker died or failed.
         """
         spec = spec_of(job.kind, job.spec)
@@ -142,27 +144,34 @@ class Computations:
             made_by = await asyncio.to_thread(read_source, source, federation=self._federation, blobs=self._blobs)
             known = source.result or {}
         if isinstance(spec, EvaluationSpec):
-            statement, metrics = await self._evaluate(job, spec, source, made_by, now)
+            statement, measured = await self._evaluate(job, spec, source, made_by, now)
         elif isinstance(spec, ExportSpec) and made_by is not None:
-            statement, metrics = await self._export(job, spec, made_by, now), known.get("metrics", {})
+            statement = await self._export(job, spec, made_by, now)
+            measured = {name: known[name] for name in MEASURED if name in known}
         else:
             raise AssertionError("check lets through evaluations, and exports of a job")
         files = await asyncio.to_thread(write_files, statement, federation=self._federation, blobs=self._blobs)
-        return {"files": files, "metrics": metrics, **{name: known.get(name) for name in (*FIGURES, *ASSUMPTIONS)}}
+        carried: dict[str, Any] = {name: known[name] for name in ROUND_FIELDS if name in known}
+        figures: dict[str, Any] = {name: known.get(name) for name in (*FIGURES, *ASSUMPTIONS)}
+        return {"files": files, "metrics": {}, **measured, **figures, **carried}
 
     async def _evaluate(
         self, job: JobRow, spec: EvaluationSpec, source: JobRow | None, made_by: Source | None, now: float
-    ) -> tuple[dict[str, Any], dict[str, float]]:
+    ) -> tuple[dict[str, Any], dict[str, Any]]:
+        """The statement, and `MEASURED` of the result."""
         task = _task(spec, source)
         if made_by is None:
             sha256, size = spec.model_sha256, await asyncio.to_thread(self._blobs.size, spec.model_sha256)
         else:
             sha256, size = made_by.model_sha256, made_by.model_bytes
         options = evaluation_options(self._config, task, _public_options(task, source))
-        found = await self._unit(job, "evaluate_model", {"task": task, "options": options, "sha256": sha256}, now)
+        directory = str(self._config.directory)
+        model = {"sha256": sha256, "seed": _seed(task, source), "not_trained": ""}
+        params = {"task": task, "options": options, "directory": directory, **model}
+        found = await self._unit(job, "evaluate_model", params, now)
         metrics = {str(name): float(value) for name, value in found["metrics"].items()}
         if not metrics:
-            raise PolicyError(f"task {task!r} has no public rows, or no metrics: there is nothing to say")
+            raise PolicyError(f"there is nothing to say: {found['without']}")
         statement = evaluation_statement(
             job,
             made_by,
@@ -171,9 +180,10 @@ class Computations:
             rows=found["rows"],
             model={"file": MODEL_FILE, "sha256": sha256, "bytes": size},
             metrics=metrics,
+            lacking=found["without"],
             created_at=utc(now),
         )
-        return statement, metrics
+        return statement, {"metrics": metrics, **({"not_evaluated": found["without"]} if found["without"] else {})}
 
     async def _export(self, job: JobRow, spec: ExportSpec, made_by: Source, now: float) -> dict[str, Any]:
         params = {"sha256": made_by.model_sha256, "format": spec.format}
@@ -190,9 +200,27 @@ class Computations:
         return await self._pool.run(name, params, timeout_s=left_s, urgent=True)
 
 
+def may_see(source: JobRow, owner: str) -> bool:
+    """Whether a job is there for whoever is to own a computation on its model."""
+    return source.owner == owner or owner.startswith(OPERATORS)
+
+
+def round_of(spec: JobSpec) -> str:
+    """Which released round of its job a computation is about; empty: none but its result."""
+    return spec.round if isinstance(spec, EvaluationSpec | ExportSpec) else ""
+
+
 def _task(spec: EvaluationSpec, source: JobRow | None) -> str:
     """Whose public rows."""
     return spec.task or (FederatedTrainingSpec.from_json(source.spec).task if source is not None else "")
+
+
+def _seed(task: str, source: JobRow | None) -> int | None:
+    """From which the training built what it did not train, if it is of this task: earlier artifacts lack that."""
+    if source is None:
+        return None
+    training = FederatedTrainingSpec.from_json(source.spec)
+    return training.seed if training.task == task else None
 
 
 def _public_options(task: str, source: JobRow | None) -> dict[str, Any]:

@@ -12,12 +12,14 @@ import contextlib
 import logging
 import time
 from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Final
 
 from sqlalchemy import Connection
 
 from .. import __version__
+from ..communication.validity import warnings_of
 from ..config import AggregatorConfig
 from ..errors import LeaseError, LedgerError, LimitError, SottoError, StorageFullError, UnavailableError
 from ..jobs.scheduler import Capacity
@@ -27,16 +29,17 @@ from ..jobs.specs import JobSpec, spec_of
 from ..jobs.states import Event as JobEvent
 from ..jobs.states import EventKind, JobRow, JobState, expired_event, seconds, succeeded_event, utc
 from ..jobs.store import JobStore
-from ..storage.blobs import Blobs
 from ..storage.database import Database
 from ..storage.heads import Head
 from ..storage.leftovers import Leftovers
 from .accounts import Accounts
-from .computations import Computations
+from .computations import Computations, may_see, round_of
 from .federation import Federation
 from .held import AGGREGATOR_CAUSE, HeldJobs, ending
 from .pipeline import AggregatorPipeline
 from .pricing import Pricing
+from .readiness import who_is_away
+from .results import Results
 from .sessions import Sessions
 from .store import EnrolmentStore, RoundStore
 from .tasks import Tasks
@@ -45,6 +48,8 @@ from .troubles import Troubles
 
 LOG = logging.getLogger("sotto.aggregator")
 
+PARAMETER_BYTES: Final = 4
+"""float32"""
 TURN_S: Final = 1.0
 """Deadlines are met to the second."""
 _ROOMLESS: Final = (StorageFullError, UnavailableError)
@@ -63,7 +68,7 @@ class Coordinator:
         jobs: JobStore,
         rounds: RoundStore,
         accounts: Accounts,
-        blobs: Blobs,
+        results: Results,
         pipeline: AggregatorPipeline,
         computations: Computations,
         federation: Federation,
@@ -79,8 +84,7 @@ class Coordinator:
         self._pipeline = pipeline
         self._computations = computations
         self._federation = federation
-        self._sessions = sessions
-        self._enrolments = enrolments
+        self._sessions, self._enrolments = sessions, enrolments
         self._leftovers = leftovers
         self._clock = clock
         self._capacity = capacity_of(config)
@@ -90,12 +94,13 @@ class Coordinator:
             database, jobs, lease_s=config.jobs.lease_s, retry_delays_s=config.jobs.retry_delays_s, clock=clock
         )
         self._held.wake = self.wake
+        self.results = results
         self.trainings = Trainings(
             database=database,
             held=self._held,
             rounds=rounds,
             accounts=accounts,
-            blobs=blobs,
+            results=results,
             pipeline=pipeline,
             federation=federation,
             sessions=sessions,
@@ -286,7 +291,10 @@ class Coordinator:
 
     async def _compute(self, job: JobRow) -> None:
         try:
-            source = await self._database.run(partial(self._source, spec=spec_of(job.kind, job.spec)))
+            spec = spec_of(job.kind, job.spec)
+            source = await self._database.run(partial(self._source, spec=spec))
+            if source is not None and (choice := round_of(spec)):
+                source = replace(source, result=await self.results.of_round(source, choice))
             result = await self._computations.run(job, source, now=self._clock())
             await self._held.happen(job.job_id, succeeded_event(result, "done"))
         except Exception as error:
@@ -300,17 +308,29 @@ class Coordinator:
 
     # --- what the service asks ----------------------------------------------------------------------------------------
 
-    async def price(self, spec: JobSpec, *, owner: str, model: bytes = b"") -> None:
+    async def price(self, spec: JobSpec, *, owner: str, model: bytes = b"") -> tuple[str, ...]:
         """Refuse a job that could not be run to its end. Of a training: within the budget, before anybody trains.
 
         Args:
             model: the bytes of the model that comes with it, which is stored once the job is accepted.
+
+        Returns:
+            What whoever submits a training should know of its parties, a sentence each.
         """
-        if isinstance(spec, FederatedTrainingSpec):
-            await self._pricing.check(spec, owner=owner, model=model)
-            return
         source = await self._database.run(partial(self._source, spec=spec))
+        if isinstance(spec, FederatedTrainingSpec):
+            await self.results.check_continued(spec, source, owner=owner)
+            said = await self._pricing.check(spec, owner=owner, model=model)
+            away = who_is_away(spec, self._federation.roster, connected=self._sessions.connected)
+            return tuple(filter(None, (away, said)))
+        if spec.round and source is not None and may_see(source, owner):
+            await self.results.find(source, spec.round)
         await asyncio.to_thread(self._computations.check, spec, source, owner=owner, model=model)
+        return ()
+
+    async def model_bytes(self, spec: FederatedTrainingSpec, *, model: bytes = b"") -> int:
+        """About how large each model of a training is: its parameters alone are counted."""
+        return PARAMETER_BYTES * await self._pipeline.dimension(spec, model=model)
 
     def progress(self, job_id: str) -> Activity | None:
         """What a job is doing, in words, and for whom it waits; None when nothing is known of it."""
@@ -319,19 +339,29 @@ class Coordinator:
     def status(self) -> Status:
         """How the aggregator is; the service adds the counts of jobs."""
         connected, awaited = self._sessions.connected, self.trainings.awaited()
+        tls = self._config.server.tls
         return Status(
             federation=self._federation.roster.federation,
             software_version=__version__,
             key_id=self._federation.keyring.key_id,
             custody=self._federation.custody,
             parties=tuple(
-                PartyStatus(name, name in connected, awaited.get(name, "")) for name in self._federation.roster.names
+                PartyStatus(
+                    name,
+                    name in connected,
+                    awaited.get(name, ""),
+                    self._sessions.warnings(name),
+                    self._federation.readiness.of(name),
+                )
+                for name in self._federation.roster.names
             ),
+            tasks=self._federation.readiness.own,
             workers=self._pipeline.stats(),
             jobs_pending=0,
             jobs_running=0,
             started_at=self._started_at,
             stopping=self._stopping,
+            warnings=tuple(warnings_of(tls.certificate, tls.ca) if tls else ()),
         )
 
     async def enrol(self, name: str, verify_key: bytes) -> None:

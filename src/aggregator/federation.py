@@ -23,6 +23,8 @@ from ..files import is_there, make_private_directory, write_new
 from ..protocol.keyring import Keyring
 from ..protocol.roster import AGGREGATOR, Member, Roster, load_roster, sign_roster
 from ..protocol.signing import Signed, SigningKey
+from .disclosed import Disclosed
+from .readiness import Readiness
 
 LOG = logging.getLogger("sotto.aggregator")
 
@@ -39,6 +41,8 @@ class Federation:
         self.signing_key = signing_key
         self.pinned = pinned
         self._declared: dict[str, dict[str, int]] = {}
+        self.readiness = Readiness()
+        self.disclosed = Disclosed()
 
     @property
     def custody(self) -> str:

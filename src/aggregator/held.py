@@ -18,7 +18,7 @@ from typing import Final
 
 from sqlalchemy import Connection
 
-from ..errors import JobFailed, LeaseError, RoundFailed, SottoError, meaning
+from ..errors import JobFailed, LeaseError, RoundFailed, SottoError, StateError, meaning
 from ..jobs.scheduler import Capacity
 from ..jobs.states import Event, EventKind, JobError, JobRow, JobState, after_failure
 from ..jobs.store import JobStore, Lease
@@ -70,6 +70,19 @@ class HeldJobs:
     def guard(self, connection: Connection, job_id: str) -> None:
         """Raises LeaseError unless this process holds the job; in the transaction of what is written about it."""
         self._store.check(connection, self._lease(job_id))
+
+    def guard_running(self, connection: Connection, job_id: str) -> None:
+        """As `guard`; StateError also where the job is being cancelled: nobody would settle what begins then."""
+        self.guard(connection, job_id)
+        if self._is_cancelling(connection, job_id):
+            raise StateError(f"job {job_id} is being cancelled: nothing begins for it", job_id=job_id)
+
+    async def is_cancelling(self, job_id: str) -> bool:
+        """Whether the job is to be stopped, and this process still has something to do for it."""
+        return await self._database.run(partial(self._is_cancelling, job_id=job_id))
+
+    def _is_cancelling(self, connection: Connection, job_id: str) -> bool:
+        return self._store.get(connection, job_id).state is JobState.CANCELLING
 
     async def take_next(self, capacity: Capacity, ready: Callable[[JobRow], bool]) -> JobRow | None:
         """Start the job whose turn it is, if one may start."""

@@ -16,12 +16,11 @@ def run(config_path: Path) -> None:
 
     from ..config import load_aggregator_config
     from ..descriptors import raise_descriptor_limit
-    from ..hardening import forbid_core_dumps, keep_files_private, quieten_grpc
+    from ..hardening import forbid_core_dumps, keep_files_private
     from ..logs import configure
 
     forbid_core_dumps()
     keep_files_private()
-    quieten_grpc()
     from .app import serve
 
     config = load_aggregator_config(config_path)

@@ -6,28 +6,53 @@ import asyncio
 import json
 import logging
 from collections.abc import Mapping
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, Final
 
 from ..config import AggregatorConfig
 from ..encryption.scheme import Scheme
-from ..errors import InvalidInput, PolicyError, SottoError
+from ..errors import PASSING, DeadlineError, InvalidInput, PolicyError, SottoError
 from ..jobs.executors.pool import WorkerPool
 from ..jobs.executors.stats import PoolStats
 from ..jobs.spec import FederatedTrainingSpec
 from ..jobs.spec import ServerOptimizer as OptimizerSpec
-from ..learning.task import chosen_options, known_tasks
+from ..learning.installed import code_digest, known_tasks
+from ..learning.model_file import read_model_file
+from ..learning.task import chosen_options
 from ..privacy.accounting import import_accountant
 from ..protocol.batches import StoredBatch
 from ..protocol.canonical import parse_canonical
+from ..protocol.faults import TaskProblem, TaskStanding
 from ..protocol.plan import RootStatement, RoundPlan
 from ..protocol.signing import Signed
 from ..storage.blobs import Blobs
 from .federation import Federation
 from .planning import Model, check_noise_by
-from .round_row import RoundRow
+from .round_row import Evaluated, RoundRow
 from .work import NO_MODEL, has_torch, model_shape
 
 LOG = logging.getLogger("sotto.aggregator")
+
+BUILT_IN_S: Final = 120.0
+"""How long a task's package may take to be imported, and its model to be built, as this aggregator starts."""
+SOON_S: Final = 20.0
+"""The same at the first try: what takes longer is tried again after the others, which do not wait for it."""
+
+
+@dataclass(frozen=True, slots=True)
+class StoredModel:
+    """A model's file.
+
+    Attributes:
+        sha256, size: of its bytes.
+        not_trained: digest of what is in it beside what was trained; empty: nothing, or not known.
+        without: why it holds what was trained alone, in words, where the model has more.
+    """
+
+    sha256: str
+    size: int
+    not_trained: str = ""
+    without: str = ""
 
 
 class AggregatorPipeline:
@@ -80,7 +105,7 @@ class AggregatorPipeline:
         if spec.initial_model_sha256:
             return await asyncio.to_thread(self._measure, spec.initial_model_sha256)
         if spec.task not in self._dimensions:
-            found = await self._pool.run("task_shape", {"task": spec.task}, urgent=True)
+            found = await self._pool.run("task_shape", {"task": spec.task, "seed": 0}, urgent=True)
             self._dimensions[spec.task] = int(found["dimension"])
         return self._dimensions[spec.task]
 
@@ -88,23 +113,79 @@ class AggregatorPipeline:
         """Measure the models of the known tasks and import the accountant, before somebody waits for it; a task that
         cannot be built is passed over here and refused when a job asks for it."""
         await asyncio.to_thread(import_accountant)
-        preloaded = has_torch() and bool(self._config.evaluation)  # else the first job that needs torch imports it
-        for task in self._tasks if preloaded else ():
-            try:
-                found = await self._pool.run("task_shape", {"task": task})
-            except SottoError as error:
-                LOG.warning("task %s cannot be built: %s %s", task, error.message, error.private)
-            else:
+        first = sorted(self._tasks, key=lambda task: task not in self._config.evaluation)
+        slow = [task for task in first if not await self._warmed(task, SOON_S)]
+        for task in slow:
+            await self._warmed(task, BUILT_IN_S)
+
+    async def _warmed(self, task: str, timeout_s: float) -> bool:
+        """Whether it is known how it stands with a task: not yet, where that takes longer than `SOON_S`."""
+        digest = await asyncio.to_thread(code_digest, task)
+        standing = TaskStanding(digest, has_torch())
+        try:
+            if has_torch() and self._config.evaluation:  # else the first job that needs torch imports it
+                found = await self._pool.run("task_shape", {"task": task, "seed": 0}, timeout_s=timeout_s)
                 self._dimensions[task] = int(found["dimension"])
+        except SottoError as error:
+            if isinstance(error, DeadlineError) and timeout_s < BUILT_IN_S:
+                self._federation.readiness.own[task] = TaskStanding(digest, False, TaskProblem.CHECKING)
+                return False
+            LOG.warning("task %s cannot be used here: %s %s", task, error.message, error.private)
+            problem = error.metadata.get("problem", TaskProblem.MODEL_NOT_BUILT)
+            standing = TaskStanding(digest, False, problem, error.metadata.get("place", ""))
+        self._federation.readiness.own[task] = standing
+        return True
 
     async def initial_model(self, spec: FederatedTrainingSpec) -> Model:
         """The model a job starts from: the one that came with it, or the task's own, by its seed."""
         sha256 = spec.initial_model_sha256
         if not sha256:
             built = await self._pool.run("initial_model", {"task": spec.task, "seed": spec.seed})
-            return Model(built["sha256"], built["size"], built["dimension"])
+            return Model(built["sha256"], built["size"], built["dimension"], built["not_trained"])
+        stored = await asyncio.to_thread(lambda: read_model_file(self._blobs.read(sha256)))
         size = await asyncio.to_thread(self._blobs.size, sha256)
-        return Model(sha256, size, await asyncio.to_thread(self._measure, sha256))
+        rest = stored.not_trained if stored.described else await self._rest(spec)
+        return Model(sha256, size, await asyncio.to_thread(self._measure, sha256), rest)
+
+    async def _rest(self, spec: FederatedTrainingSpec) -> str:
+        """The digest of what is not trained of a model whose file does not say it; empty where it cannot be known."""
+        if not self._builds(spec.task):
+            return ""
+        try:
+            found = await self._pool.run("task_shape", {"task": spec.task, "seed": spec.seed})
+        except PASSING:
+            raise
+        except SottoError as error:  # the parties say what of the task cannot be trained
+            LOG.warning("task %s cannot be built: %s %s", spec.task, error.message, error.private)
+            return ""
+        return str(found["not_trained"])
+
+    def _builds(self, task: str) -> bool:
+        return has_torch() and task in self._tasks
+
+    async def whole_model(self, spec: FederatedTrainingSpec, plan: RoundPlan, trained: StoredModel) -> StoredModel:
+        """All of a released model, of which a round has what is trained; that alone, and why, where the rest cannot be
+        had here.
+
+        Raises:
+            SottoError: one of `errors.PASSING`.
+        """
+        initial = spec.initial_model_sha256
+        if initial:
+            stored = await asyncio.to_thread(lambda: read_model_file(self._blobs.read(initial)))
+            initial = initial if stored.described else ""
+        if not initial and not self._builds(spec.task):
+            why = f"this aggregator cannot build task {spec.task!r}"
+            return replace(trained, without=why if plan.not_trained else "")
+        params = {"task": spec.task, "seed": spec.seed, "initial": initial, "not_trained": plan.not_trained}
+        try:
+            found = await self._pool.run("whole_model", {**params, "sha256": trained.sha256})
+        except PASSING:
+            raise
+        except SottoError as error:  # the model was paid for, and what is trained of it is there
+            LOG.warning("the whole model of job %s cannot be had: %s %s", plan.job_id, error.message, error.private)
+            return replace(trained, without=error.message)
+        return StoredModel(found["sha256"], found["size"], found["not_trained"])
 
     def _measure(self, sha256: str) -> int:
         """Raises InvalidInput when it is no model."""
@@ -156,17 +237,27 @@ class AggregatorPipeline:
             },
         )
 
-    async def evaluate(self, plan: RoundPlan, sha256: str) -> dict[str, float]:
-        """The task's metrics on public rows; empty where there are none, or nothing to evaluate with."""
-        if plan.task not in self._config.evaluation:
-            return {}
-        try:
-            options = evaluation_options(self._config, plan.task, json.loads(plan.task_options))
-        except PolicyError as error:  # the configuration has changed since the job was accepted
-            LOG.warning("job %s is not evaluated: %s", plan.job_id, error.message)
-            return {}
-        found = await self._pool.run("evaluate_model", {"task": plan.task, "options": options, "sha256": sha256})
-        return {str(name): float(value) for name, value in found["metrics"].items()}
+    async def evaluate(
+        self, task: str, asked: Mapping[str, Any], model: Mapping[str, Any], *, timeout_s: float
+    ) -> Evaluated:
+        """The task's metrics on public rows; empty where this aggregator evaluates nothing of this task.
+
+        Args:
+            asked: the task's options that the job sets.
+            model: "sha256", "seed" and "not_trained", as `work.evaluate_model` takes them.
+
+        Raises:
+            PolicyError: the configuration has changed since the job was accepted, and leaves an option open no more.
+            EvaluationError: the rows, the task's model or its metrics are at fault, whatever the parameters are.
+            SottoError: another, of this model or this moment.
+        """
+        if task not in self._config.evaluation:
+            return Evaluated({})
+        options, directory = evaluation_options(self._config, task, asked), str(self._config.directory)
+        params = {"task": task, "options": options, "directory": directory, **model}
+        found = await self._pool.run("evaluate_model", params, timeout_s=timeout_s)
+        metrics = {str(name): float(value) for name, value in found["metrics"].items()}
+        return Evaluated(metrics, str(found.get("without", "")))
 
     def _params(self, row: RoundRow) -> dict[str, Any]:
         return {

@@ -21,10 +21,13 @@ from ..errors import BudgetError, PlanError, StateError
 from ..jobs.spec import FederatedTrainingSpec
 from ..jobs.states import JobRow
 from ..jobs.store import JobStore
+from ..privacy.accounting import epsilon
 from ..privacy.events import Event as Mechanism
 from ..privacy.events import NonPrivate
+from ..protocol.derive import example_event
 from ..storage.database import Database
 from .accounts import Accounts, Planned
+from .disclosed import check_rows, too_dear
 from .federation import Federation
 from .pipeline import AggregatorPipeline
 from .planning import (
@@ -74,12 +77,16 @@ class Pricing:
         self._max_update_bytes = max_update_bytes
         self._known: dict[tuple[str, str], Planned] = {}
 
-    async def check(self, spec: FederatedTrainingSpec, *, owner: str, model: bytes = b"") -> None:
-        """Refuse a job that could not be run to its end within the budgets beside those accepted before.
+    async def check(self, spec: FederatedTrainingSpec, *, owner: str, model: bytes = b"") -> str:
+        """Refuse a job that could not be run to its end within the budgets beside those accepted before, or in whose
+        rounds, by what parties told, too few could take part.
 
         Args:
             owner: whose job it would be: a refusal of it is entered beside one of the same job of somebody else.
             model: the bytes of the model that comes with it, which lies nowhere yet.
+
+        Returns:
+            A sentence about the parties that cannot take part; empty where none is known.
 
         Raises:
             BudgetError: it would overspend.
@@ -89,6 +96,7 @@ class Pricing:
         self._pipeline.check(spec)
         if not self._federation.pinned and not self._federation.roster.members:
             raise StateError("no party has joined yet: a job can be priced only for parties that are known")
+        self._federation.readiness.check(spec, self._federation.roster)
         missing = undeclared(spec, self._federation)
         if missing:
             raise StateError(
@@ -97,6 +105,7 @@ class Pricing:
             )
         roster = self._federation.roster.digest
         asked = await self._price(spec.digest, roster, lambda: spec, model=model)
+        said = await self._check_rows(spec, model=model)
         planned: list[Planned] = []
         for row, begun, rows in await self._database.run(self._accepted):
             spec_of = partial(FederatedTrainingSpec.from_json, row.spec)
@@ -111,6 +120,33 @@ class Pricing:
             request = hashlib.sha256(f"{owner}\n{spec.digest}".encode()).hexdigest()
             await self._database.run(partial(refuse, error=error, now=time.time(), request=request))
             raise
+        return said
+
+    async def _check_rows(self, spec: FederatedTrainingSpec, *, model: bytes) -> str:
+        """Whether the parties that told of their rows' ε could be charged, as `disclosed.check_rows` says it."""
+        local, roster = spec.local_training, self._federation.roster
+        cohort = invited(spec, roster)[0]
+        bounds = self._federation.disclosed.bounds(cohort, spec.task, delta=local.delta)
+        cost = local.epsilon  # or less, which takes a second to find
+        if any(0 < bound < cost for bound in bounds.values()):
+            shape = Model(_NO_MODEL, 0, await self._pipeline.dimension(spec, model=model))
+            cost = await asyncio.to_thread(self._row_epsilon, spec, shape)
+        return check_rows(too_dear(bounds, spec, epsilon=cost), spec, roster)
+
+    def _row_epsilon(self, spec: FederatedTrainingSpec, model: Model) -> float:
+        """ε for a row, at the job's δ, of all rounds that it is priced for, against whoever sees the releases: whatever
+        a party counts against, it charges no less."""
+        plan = plan_round(
+            spec,
+            job_id="priced",
+            number=1,
+            model=model,
+            roster=self._federation.roster,
+            scheme=self._pipeline.scheme(spec.encryption.scheme),
+            declared_rows=declarations(spec, self._federation),
+        )
+        event = example_event(plan, against="release").repeated(spec.priced_rounds)
+        return epsilon([event], delta=spec.local_training.delta)
 
     async def _price(
         self,

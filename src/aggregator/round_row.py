@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from enum import StrEnum
 from typing import Any, Final
@@ -50,6 +50,7 @@ class Step(StrEnum):
     SPEND = "spend the budget"
     ASK_SHARES = "ask for shares"
     RELEASE = "open and release"
+    EVALUATE = "evaluate"
     SETTLE = "give back what was not spent"
 
 
@@ -73,11 +74,22 @@ class Batch:
 
 @dataclass(frozen=True, slots=True)
 class Failure:
-    """What a party could not or would not do: the stage, a reason of the error catalogue, its public text."""
+    """What a party could not or would not do: the stage, a reason of the error catalogue, its public text; and where
+    its task cannot be trained there, the class (`protocol.faults`) and the place, as far as they are of closed form."""
 
     stage: str
     reason: str
     message: str
+    problem: str = ""
+    place: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class SpentRounds:
+    """So many rounds of one job that count as spent and cost the same: mechanism events (JSON), as of `RoundRow`."""
+
+    costs: dict[str, dict[str, Any]]
+    rounds: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -87,7 +99,11 @@ class RoundRow:
     Times are seconds since the epoch. `order` is what the plan names by its digest, if it names one. `costs` are the
     mechanism events (JSON) that the round is charged with, against the "release" and against the "aggregator". `roots`,
     `batches` and `shares` are keyed by contributor; the aggregator's noise batch is under its name. `asked` are the
-    holders whose share was requested, `settled` says that the ledger holds the last word on the round.
+    holders whose share was requested, `able_at` is when a quorum was known to be able to train it, 0.0 before,
+    `settled` says that the ledger holds the last word on the round. `evaluation` is {"metrics", "without"} of the
+    released model, the latter what is missing and why, in words; before it was tried, or where nobody does, None.
+    `spent_before` are the rounds of the job before this one that count as spent, so that nobody has to read them again;
+    None in a row of a version that did not keep it.
     """
 
     job_id: str
@@ -97,6 +113,7 @@ class RoundRow:
     plan_digest: str
     order: dict[str, str] | None = None
     costs: dict[str, dict[str, Any]] = field(default_factory=dict)
+    spent_before: tuple[SpentRounds, ...] | None = None
     model_sha256: str
     cohort: tuple[str, ...]
     quorum: int
@@ -105,6 +122,7 @@ class RoundRow:
     noise_needed: bool
     started_at: float
     timeout_s: float
+    able_at: float = 0.0
     ended_at: float = 0.0
     roots: dict[str, dict[str, str]] = field(default_factory=dict)
     batches: dict[str, Batch] = field(default_factory=dict)
@@ -120,8 +138,19 @@ class RoundRow:
     shares: dict[str, str] = field(default_factory=dict)
     failures: dict[str, Failure] = field(default_factory=dict)
     result: dict[str, Any] | None = None
+    evaluation: dict[str, Any] | None = None
     reason: str = ""
     settled: bool = False
+
+    @property
+    def metrics(self) -> dict[str, float]:
+        """Of the released model; earlier versions kept them with its result."""
+        return dict((self.evaluation or self.result or {}).get("metrics", {}))
+
+    @property
+    def not_evaluated(self) -> str:
+        """What is missing of the metrics and why; empty where nothing is, or nobody tried."""
+        return str((self.evaluation or {}).get("without", ""))
 
     @property
     def at_rest(self) -> bool:
@@ -139,9 +168,14 @@ class RoundRow:
         return tuple(name for name in self.cohort if name in self.batches)
 
     @property
+    def began_at(self) -> float:
+        """When its time began: once a quorum could train it; until then it has the time from when it was planned."""
+        return self.able_at or self.started_at
+
+    @property
     def deadline(self) -> float:
         """When the round ends, one way or the other."""
-        return self.started_at + self.timeout_s
+        return self.began_at + self.timeout_s
 
     def to_json(self) -> dict[str, Any]:
         """Plain JSON, as the store keeps it."""
@@ -156,15 +190,34 @@ class RoundRow:
         content["aggregate"] = Batch(**content["aggregate"]) if content["aggregate"] else None
         content["failures"] = {name: Failure(**failure) for name, failure in content["failures"].items()}
         content["budgets"] = {name: tuple(figures) for name, figures in content["budgets"].items()}
+        before = content.get("spent_before")
+        content["spent_before"] = None if before is None else tuple(SpentRounds(**each) for each in before)
         for name in ("cohort", "holders", "contributors", "asked"):
             content[name] = tuple(content[name])
         return cls(**content)
+
+
+def spent_through(row: RoundRow, before: Iterable[SpentRounds]) -> tuple[SpentRounds, ...]:
+    """With a round at rest: if its shares were asked for it counts as shown, whatever became of it.
+
+    Args:
+        before: the rounds of its job before it.
+    """
+    spent = list(before)
+    if not row.spent:
+        return tuple(spent)
+    for place, each in enumerate(spent):
+        if each.costs == row.costs:
+            spent[place] = SpentRounds(each.costs, each.rounds + 1)
+            return tuple(spent)
+    return (*spent, SpentRounds(row.costs, 1))
 
 
 _ONCE: Final = (
     "plan",
     "plan_digest",
     "costs",
+    "spent_before",
     "model_sha256",
     "cohort",
     "quorum",
@@ -174,6 +227,7 @@ _ONCE: Final = (
 )
 """What a round is planned with."""
 _SET_ONCE: Final = (
+    "able_at",
     "frozen_list",
     "contributors",
     "aggregate",
@@ -181,6 +235,7 @@ _SET_ONCE: Final = (
     "spent",
     "opening",
     "result",
+    "evaluation",
     "settled",
 )
 """What is set once, by what happens to it."""
@@ -210,7 +265,8 @@ def is_older(one: RoundRow, other: RoundRow) -> bool:
 
 
 def _far(row: RoundRow) -> tuple[int, bool, int]:
-    return _place(row), row.settled, len(row.roots) + len(row.batches) + len(row.asked)
+    known = len(row.roots) + len(row.batches) + len(row.asked) + (row.evaluation is not None) + bool(row.able_at)
+    return _place(row), row.settled, known
 
 
 def _place(row: RoundRow) -> int:
@@ -236,6 +292,13 @@ class NoiseMade:
 
     root: dict[str, str]
     batch: Batch
+
+
+@dataclass(frozen=True, slots=True)
+class QuorumReached:
+    """As many parties as the round needs can train it, from this moment on (seconds since the epoch)."""
+
+    at: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -303,9 +366,17 @@ class PartyFailed:
 
 @dataclass(frozen=True, slots=True)
 class Released:
-    """The sum is opened, applied, evaluated and recorded."""
+    """The sum is opened, applied and recorded."""
 
     result: dict[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Evaluated:
+    """The released model was measured, or that was tried: what is missing, and why, in words."""
+
+    metrics: dict[str, float]
+    without: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -318,7 +389,10 @@ class StepFailed:
 
 @dataclass(frozen=True, slots=True)
 class Tick:
-    """Time has passed."""
+    """Time has passed; `away` are parties that have been gone for so long that a round which has its quorum goes on
+    without them."""
+
+    away: frozenset[str] = frozenset()
 
 
 @dataclass(frozen=True, slots=True)
@@ -342,7 +416,9 @@ Event = (
     | ShareStored
     | PartyFailed
     | Released
+    | Evaluated
     | StepFailed
+    | QuorumReached
     | Tick
     | Cancel
     | Settled

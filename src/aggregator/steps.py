@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import asyncio
 import json
+import logging
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from ..errors import PASSING, DeadlineError, EvaluationError, SottoError
 from ..jobs.spec import FederatedTrainingSpec
 from ..privacy.accounting import epsilon
 from ..privacy.events import Event as Mechanism
@@ -31,10 +33,12 @@ from ..protocol.plan import (
 from ..protocol.roster import AGGREGATOR
 from ..protocol.signing import Signed
 from .federation import Federation
+from .held import public_reason
 from .pipeline import AggregatorPipeline
-from .planning import plan_of
+from .planning import Model, plan_of
 from .round_row import (
     Batch,
+    Evaluated,
     Event,
     Failure,
     Folded,
@@ -44,9 +48,12 @@ from .round_row import (
     Released,
     RoundRow,
     SharesAsked,
+    SpentRounds,
     Work,
 )
 from .rounds import COMMIT_SHARE, UPLOAD_SHARE, holders_to_ask
+
+LOG = logging.getLogger("sotto.aggregator")
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,23 +61,28 @@ class History:
     """What a release needs to know of the job besides its round.
 
     Attributes:
-        spent: (cost against the release, cost against the aggregator) of each round before that counts as spent.
+        spent: rounds before it that count as spent.
         state_sha256: the server optimiser's state after the last release; empty before the first.
         ledger_head: digest of the aggregator's ledger.
     """
 
-    spent: tuple[tuple[Mechanism, Mechanism], ...]
+    spent: tuple[SpentRounds, ...]
     state_sha256: str
     ledger_head: str
 
 
 class RoundSteps:
-    """Performs the steps of rounds; holds no state of its own."""
+    """Performs the steps of rounds; of its own it knows only which jobs' models are not worth measuring again."""
 
     def __init__(self, pipeline: AggregatorPipeline, federation: Federation, *, clock: Callable[[], float]) -> None:
         self._pipeline = pipeline
         self._federation = federation
         self._clock = clock
+        self._endless: dict[str, str] = {}
+
+    def ended(self, job_id: str) -> None:
+        """A job is over: nothing of it is remembered."""
+        self._endless.pop(job_id, None)
 
     async def make_noise(self, row: RoundRow) -> Event:
         """The aggregator's noise as one more contribution, its root signed like any other."""
@@ -101,16 +113,17 @@ class RoundSteps:
         return SharesAsked(opening.to_json(), holders_to_ask(row, connected=connected, now=self._clock()))
 
     async def release(self, row: RoundRow, *, spec: FederatedTrainingSpec, history: History) -> list[Event]:
-        """Open, apply, evaluate, record. Wrong shares instead become the failures of those who sent them."""
+        """Open, apply, record. Wrong shares instead become the failures of those who sent them."""
         opened = await self._pipeline.open(row, optimizer=spec.server_optimizer, state_sha256=history.state_sha256)
         if "wrong" in opened:
             return [
                 PartyFailed(party, Failure(Work.OPEN.value, "SHARE_INVALID", why))
                 for party, why in opened["wrong"].items()
             ]
-        metrics = await self._pipeline.evaluate(plan_of(row.plan), opened["model_sha256"])
         delta = spec.party_privacy.delta
-        party, others, aggregator = await asyncio.to_thread(_figures, [*history.spent, costs_of(row)], delta)
+        party, others, aggregator = await asyncio.to_thread(
+            party_figures, [*history.spent, SpentRounds(row.costs, 1)], delta
+        )
         epsilons = party.epsilon, aggregator
         transcript = self._transcript(row, opened, epsilons=epsilons, ledger_head=history.ledger_head)
         result: dict[str, Any] = {
@@ -118,7 +131,6 @@ class RoundSteps:
             "model_bytes": opened["model_bytes"],
             "state_sha256": opened["state_sha256"],
             "blobs": [blob for blob in (opened["model_sha256"], opened["state_sha256"]) if blob],
-            "metrics": metrics,
             "epsilon_party": number_or_inf(party.epsilon),
             "epsilon_party_against_aggregator": number_or_inf(aggregator),
             "epsilon_party_if_all_others_collude": number_or_inf(others.epsilon),
@@ -128,6 +140,57 @@ class RoundSteps:
             **_next_norm(opened),
         }
         return [Released(result)]
+
+    async def evaluate(self, row: RoundRow) -> Event:
+        """Measure the released model. Whatever fails, the model is there: then it is said why it was not measured. What
+        did not end in time once is not begun again: it would hold up every further round for as long.
+
+        Raises:
+            SottoError: one of `errors.PASSING`: it may be done in a moment, here or by the next process.
+        """
+        if row.job_id in self._endless:
+            return Evaluated({}, f"not tried again in this job: {self._endless[row.job_id]}")
+        plan = plan_of(row.plan)
+        model = {"sha256": (row.result or {})["model_sha256"], "seed": plan.seed, "not_trained": plan.not_trained}
+        options = json.loads(plan.task_options)
+        try:
+            return await self._pipeline.evaluate(plan.task, options, model, timeout_s=row.timeout_s)
+        except PASSING:
+            raise
+        except Exception as error:
+            private, why = getattr(error, "private", repr(error)), public_reason(error)
+            LOG.warning("round %d of job %s is not evaluated: %s %s", row.number, row.job_id, why, private)
+            if isinstance(error, DeadlineError):
+                self._endless[row.job_id] = f"the model of round {row.number} was not measured in time ({why})"
+            return Evaluated({}, why)
+
+    async def try_evaluation(self, job_id: str, spec: FederatedTrainingSpec, model: Model) -> str:
+        """Measure the model that a job starts from, before anything is charged: what comes in the way of that, in
+        words; empty where it works.
+
+        Raises:
+            EvaluationError: no model of this task can be measured here.
+            SottoError: one of `errors.PASSING`.
+        """
+        params = {"sha256": model.sha256, "seed": spec.seed, "not_trained": model.not_trained}
+        try:
+            found = await self._pipeline.evaluate(
+                spec.task, spec.task_options, params, timeout_s=float(spec.round_timeout_s)
+            )
+        except EvaluationError as error:
+            raise EvaluationError(
+                f"no model of this job could be evaluated, and nothing was charged: {error.message} (whoever runs the "
+                f"aggregator mends that, or takes evaluation.{spec.task} out of its configuration)",
+                private=error.private,
+            ) from error
+        except PASSING:
+            raise
+        except SottoError as error:  # of this model, or by chance
+            LOG.warning("the initial model of a job is not evaluated: %s %s", error.message, error.private)
+            if isinstance(error, DeadlineError):
+                self._endless[job_id] = f"the initial model was not measured in time ({error.message})"
+            return error.message
+        return found.without
 
     def _transcript(self, row: RoundRow, opened: Any, *, epsilons: tuple[float, float], ledger_head: str) -> Signed:
         listed = Signed.from_json(row.frozen_list or {})
@@ -171,13 +234,14 @@ def party_ledger_heads(rows: Iterable[RoundRow]) -> dict[str, str]:
     return dict(sorted(found.items()))
 
 
-def costs_of(row: RoundRow) -> tuple[Mechanism, Mechanism]:
-    """What a round costs a party: against whoever sees the release, and against the aggregator."""
-    return event_from_json(row.costs["release"]), event_from_json(row.costs["aggregator"])
+def costs_of(costs: Mapping[str, Mapping[str, Any]]) -> tuple[Mechanism, Mechanism]:
+    """What a round costs a party (`RoundRow.costs`): against whoever sees the release, and against the aggregator."""
+    return event_from_json(costs["release"]), event_from_json(costs["aggregator"])
 
 
-def _figures(costs: list[tuple[Mechanism, Mechanism]], delta: float) -> tuple[Figure, Figure, float]:
+def party_figures(spent: Iterable[SpentRounds], delta: float) -> tuple[Figure, Figure, float]:
     """Of a party, against the release and against all others; and ε against the aggregator, as its own events say."""
+    costs = [tuple(event.repeated(each.rounds) for event in costs_of(each.costs)) for each in spent]
     party, _, others = figures([release for release, _ in costs], unit="party", delta=delta)
     return party, others, epsilon([aggregator for _, aggregator in costs], delta=delta)
 
@@ -193,8 +257,8 @@ def lacking(row: RoundRow) -> tuple[str, ...]:
     if row.spent:
         silent = set(row.asked) - set(row.shares) if row.ended_at >= row.deadline else set()
     elif row.frozen_list is not None:
-        closed = row.ended_at >= row.started_at + UPLOAD_SHARE * row.timeout_s
+        closed = row.ended_at >= row.began_at + UPLOAD_SHARE * row.timeout_s
         silent = set(row.cohort) - set(row.batches if closed else row.roots)
-    elif row.ended_at >= row.started_at + COMMIT_SHARE * row.timeout_s:
+    elif row.ended_at >= row.began_at + COMMIT_SHARE * row.timeout_s:
         silent = set(row.cohort) - set(row.roots)
     return tuple(sorted(silent | set(row.failures)))

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from typing import Any
 
 from sqlalchemy import (
     Boolean,
     Column,
+    ColumnElement,
     Connection,
+    Index,
     Integer,
     LargeBinary,
     MetaData,
@@ -17,15 +19,13 @@ from sqlalchemy import (
     String,
     Table,
     Text,
-    func,
     select,
     true,
-    tuple_,
 )
 
 from ..errors import ConflictError, NotFoundError
 from ..jobs.store import JobStore
-from .round_row import RoundRow, RoundState, blobs_of, check_follows, models_of
+from .round_row import RoundRow, RoundState, SpentRounds, blobs_of, check_follows, models_of, spent_through
 
 
 class RoundStore:
@@ -48,6 +48,7 @@ class RoundStore:
             Column("job_id", String(64), primary_key=True),
             Column("number", Integer, primary_key=True),
             Column("sha256", String(64), primary_key=True),
+            Index("round_blobs_sha256", "sha256"),
         )
 
     def insert(self, connection: Connection, row: RoundRow) -> None:
@@ -87,10 +88,12 @@ class RoundStore:
             raise NotFoundError(f"no round {number} of job {job_id}", job=job_id, round=number)
         return RoundRow.from_json(json.loads(content))
 
-    def latest(self, connection: Connection, job_id: str) -> RoundRow | None:
-        """The newest round of a job; None before the first."""
+    def latest(self, connection: Connection, job_id: str, *, state: RoundState | None = None) -> RoundRow | None:
+        """The newest round of a job, or the newest of those in a state; None before the first."""
         table = self._table
         query = select(table.c.content).where(table.c.job_id == job_id).order_by(table.c.number.desc()).limit(1)
+        if state is not None:
+            query = query.where(table.c.state == state.value)
         content = connection.execute(query).scalar()
         return None if content is None else RoundRow.from_json(json.loads(content))
 
@@ -99,17 +102,41 @@ class RoundStore:
         query = select(self._table.c.content).where(self._table.c.job_id == job_id).order_by(self._table.c.number)
         return [RoundRow.from_json(json.loads(content)) for content in connection.execute(query).scalars()]
 
-    def blobs(self, connection: Connection, *, of: Select[Any] | None = None) -> set[str]:
+    def spent_before(self, connection: Connection, row: RoundRow) -> tuple[SpentRounds, ...]:
+        """Rounds of its job that count as spent before this one. A row of a version that did not keep them is asked
+        for the last time: the next one keeps them."""
+        if row.spent_before is not None:
+            return row.spent_before
+        spent: tuple[SpentRounds, ...] = ()
+        for each in self.of_job(connection, row.job_id):
+            spent = spent_through(each, spent) if each.number < row.number else spent
+        return spent
+
+    def blobs(
+        self, connection: Connection, *, of: Select[Any] | None = None, among: Set[str] | None = None
+    ) -> set[str]:
         """Digests of the blobs that rounds need, of the jobs `of` or of all: whatever one names that is not settled,
-        and what the last one that was released has made, from which its job goes on."""
+        and what the last one that was released has made, from which its job goes on.
+
+        Args:
+            among: at least those of these: the rounds that name one of them are read, and no others.
+        """
         table, named = self._table, self._blobs
-        wanted = table.c.job_id.in_(of) if of is not None else true()
-        released = wanted & (table.c.state == RoundState.RELEASED.value)
-        last = select(table.c.job_id, func.max(table.c.number)).where(released).group_by(table.c.job_id)
-        lasting = wanted & (table.c.settled.is_(False) | tuple_(table.c.job_id, table.c.number).in_(last))
+        wanted: ColumnElement[bool] = table.c.job_id.in_(of) if of is not None else true()
+        if among is not None:
+            wanted &= named.c.sha256.in_(sorted(among))
         same = (named.c.job_id == table.c.job_id) & (named.c.number == table.c.number)
-        query = select(named.c.sha256).distinct().select_from(named.join(table, same)).where(lasting)
-        return set(connection.execute(query).scalars())
+        query = select(named.c.sha256, table.c.job_id, table.c.number, table.c.settled)
+        rows = connection.execute(query.select_from(named.join(table, same)).where(wanted)).all()
+        last = {job_id: self._last_released(connection, job_id) for job_id in {row.job_id for row in rows}}
+        return {row.sha256 for row in rows if not row.settled or row.number == last[row.job_id]}
+
+    def _last_released(self, connection: Connection, job_id: str) -> int | None:
+        """The number of the newest round of a job that was released."""
+        table = self._table
+        query = select(table.c.number).where(table.c.job_id == job_id, table.c.state == RoundState.RELEASED.value)
+        number: int | None = connection.execute(query.order_by(table.c.number.desc()).limit(1)).scalar()
+        return number
 
     def models(self, connection: Connection, job_id: str) -> set[str]:
         """Digests of what a job's rounds began with and made; batches and shares went when a round was settled."""
@@ -133,9 +160,10 @@ class BlobNames:
         self._jobs = jobs
         self._rounds = rounds
 
-    def blobs(self, connection: Connection) -> set[str]:
-        """Digests of all that are needed."""
-        return self._jobs.blobs(connection) | self._rounds.blobs(connection, of=self._jobs.under_way())
+    def blobs(self, connection: Connection, *, among: Set[str] | None = None) -> set[str]:
+        """Digests of all that are needed, or at least those of these."""
+        under_way = self._rounds.blobs(connection, of=self._jobs.under_way(), among=among)
+        return self._jobs.blobs(connection, among=among) | under_way
 
     def blobs_of(self, connection: Connection, job_id: str) -> set[str]:
         """Digests of those that a job named."""

@@ -20,7 +20,8 @@ def round_summary(row: RoundRow) -> dict[str, Any]:
         "round": row.number,
         "state": row.state.value,
         "contributions": len([name for name in row.contributors if name in row.cohort]) if result else 0,
-        "metrics": result.get("metrics", {}),
+        "metrics": row.metrics,
+        **({"not_evaluated": row.not_evaluated} if row.not_evaluated else {}),
         "epsilon_party": result.get("epsilon_party", 0.0),
         "epsilon_party_against_aggregator": result.get("epsilon_party_against_aggregator", 0.0),
         **{name: result[name] for name in _OF_RESULT if name in result},
@@ -46,17 +47,30 @@ def tells_time(row: RoundRow) -> bool:
     return plan_of(row.plan).gradient_sum is None
 
 
+FIRST_PAUSE_S: Final = 5.0
+LONGEST_PAUSE_S: Final = 60.0
+"""Between rounds that fail one after the other: a full disk, a database or a machine that is started again."""
+
+
 @dataclass(frozen=True, slots=True)
 class Tally:
     """What the rounds of a job that are at rest brought.
 
     Attributes:
         bytes_up: received from parties; released: rounds; seconds: that those took together; 0 if they do not tell.
+        failures: rounds that failed since the last one that was released.
     """
 
     bytes_up: int = 0
     released: int = 0
     seconds: float = 0.0
+    failures: int = 0
+
+    @property
+    def pause_s(self) -> float:
+        """How long the next round waits: after the first failure not at all, then longer each time. What was only for a
+        moment would else use up all spare rounds before it is over."""
+        return min(FIRST_PAUSE_S * 2.0 ** (self.failures - 2), LONGEST_PAUSE_S) if self.failures > 1 else 0.0
 
     def after(self, row: RoundRow) -> Tally:
         """With one more round at rest."""
@@ -65,6 +79,7 @@ class Tally:
             bytes_up=self.bytes_up + sum(row.bytes_up.values()),
             released=self.released + done,
             seconds=self.seconds + (row.ended_at - row.started_at if done and tells_time(row) else 0.0),
+            failures=0 if done else self.failures + 1,
         )
 
     def estimate(self, rounds: int, *, since: float, now: float) -> float:

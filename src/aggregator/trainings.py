@@ -1,8 +1,7 @@
 """Federated trainings: drives the rounds of the jobs that the coordinator hands over.
 
-Loads rows, asks the rules (`rounds`) what to do, does it, and writes down what came of it. In a turn a job moves as
-far as it can without waiting; what takes time runs beside it as a task. Everything that matters is in the database: a
-killed process goes on from its rows.
+Loads rows, asks the rules (`rounds`) what to do, does it, and writes down what came of it. In a turn a job moves as far
+as it can without waiting; what takes time is a task beside it. A killed process goes on from its rows.
 """
 
 from __future__ import annotations
@@ -17,7 +16,7 @@ from typing import Final
 
 from sqlalchemy import Connection
 
-from ..errors import BY_REASON, BudgetError, NotFoundError, RoundFailed, SottoError
+from ..errors import BY_REASON, PASSING, BudgetError, NotFoundError, RoundFailed, SottoError
 from ..jobs.service import Activity
 from ..jobs.spec import FederatedTrainingSpec
 from ..jobs.states import Event as JobEvent
@@ -25,26 +24,30 @@ from ..jobs.states import EventKind, JobRow, JobState, round_event, succeeded_ev
 from ..privacy.events import event_to_json
 from ..protocol.plan import PLAN_KIND, signed_digest
 from ..protocol.signing import Signed
-from ..storage.blobs import Blobs
 from ..storage.database import Database
 from ..storage.heads import Head
 from ..storage.leftovers import BlobUses
 from . import rounds as rules
 from .accounts import Accounts
-from .artifact import write_artifact
 from .federation import Federation
 from .held import AGGREGATOR_CAUSE, HeldJobs, ending, public_reason
 from .orders import order_in_force
+from .pace import Pace
 from .pipeline import AggregatorPipeline
-from .planning import Model, declarations, declared_rows_of, plan_of, plan_round, round_costs, undeclared
+from .planning import Model, plan_of, plan_round, round_costs, undeclared
+from .quorums import Quorums
+from .readiness import asked_of, holders_awaited
+from .results import Results
 from .round_row import (
     AT_REST,
     BudgetSpent,
     Cancel,
+    Evaluated,
     Event,
+    QuorumReached,
     Released,
+    RootCommitted,
     RoundRow,
-    RoundState,
     Settled,
     Step,
     StepFailed,
@@ -52,7 +55,8 @@ from .round_row import (
     is_older,
 )
 from .sessions import Sessions
-from .steps import History, RoundSteps, costs_of, lacking
+from .so_far import Standing, history, so_far
+from .steps import RoundSteps, costs_of, lacking
 from .store import RoundStore
 from .summary import Tally, round_summary
 from .tasks import Tasks
@@ -74,21 +78,6 @@ class _Awaited:
     said: bool = False
 
 
-@dataclass(frozen=True, slots=True)
-class _Standing:
-    """What the next round of a job starts from.
-
-    Attributes:
-        model: of the last released round; None before the first.
-        clipping_norm: where that round left it, under adaptive clipping; None before, and without.
-        declared_rows: by party.
-    """
-
-    model: Model | None
-    clipping_norm: float | None
-    declared_rows: dict[str, int]
-
-
 class Trainings:
     """Runs the rounds of federated trainings."""
 
@@ -99,7 +88,7 @@ class Trainings:
         held: HeldJobs,
         rounds: RoundStore,
         accounts: Accounts,
-        blobs: Blobs,
+        results: Results,
         pipeline: AggregatorPipeline,
         federation: Federation,
         sessions: Sessions,
@@ -111,13 +100,15 @@ class Trainings:
         self._held = held
         self._rounds = rounds
         self._accounts = accounts
-        self._blobs = blobs
+        self._results = results
         self._pipeline = pipeline
         self._federation = federation
         self._sessions = sessions
         self._tasks = tasks
         self._leftovers = leftovers
         self._clock = clock
+        self._pace = Pace(clock)
+        self.quorums = Quorums(lambda: sessions.connected)
         self._steps = RoundSteps(pipeline, federation, clock=clock)
         self._recent: dict[tuple[str, int], RoundRow] = {}
         self._stage: dict[str, str] = {}
@@ -127,18 +118,24 @@ class Trainings:
     # --- a turn -------------------------------------------------------------------------------------------------------
 
     def can_start(self, job: JobRow) -> bool:
-        """With a pinned roster at once: the round has a deadline. Without one, once the parties have joined. fedsgd in
-        either case not before every invited party has declared its rows."""
+        """Whether enough parties are ready; without a pinned roster not before they joined, fedsgd not before every one
+        that is invited has declared its rows."""
         spec = FederatedTrainingSpec.from_json(job.spec)
-        if self._federation.pinned:
-            return self._all_declared(job, spec)
-        joined = self._sessions.connected
-        missing = sorted(set(spec.parties) - joined)
-        waiting = f"waiting for {', '.join(missing) or 'at least two parties'} to join"
-        self._stage[job.job_id] = self._with_refusals(waiting, missing)
-        if missing or len(joined) < 2:  # a sum over one party is that party's update
-            return False
-        return self._all_declared(job, spec)
+        if not self._federation.pinned:
+            joined = self._sessions.connected
+            missing = sorted(set(spec.parties) - joined)
+            waiting = f"waiting for {', '.join(missing) or 'at least two parties'} to join"
+            self._stage[job.job_id] = self._with_refusals(waiting, missing)
+            if missing or len(joined) < 2:  # a sum over one party is that party's update
+                return False
+        return self._all_declared(job, spec) and self._enough_ready(job, spec)
+
+    def _enough_ready(self, job: JobRow, spec: FederatedTrainingSpec) -> bool:
+        roster = self._federation.roster
+        waiting = self._federation.readiness.waits_for(spec, roster) or holders_awaited(roster, self._sessions.away)
+        if waiting:
+            self._stage[job.job_id] = waiting
+        return not waiting
 
     def _all_declared(self, job: JobRow, spec: FederatedTrainingSpec) -> bool:
         missing = undeclared(spec, self._federation)
@@ -158,8 +155,15 @@ class Trainings:
         if row is not None:
             self._remember(row)
         spec = FederatedTrainingSpec.from_json(job.spec)
+        keeps = job.state is JobState.CANCELLING and await self._database.run(
+            partial(self._results.keeps, job_id=job.job_id)
+        )
         if row is not None and not (row.at_rest and row.settled):
-            await self._advance_round(job, row, spec, paused=paused)
+            stops = job.state is JobState.CANCELLING and not (keeps and row.spent)  # what is paid for is had
+            await self._advance_round(row, spec, paused=paused, stops=stops)
+        elif job.state is JobState.CANCELLING and row is not None and keeps and job.rounds_released:
+            await self._tasks.cancel(job.job_id, row.number + 1)  # that may be planned already
+            self._tasks.spawn((job.job_id, row.number, "finish"), partial(self._finish, job))
         elif job.state is JobState.CANCELLING:
             await self._tasks.cancel(job.job_id)
             await self._end(job.job_id, ending(job))
@@ -169,46 +173,60 @@ class Trainings:
     async def _next_round(self, job: JobRow, row: RoundRow | None, spec: FederatedTrainingSpec) -> None:
         number = row.number + 1 if row else 1
         if job.rounds_released >= spec.rounds:
-            self._tasks.spawn((job.job_id, number, "finish"), partial(self._finish, job, spec))
+            self._tasks.spawn((job.job_id, number, "finish"), partial(self._finish, job))
             return
         lasting = rules.hopeless(row) if row else ""
         if row is not None and (lasting or job.rounds_failed > spec.spare_rounds):
             error = BY_REASON.get(lasting, RoundFailed)(row.reason)
-            await self._held.failed(job.job_id, error, stage=f"round {row.number}", parties=lacking(row))
-        elif row is not None or self._all_declared(job, spec):
+            await self._held.failed(job.job_id, error, stage=f"round {row.number}", parties=self._lacking(row))
+        elif row and self._clock() < row.ended_at + (pause_s := self._tallies.get(job.job_id, Tally()).pause_s):
+            self._stage[job.job_id] = f"round {row.number} failed: waiting {pause_s:g} s before the next one"
+        elif self._enough_ready(job, spec) and (row is not None or self._all_declared(job, spec)):
             self._stage[job.job_id] = f"planning round {number}"
             self._tasks.spawn((job.job_id, number, "plan"), partial(self._plan, job, spec, number))
 
-    async def _advance_round(self, job: JobRow, row: RoundRow, spec: FederatedTrainingSpec, *, paused: bool) -> None:
+    async def _advance_round(self, row: RoundRow, spec: FederatedTrainingSpec, *, paused: bool, stops: bool) -> None:
         now = self._clock()
-        event = Cancel() if job.state is JobState.CANCELLING else Tick()
-        if rules.advance(row, event, now) != row:
+        event = Cancel() if stops else Tick(self._sessions.away(row.cohort))
+        if rules.advance(row, event, now, ready=self.quorums.waiting(row.job_id, row.number)) != row:
             row = await self.happened(row.job_id, row.number, event)
+        self.quorums.changed(row)  # for lack of holders, of whom one may have come
         await self._say_who_is_awaited(row, now)
         step = rules.next_step(row, now, connected=self._sessions.connected)
         if step is Step.SETTLE:
-            await self._tasks.cancel(row.job_id, row.number)  # of a round at rest nothing is computed any more
             await self._settle(row)
+        elif step is Step.EVALUATE and stops:
+            await self._settle(row)  # what comes of it is not waited for; the model is there
         elif step is Step.SPEND and not paused:
             await self.happened(row.job_id, row.number, BudgetSpent())
         elif step is not None and not paused:
             self._tasks.spawn((row.job_id, row.number, step.value), partial(self._perform, row, step, spec))
 
+    async def quorum(self, row: RoundRow, party: str, *, at_most_s: float) -> bool:
+        """Wait, as `Quorums.wait`. From when it is reached the round has its time: that is stored before anybody hears
+        of it, so that whoever begins has all of it, and goes on after a restart."""
+        reached = await self.quorums.wait(row, party, at_most_s=at_most_s)
+        known = self._recent.get((row.job_id, row.number), row)
+        if reached and not known.able_at:
+            await self.happened(row.job_id, row.number, QuorumReached(self._clock()))
+        return reached
+
     # --- what happens to a round --------------------------------------------------------------------------------------
 
     async def happened(self, job_id: str, number: int, event: Event) -> RoundRow:
         """Apply an event to a stored round, with its ledger entry, in one transaction; raises what the rules refuse."""
-        now, gone = self._clock(), frozenset[str]()
+        now, gone, ready = self._clock(), frozenset[str](), self.quorums.waiting(job_id, number)
 
         def write(connection: Connection) -> RoundRow:
             nonlocal gone
             before = self._rounds.get(connection, job_id, number)
-            after = rules.advance(before, event, now)
+            after = rules.advance(before, event, now, ready=ready)
             if isinstance(event, BudgetSpent):
                 self._accounts.spend(connection, job_id, number, now=now)
             if isinstance(event, Released):
                 figures = {"plan": after.plan_digest, "model_sha256": str((after.result or {})["model_sha256"])}
                 self._accounts.release(connection, job_id, number, figures=figures, now=now)
+                self._results.released(connection, after)
             if after != before:
                 self._held.guard(connection, job_id)
                 gone = self._rounds.update(connection, after)
@@ -217,7 +235,9 @@ class Trainings:
         row = await self._database.run(write)
         self._leftovers.let_go(gone)
         self._remember(row)
-        if row.at_rest and not row.settled:
+        if isinstance(event, RootCommitted):
+            self._federation.disclosed.tell(row, event, plan=plan_of(row.plan), beside=self.rows())
+        if row.at_rest and not row.settled and not isinstance(event, Evaluated):
             LOG.info("round %d of job %s: %s %s", number, job_id, row.state.value, row.reason)
         self._held.wake()
         return row
@@ -231,7 +251,11 @@ class Trainings:
                 LOG.exception("step %r of round %d of job %s failed", step.value, row.number, row.job_id)
             stage = f"round {row.number}: {step.value}"
             if not await self._held.failed(row.job_id, error, stage=stage, last=False):
-                await self.happened(row.job_id, row.number, StepFailed(step, public_reason(error)))
+                if isinstance(error, PASSING) and row.spent and await self._held.is_cancelling(row.job_id):
+                    raise  # what is paid for is had: it is tried again in a moment
+                why = public_reason(error)
+                over = Evaluated({}, why) if step is Step.EVALUATE else StepFailed(step, why)
+                await self.happened(row.job_id, row.number, over)
 
     async def _do(self, row: RoundRow, step: Step, spec: FederatedTrainingSpec) -> list[Event]:
         if step is Step.MAKE_NOISE:
@@ -242,11 +266,15 @@ class Trainings:
             return [await self._steps.fold(row)]
         if step is Step.ASK_SHARES:
             return [await self._steps.ask_shares(row, connected=self._sessions.connected)]
-        history = await self._database.run(partial(self._history, job_id=row.job_id))
-        return await self._steps.release(row, spec=spec, history=history)
+        if step is Step.EVALUATE:
+            self._stage[row.job_id] = f"evaluating the model of round {row.number}"
+            return [await self._steps.evaluate(row)]
+        before = await self._database.run(partial(history, row=row, rounds=self._rounds, accounts=self._accounts))
+        return await self._steps.release(row, spec=spec, history=before)
 
     async def _settle(self, row: RoundRow) -> None:
         """The ledger's last word on a round at rest, and the job's event, in one transaction."""
+        await self._tasks.cancel(row.job_id, row.number)  # of a round at rest nothing is computed any more
         now, gone = self._clock(), frozenset[str]()
 
         def write(connection: Connection) -> JobRow:
@@ -255,33 +283,29 @@ class Trainings:
             if not row_now.spent:
                 reason = f"round {row_now.state.value.lower()} before a share was asked for"
                 self._accounts.return_(connection, row.job_id, row.number, now=now, reason=reason)
-            gone = self._rounds.update(connection, rules.advance(row_now, Settled(), now))
-            return self._held.write(connection, row.job_id, round_event(round_summary(row_now)))
+            unkept, said = self._results.settled(connection, row_now)
+            gone = self._rounds.update(connection, rules.advance(row_now, Settled(), now)) | unkept
+            return self._held.write(connection, row.job_id, round_event(round_summary(row_now), also=said))
 
         job = await self._database.run(write)
         self._tallies[row.job_id] = self._tallies.get(row.job_id, Tally()).after(row)
         self._leftovers.let_go(gone)  # opened or failed: the round needs it no more
         self._held.told(job)
 
-    def _history(self, connection: Connection, job_id: str) -> History:
-        rows = self._rounds.of_job(connection, job_id)
-        released = [row for row in rows if row.state is RoundState.RELEASED and row.result]
-        state = (released[-1].result or {})["state_sha256"] if released else ""
-        # A round whose shares were asked for counts as shown, whatever became of it; the present one comes on top.
-        costs = tuple(costs_of(row) for row in rows if row.spent and row.at_rest)
-        return History(costs, state, self._accounts.head(connection))
-
     # --- the next round, and the end ----------------------------------------------------------------------------------
 
     async def _plan(self, job: JobRow, spec: FederatedTrainingSpec, number: int) -> None:
         try:
-            standing = await self._database.run(partial(self._so_far, job_id=job.job_id, spec=spec))
+            known = partial(so_far, job_id=job.job_id, spec=spec, rounds=self._rounds, federation=self._federation)
+            standing = await self._database.run(known)
             model = standing.model or await self._pipeline.initial_model(spec)
+            if number == 1:
+                await self._try_evaluation(job.job_id, spec, model)
             row = await asyncio.to_thread(self._new_row, job, number, spec, model=model, standing=standing)
             try:
                 await self._database.run(partial(self._open_round, row=row))
             except BudgetError as error:
-                refuse = partial(self._accounts.refuse, job_id=job.job_id, number=number, event=costs_of(row)[0])
+                refuse = partial(self._accounts.refuse, job_id=job.job_id, number=number, event=costs_of(row.costs)[0])
                 await self._database.run(partial(refuse, parties=row.cohort, error=error, now=self._clock()))
                 raise
         except Exception as error:
@@ -294,23 +318,15 @@ class Trainings:
         LOG.info("round %d of job %s is planned (plan %s)", row.number, job.job_id, row.plan_digest[:16])
         self._held.wake()
 
-    def _so_far(self, connection: Connection, job_id: str, spec: FederatedTrainingSpec) -> _Standing:
-        """What the last released round of a job gave, and the rows that the invited declare: those that its first plan
-        named, whatever a party has come to say since. One that says otherwise then refuses by itself."""
-        rows = self._rounds.of_job(connection, job_id)
-        declared = declarations(spec, self._federation)
-        declared |= declared_rows_of(plan_of(rows[-1].plan)) if rows else {}
-        released = [row for row in rows if row.state is RoundState.RELEASED]
-        if not released:
-            return _Standing(None, None, declared)
-        result = released[-1].result or {}
-        dimension = plan_of(released[-1].plan).dimension
-        norm = result.get("next_clipping_norm")
-        model = Model(result["model_sha256"], result["model_bytes"], dimension)
-        return _Standing(model, None if norm is None else float(norm), declared)
+    async def _try_evaluation(self, job_id: str, spec: FederatedTrainingSpec, model: Model) -> None:
+        self._stage[job_id] = "evaluating the initial model"
+        doubt = await self._steps.try_evaluation(job_id, spec, model)
+        if doubt:
+            text = f"the initial model is not evaluated: {doubt}; the job goes on"
+            await self._held.happen(job_id, JobEvent(kind=EventKind.WARNING, message=text, cause=AGGREGATOR_CAUSE))
 
     def _new_row(
-        self, job: JobRow, number: int, spec: FederatedTrainingSpec, *, model: Model, standing: _Standing
+        self, job: JobRow, number: int, spec: FederatedTrainingSpec, *, model: Model, standing: Standing
     ) -> RoundRow:
         roster = self._federation.roster
         order, digest = order_in_force(job, roster, now=self._clock())
@@ -335,6 +351,7 @@ class Trainings:
             plan_digest=signed_digest(signed, PLAN_KIND),
             order=order.to_json() if order else None,
             costs=costs,
+            spent_before=standing.spent,
             model_sha256=model.sha256,
             cohort=plan.cohort,
             quorum=plan.quorum,
@@ -344,40 +361,41 @@ class Trainings:
             started_at=self._clock(),
             timeout_s=spec.round_timeout_s,
         )
-        return rules.advance(row, Tick(), row.started_at)
+        return self._federation.readiness.begin(row, spec.task)
 
     def _open_round(self, connection: Connection, row: RoundRow) -> None:
         """Reserve, then store: a round that the budget does not allow never exists."""
-        self._held.guard(connection, row.job_id)
-        cost, now = costs_of(row)[0], self._clock()
-        self._accounts.reserve(connection, row.job_id, row.number, event=cost, parties=row.cohort, now=now)
+        self._held.guard_running(connection, row.job_id)
+        cost, now = costs_of(row.costs)[0], self._clock()
+        self._accounts.reserve(connection, row.job_id, row.number, event=cost, parties=asked_of(row), now=now)
         self._rounds.insert(connection, row)
 
-    async def _finish(self, job: JobRow, spec: FederatedTrainingSpec) -> None:
+    async def _finish(self, job: JobRow) -> None:
+        """The last released round becomes the job's result: of a job that was to be stopped and kept as well."""
         self._stage[job.job_id] = "writing the artifact"
         try:
-            history = await self._database.run(partial(self._rounds.of_job, job_id=job.job_id))
-            head = await self._database.run(self._accounts.head)
-            result = await asyncio.to_thread(
-                write_artifact,
-                job,
-                spec,
-                history,
-                federation=self._federation,
-                blobs=self._blobs,
-                ledger_head=head,
-                created_at=utc(self._clock()),
-            )
-            await self._end(job.job_id, succeeded_event(result))
+            result = await self._results.write(job)
+            stopped = f"stopped with the model of round {result['round']}" if "rounds_planned" in result else ""
+            await self._end(job.job_id, succeeded_event(result, stopped))
         except Exception as error:
+            if job.state is JobState.CANCELLING and isinstance(error, PASSING):
+                raise  # it is tried again in a moment
             LOG.exception("writing the artifact of job %s failed", job.job_id)
-            await self._held.failed(job.job_id, error, stage="writing the artifact")
+            if job.state is JobState.CANCELLING:  # its rounds can be had all the same
+                await self._end(job.job_id, ending(job))
+            else:
+                await self._held.failed(job.job_id, error, stage="writing the artifact")
 
     async def _end(self, job_id: str, event: JobEvent) -> None:
         await self._held.happen(job_id, event)
         self._stage.pop(job_id, None)
         self._awaited.pop(job_id, None)
         self._tallies.pop(job_id, None)
+        self._steps.ended(job_id)
+
+    def _lacking(self, row: RoundRow) -> tuple[str, ...]:
+        waited = self.quorums.waited_in_vain(row)
+        return tuple(name for name in lacking(row) if name not in waited)
 
     # --- rounds at hand -----------------------------------------------------------------------------------------------
 
@@ -397,6 +415,8 @@ class Trainings:
         known = self._recent.get((row.job_id, row.number))
         if known is None or not is_older(row, known):
             self._recent[(row.job_id, row.number)] = row
+            self._pace.seen(row)
+            self.quorums.changed(row)
             self._sessions.flows.changed(row)
         for key in [key for key in self._recent if key[0] == row.job_id and key[1] < row.number - 1]:
             del self._recent[key]
@@ -435,34 +455,32 @@ class Trainings:
         return await self._database.run(read)
 
     async def _say_who_is_awaited(self, row: RoundRow, now: float) -> None:
-        names = rules.waiting_for(row)
+        ready = self.quorums.waiting(row.job_id, row.number)
+        names = rules.waiting_for(row, ready)
         known = self._awaited.get(row.job_id)
         if known is None or known.names != names:
             self._awaited[row.job_id] = _Awaited(names, now)
         elif names and not known.said and now - known.since >= WAIT_NOTICE_S:
             self._awaited[row.job_id] = _Awaited(names, known.since, said=True)
-            text = f"round {row.number} waits for {', '.join(names)} ({row.state.value.lower()})"
+            text = f"round {row.number} waits for {', '.join(names)} ({rules.phase(row, ready)})"
             text = self._with_refusals(text, names)
             await self._held.happen(row.job_id, JobEvent(kind=EventKind.WAITING, message=text, cause=AGGREGATOR_CAUSE))
 
     def progress(self, job_id: str, *, rounds: int) -> Activity | None:
-        """What a job is doing and has received; None when nothing is known of it.
-
-        Args:
-            rounds: that are still to be released.
-        """
+        """What a job is doing and has received, with `rounds` still to be released; None where nothing is known."""
         tally = self._tallies.get(job_id, Tally())
         rows = [row for key, row in self._recent.items() if key[0] == job_id and not row.at_rest]
         if not rows:
             stage = self._stage.get(job_id, "")
             return Activity(stage, bytes_received=tally.bytes_up) if stage or tally.bytes_up else None
         row = rows[-1]
-        awaited = rules.waiting_for(row)
+        ready = self.quorums.waiting(job_id, row.number)
+        awaited = rules.waiting_for(row, ready)
         end = tally.estimate(rounds, since=row.started_at, now=self._clock())
         return Activity(
-            stage=self._with_refusals(f"round {row.number}: {row.state.value.lower()}", awaited),
+            stage=self._with_refusals(f"round {row.number}: {rules.phase(row, ready)}{self._pace.words(row)}", awaited),
             waiting_for=awaited,
-            parties=rules.party_states(row, self._sessions.connected),
+            parties=rules.party_states(row, self._sessions.connected, ready),
             bytes_received=tally.bytes_up + sum(row.bytes_up.values()),
             estimated_end_at=utc(end) if end else "",
         )
@@ -470,7 +488,9 @@ class Trainings:
     def awaited(self) -> dict[str, str]:
         """What is expected of each party now; of one that was turned away, why."""
         rows = [row for row in self._recent.values() if not row.at_rest]
-        expected = {name: row.state.value.lower() for row in rows for name in rules.waiting_for(row)}
+        expected: dict[str, str] = {}
+        for row in rows:
+            expected |= rules.expected(row, self.quorums.waiting(row.job_id, row.number))
         return expected | {name: f"refused: {why}" for name, why in self._sessions.refused.items()}
 
     def _with_refusals(self, text: str, awaited: Sequence[str]) -> str:

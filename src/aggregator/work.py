@@ -6,6 +6,7 @@ Torch is imported only by the units that need it, so that an aggregator without 
 
 from __future__ import annotations
 
+import math
 import zipfile
 from collections.abc import Callable, Sequence
 from importlib.util import find_spec
@@ -16,21 +17,26 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..encryption.scheme import Layout, Scheme
-from ..errors import InvalidInput, PolicyError, ShareError
+from ..errors import InvalidInput, PolicyError, ShareError, SottoError
+from ..extras import lacking
 from ..jobs.executors.units import Handler, WorkContext
 from ..learning.flatten import Tensors, flatten, from_safetensors, to_safetensors, unflatten
+from ..learning.model_file import ModelFile, parameters_of, read_model_file
 from ..learning.server_optimizer import ServerOptimizer
+from ..logs import type_and_place
 from ..privacy.entropy import SystemEntropy
 from ..privacy.noise import discrete_gaussian
 from ..privacy.noise_plan import fraction_from_json
 from ..protocol.batches import StoredBatch, check_knowledge, fold_batches, write_batch
 from ..protocol.canonical import real
 from ..protocol.derive import adaptation_of
+from ..protocol.faults import SENTENCES, TaskProblem
 from ..protocol.keyring import load_private_key
 from ..protocol.plan import RoundPlan, share_binding
 from ..protocol.roster import AGGREGATOR
 from ..protocol.units import Params, unit_plan, unit_processes, unit_scheme
 from ..storage.blobs import CHUNK_BYTES
+from ..text import brief
 
 Result = dict[str, Any]
 
@@ -49,38 +55,76 @@ NO_MODEL: Final = (
 
 
 def has_torch() -> bool:
-    """Whether this installation can build and evaluate models."""
+    """Whether this installation can build models."""
     return find_spec("torch") is not None
+
+
+def why_not_evaluated() -> str:
+    """What this installation lacks to evaluate models, and what to install; empty where it can."""
+    return lacking("party", "evaluating a model")
 
 
 def model_shape(data: bytes) -> int:
     """How many parameters a model has. Needs no torch and no worker: some milliseconds for what fits into a message.
 
     Raises:
-        InvalidInput: it is no safetensors file of float32 tensors.
+        InvalidInput: it is no safetensors file, or what is trained of it is not float32.
     """
-    return flatten(from_safetensors(data))[1].size
+    return flatten(parameters_of(data))[1].size
 
 
 def initial_model(params: Params, context: WorkContext) -> Result:
-    """{task, seed} → {sha256, size, dimension}: the task's model as its seed initialises it."""
-    tensors = _built(params["task"], params["seed"])
+    """{task, seed} → {sha256, size, dimension, not_trained}: what is trained of the task's model, as its seed
+    initialises it, and the digest of the rest."""
+    stored = _built(params["task"], params["seed"])
+    tensors = stored.parameters()
     blob = context.blobs.write(to_safetensors(tensors))
-    return {"sha256": blob.sha256, "size": blob.size, "dimension": flatten(tensors)[1].size}
+    found = {"sha256": blob.sha256, "size": blob.size, "dimension": flatten(tensors)[1].size}
+    return {**found, "not_trained": stored.not_trained}
 
 
 def task_shape(params: Params, context: WorkContext) -> Result:
-    """{task} → {dimension}: how many parameters the task's model has, whatever its seed."""
-    return {"dimension": flatten(_built(params["task"], 0))[1].size}
+    """{task, seed} → {dimension, not_trained}: how many parameters the task's model trains, whatever its seed, and the
+    digest of the rest, by its seed."""
+    stored = _built(params["task"], params["seed"])
+    return {"dimension": flatten(stored.parameters())[1].size, "not_trained": stored.not_trained}
 
 
-def _built(task: str, seed: int) -> Tensors:
+def _built(task: str, seed: int) -> ModelFile:
     if not has_torch():
         raise PolicyError(NO_MODEL)
-    from ..learning.flatten import model_to_tensors
     from ..learning.task import find_task
+    from ..learning.whole import built, model_file_of
 
-    return model_to_tensors(find_task(task).build_model(seed))
+    found = find_task(task)
+    try:
+        return model_file_of(built(found, seed))
+    except SottoError:
+        raise
+    except Exception as error:  # of the task's own code, which may raise anything
+        raise InvalidInput(
+            f"the model of task {task!r} cannot be built: {type_and_place(error)}", private=brief(error)
+        ) from error
+
+
+def whole_model(params: Params, context: WorkContext) -> Result:
+    """{task, seed, initial, sha256, not_trained} → {sha256, size, not_trained}: the whole model, of which `sha256` is
+    what was trained, and the digest of the rest.
+
+    The rest is that of the model that the job came with (`initial`, its digest), if that says what it is, or else the
+    task's, built from `seed`.
+
+    Raises:
+        InvalidInput: it is another than the parties trained with (`not_trained`, where known), or cannot be built.
+    """
+    tensors = parameters_of(context.blobs.read(params["sha256"]))
+    stored = read_model_file(context.blobs.read(params["initial"])) if params["initial"] else None
+    if stored is None or not stored.described:
+        stored = _built(params["task"], params["seed"])
+    if params["not_trained"] not in ("", stored.not_trained):
+        raise InvalidInput(SENTENCES[TaskProblem.NOT_TRAINED_STATE_DIFFERS])
+    blob = context.blobs.write(stored.with_parameters(tensors).to_bytes())
+    return {"sha256": blob.sha256, "size": blob.size, "not_trained": stored.not_trained}
 
 
 def make_noise(params: Params, context: WorkContext) -> Result:
@@ -211,7 +255,7 @@ def _checked_shares(
 
 
 def _apply(plan: RoundPlan, mean: NDArray[np.float64], params: Params, context: WorkContext) -> Result:
-    parameters, signature = flatten(from_safetensors(context.blobs.read(plan.model_sha256)))
+    parameters, signature = flatten(parameters_of(context.blobs.read(plan.model_sha256)))
     state = from_safetensors(context.blobs.read(params["state_sha256"])) if params["state_sha256"] else {}
     parameters, state = ServerOptimizer(**params["optimizer"]).step(parameters, mean, state=state)
     model = context.blobs.write(to_safetensors(unflatten(parameters, signature)))
@@ -220,28 +264,38 @@ def _apply(plan: RoundPlan, mean: NDArray[np.float64], params: Params, context: 
 
 
 def evaluate_model(params: Params, context: WorkContext) -> Result:
-    """{task, options, sha256} → {metrics, rows}: on the task's public rows, and what these are in words; both empty
-    where it has none."""
-    if not has_torch():
-        return {"metrics": {}, "rows": ""}
-    from ..learning.evaluation import evaluate
-    from ..learning.task import find_task, holdout_of
+    """{task, options, directory, sha256, seed, not_trained} → {metrics, rows, without}: on public rows, what these are
+    in words, and what is missing, in words: metrics that are not finite, or why there are none at all.
+
+    `directory` is where relative paths in options start. What is not trained of a model is in its file, or else built
+    from `seed` (null: not known); where `not_trained` is known, its digest is that.
+
+    EvaluationError says what of the rows, the model or the metrics is at fault.
+    """
+    if why := why_not_evaluated():
+        return {"metrics": {}, "rows": "", "without": why}
+    from ..learning.evaluation import evaluate, public_rows
+    from ..learning.loading import starting_from
+    from ..learning.task import find_task
+    from ..learning.whole import restored
 
     task = find_task(params["task"])
-    rows = holdout_of(task, params["options"])
+    with starting_from(params.get("directory", ".")):
+        rows = public_rows(task, params["options"])
     if rows is None:
-        return {"metrics": {}, "rows": ""}
-    tensors = from_safetensors(context.blobs.read(params["sha256"]))
-    try:
-        metrics = evaluate(task, tensors, rows)
-    except ValueError as error:  # so libraries refuse a NaN, which no further attempt would change
-        raise InvalidInput("the model's outputs cannot be measured: is it finite?", private=str(error)) from error
-    return {"metrics": metrics, "rows": rows.description}
+        return {"metrics": {}, "rows": "", "without": f"task {task.name!r} has no public rows"}
+    stored = read_model_file(context.blobs.read(params["sha256"]))
+    model = restored(task, stored, seed=params.get("seed"), not_trained=params.get("not_trained", ""))
+    found = evaluate(task, model, rows)
+    metrics = {name: value for name, value in found.items() if math.isfinite(value)}
+    lost = sorted(found.keys() - metrics.keys())
+    without = f"not finite, and left out: {', '.join(lost)}" if lost else ""
+    return {"metrics": metrics, "rows": rows.description, "without": without}
 
 
 def export_model(params: Params, context: WorkContext) -> Result:
     """{sha256, format} → {sha256, size}: a model in a format of `EXPORTS`; the same model gives the same bytes."""
-    tensors = from_safetensors(context.blobs.read(params["sha256"]))
+    tensors = read_model_file(context.blobs.read(params["sha256"])).arrays()
     _, write = EXPORTS[params["format"]]
     path = context.workspace / "export"
     with path.open("w+b") as file:
@@ -281,4 +335,5 @@ HANDLERS: Final[dict[str, Handler]] = {
     "evaluate_model": evaluate_model,
     "export_model": export_model,
     "task_shape": task_shape,
+    "whole_model": whole_model,
 }

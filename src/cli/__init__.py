@@ -17,7 +17,7 @@ from typer.core import TyperGroup
 
 from .. import __version__
 from ..errors import CATALOGUE, MAX_TEXT_CHARACTERS, UNEXPECTED, ConfigError, InvalidInput, SottoError, meaning
-from ..text import brief
+from ..text import brief, shown
 from .quick import quicken
 from .screen import echo, echo_json
 
@@ -124,9 +124,11 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
     Args:
         argv: arguments without the program's name; `sys.argv[1:]` by default.
     """
-    from ..hardening import forbid_core_dumps, quieten_grpc
+    from ..hardening import forbid_core_dumps
+    from ..terminals import make_legible
 
-    quieten_grpc()
+    for stream in (sys.stdout, sys.stderr):
+        make_legible(stream)
     forbid_core_dumps()  # here, for all commands: one that holds keys or rows cannot forget it
     sys.exit(run(sys.argv[1:] if argv is None else argv))
 
@@ -151,6 +153,13 @@ def run(arguments: Sequence[str]) -> int:
             return UNEXPECTED.exit_code
         _report(lacking, as_json=as_json)
         return meaning(lacking).exit_code
+    except UnicodeEncodeError as error:  # not of what is printed (`terminals`): of a file's name
+        unnamed = ConfigError(
+            f"a file's name cannot be used: it has {shown(error.object[error.start : error.end])}, which the locale's "
+            f"{error.encoding} has not; set PYTHONUTF8=1 in the environment, or a locale with UTF-8"
+        )
+        _report(unnamed, as_json=as_json)
+        return meaning(unnamed).exit_code
     except Exception as error:
         if hasattr(error, "show") and hasattr(error, "format_message"):  # the parser's own: wrong usage
             return _report_usage(error, as_json=as_json)

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Final
 
 import typer
 
+from .budget_source import PartyName, StateDir
 from .prose import say
 from .screen import echo_json
 
@@ -44,7 +45,8 @@ def verify(
         Path | None,
         typer.Option("--config", "-c", help="party.yaml, whose key is this node's; else that of `sotto train`."),
     ] = None,
-    name: Annotated[str | None, typer.Option("--name", help="The party, where one file serves several.")] = None,
+    name: PartyName = None,
+    state_dir: StateDir = None,
     allow_unsigned: Annotated[
         bool, typer.Option("--allow-unsigned", help="Take an artifact that nobody has signed.")
     ] = False,
@@ -68,7 +70,9 @@ def verify(
         verify_key=_key(verify_key),
         allow_unsigned=allow_unsigned,
     )
-    vouched_by = _vouched_by(found.verify_key, named=verify_key is not None, config=config, name=name)
+    vouched_by = _vouched_by(
+        found.verify_key, named=verify_key is not None, config=config, name=name, state_dir=state_dir
+    )
     if found.signer and vouched_by is None and not allow_unknown_key:
         raise SignatureError(
             f"it is signed by who calls itself {found.signer!r}, with key {found.verify_key}, for which nobody vouches "
@@ -111,13 +115,13 @@ def _tell(found: Verified, vouched_by: str | None) -> None:
         say(f"signed by {found.signer!r} with {vouched_by}")
 
 
-def _vouched_by(key: str, *, named: bool, config: Path | None, name: str | None) -> str | None:
+def _vouched_by(key: str, *, named: bool, config: Path | None, name: str | None, state_dir: Path | None) -> str | None:
     """Why the key that signed is to be relied on; None if nothing says so."""
     if not key:
         return None
     if named:
         return "the key that was named"
-    own = _own_key_file(config, name)
+    own = _own_key_file(config, name=name, state_dir=state_dir)
     if not own.exists():
         return None
     from ..protocol.signing import SigningKey
@@ -125,11 +129,14 @@ def _vouched_by(key: str, *, named: bool, config: Path | None, name: str | None)
     return "this node's key" if SigningKey.load(own).verify_key.hex() == key else None
 
 
-def _own_key_file(config: Path | None, name: str | None) -> Path:
+def _own_key_file(config: Path | None, *, name: str | None, state_dir: Path | None) -> Path:
+    from ..errors import InvalidInput
     from .train_ledger import KEY_FILE, default_state_dir
 
     if config is None:
-        return default_state_dir() / KEY_FILE
+        return (default_state_dir() if state_dir is None else state_dir) / KEY_FILE
+    if state_dir is not None:
+        raise InvalidInput("a key is that of --config or that of --state-dir, not of both")
     from ..config import load_party_config
 
     return load_party_config(config, name=name).keys.signing_key

@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, cast
 import typer
 
 from ..errors import ConfigError, Refused
-from .prose import prose
+from .prose import prose, say
 from .screen import echo, echo_json
 
 if TYPE_CHECKING:
-    from ..learning.audit import AuditResult
+    from ..learning.audit import AuditPlan, AuditResult
     from ..learning.made_up import Apart, Found
 
 CANARIES = "Default: 100000 of kind dirac, 1000 examples. Too few to tell anything are refused."
@@ -21,6 +21,9 @@ MADE_UP = "Also search for weights with which one row moves a clipped sum beyond
 BEYOND = (
     "the guesses could not have refuted this claim, had all of them been right: only the noise was tested against it"
 )
+
+ROW_S = 0.6e-3
+"""Of one core, roughly, by `make bench ONLY=training`."""
 
 app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
 
@@ -57,17 +60,15 @@ def audit(
 
     A lower bound proves that something is wrong; it never proves that nothing is. See docs/audit.md.
     """
-    count = _steps(steps, epochs, sampling_rate)
-
     from ..learning import audit as learning
     from ..learning.made_up import attack
-    from ..learning.task import loss_of
+    from ..learning.task import loss_for
     from ..privacy.entropy import SystemEntropy
 
     found, rows = learning.find_audited(task)
     plan = learning.plan_audit(
         sampling_rate=sampling_rate,
-        steps=count,
+        steps=_steps(steps, epochs, sampling_rate),
         epsilon=epsilon,
         noise_multiplier=noise_multiplier,
         delta=delta,
@@ -80,16 +81,26 @@ def audit(
         confidence=confidence,
         expect_below=expect_below,
     )
+    _say_how_long(plan, rows=len(rows), quiet=as_json)
     model, entropy = found.build_model(seed), SystemEntropy()
-    result = learning.audit(model, rows, loss=loss_of(found), plan=plan, entropy=entropy, threads=1)
+    loss = loss_for(found, model, rows)
+    result = learning.audit(model, rows, loss=loss, plan=plan, entropy=entropy, threads=1)
     tried = None
     if made_up_weights:
-        tried = attack(model, rows, loss=loss_of(found), training=plan.training, delta=plan.delta, entropy=entropy)
+        tried = attack(model, rows, loss=loss, training=plan.training, delta=plan.delta, entropy=entropy)
     if as_json:
         echo_json(describe(task, result, expect_below=expect_below, made_up=tried))
     else:
         echo([*_lines(task, result), *(["", *_made_up_lines(*tried)] if tried else [])])
     _refuse(result, tried, expect_below)
+
+
+def _say_how_long(plan: AuditPlan, *, rows: int, quiet: bool = False) -> None:
+    """Before minutes in which nothing is to be seen."""
+    computed = plan.training.sampling_rate * plan.training.steps * (rows + plan.canaries)
+    minutes = computed * ROW_S / 60
+    if minutes >= 0.5 and not quiet:
+        say(f"about {computed:,.0f} rows are computed, one at a time: some {minutes:.0f} min of one core", err=True)
 
 
 def _refuse(result: AuditResult, tried: tuple[Found, Apart] | None, expect_below: float | None) -> None:

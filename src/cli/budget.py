@@ -25,6 +25,7 @@ from .budget_source import (
     load,
     read_entries,
 )
+from .plain import columns
 from .prose import assuming, counted, prose, say, warn
 from .screen import echo, echo_json
 
@@ -275,15 +276,9 @@ def _estimates(events: Sequence[Event], delta: float) -> list[Estimate]:
 
 
 def _print_table(role: str, rows: list[Row], *, delta: float | None) -> None:
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table(title=f"Privacy budget, {role}", title_justify="left")
-    for column in ("unit", "subject", "rounds spent", "rounds left", "ε spent", "ε left", "at δ", "entries"):
-        of_text = column in {"unit", "subject"}
-        table.add_column(column, justify="left" if of_text else "right", no_wrap=of_text)
-    for row in rows:
-        table.add_row(
+    header = ("unit", "subject", "rounds spent", "rounds left", "ε spent", "ε left", "at δ", "entries")
+    cells = [
+        (
             row.unit,
             printable(row.subject),
             str(row.rounds_spent),
@@ -293,7 +288,10 @@ def _print_table(role: str, rows: list[Row], *, delta: float | None) -> None:
             f"{row.delta:g}",
             str(row.entries),
         )
-    Console().print(table)
+        for row in rows
+    ]
+    echo(f"Privacy budget, {role}")
+    echo(columns(header, cells, right=header[2:]).split("\n"), styled=True)
     if any(row.epsilon_left and row.epsilon_spent for row in rows):
         say(ABOVE_LEFT)
     echo([*_what_they_say(rows), *(line for row in rows for line in _further(row, delta=delta))])

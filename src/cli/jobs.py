@@ -10,6 +10,7 @@ import typer
 
 from . import connection, jobs_submit
 from .connection import DEFAULT_CONFIG, ConfigOption, JobId, JsonOption
+from .prose import say
 from .screen import echo
 
 if TYPE_CHECKING:
@@ -105,15 +106,20 @@ def show(job_id: JobId, config: ConfigOption = DEFAULT_CONFIG, as_json: JsonOpti
 def watch(
     job_id: JobId, config: ConfigOption = DEFAULT_CONFIG, after: AfterOption = 0, as_json: JsonOption = False
 ) -> None:
-    """Follow a job until it is at rest: a live view on a terminal, a line an event elsewhere."""
+    """Follow a job until it is at rest: a live view on a terminal, a line an event elsewhere.
+
+    The exit code is 0 only if it succeeded, as that of `jobs wait`.
+    """
     if not as_json and not after and sys.stdout.isatty():
         from .live import watch_live
 
-        watch_live(config, job_id)
-        return
-    with connection.connected(config, patient=True) as client:
-        for event in client.watch(job_id, after_sequence=after):
-            _print_event(event, as_json=as_json)
+        job = watch_live(config, job_id)
+    else:
+        with connection.connected(config, patient=True) as client:
+            for event in client.watch(job_id, after_sequence=after):
+                _print_event(event, as_json=as_json)
+            job = client.get(job_id)
+    jobs_submit.outcome(job)
 
 
 @app.command()
@@ -136,10 +142,17 @@ def wait(
 
 
 @app.command()
-def cancel(job_id: JobId, config: ConfigOption = DEFAULT_CONFIG, as_json: JsonOption = False) -> None:
+def cancel(
+    job_id: JobId,
+    config: ConfigOption = DEFAULT_CONFIG,
+    keep: Annotated[
+        bool, typer.Option("--keep", help="End it in order, with its last released round as its result.")
+    ] = False,
+    as_json: JsonOption = False,
+) -> None:
     """Ask a job to stop. A job at rest stays as it is."""
     with connection.connected(config) as client:
-        job = client.cancel(job_id)
+        job = client.cancel(job_id, keep=keep)
     _print_job(job) if as_json else _print_state(job)
 
 
@@ -156,13 +169,32 @@ def result(
     job_id: JobId,
     config: ConfigOption = DEFAULT_CONFIG,
     out: Annotated[Path | None, typer.Option(help="Fetch the files into this directory and verify them.")] = None,
+    round_number: jobs_submit.RoundOption = "",
+    best: jobs_submit.BestOption = "",
     as_json: JsonOption = False,
 ) -> None:
-    """Print a finished job's result; with --out fetch and verify its files."""
+    """Print a job's result; with --out fetch and verify its files.
+
+    With --round or --best it is that of a released round, whatever has become of the job; so it is that of the last
+    one, if nothing else is said, of a job that failed or was cancelled.
+    """
     with connection.connected(config, patient=out is not None) as client:
-        brought = client.result(job_id)
-        fetched = None if out is None else jobs_submit.fetch(client, job_id, out, config=config)
+        round_number = round_number or ("" if best else _last_if_it_ended_early(client.get(job_id)))
+        brought = client.result(job_id, round=round_number, best=best)
+        chosen = {"round": brought.round or round_number} if round_number or best else {}
+        fetched = None if out is None else jobs_submit.fetch(client, job_id, out, config=config, **chosen)
     jobs_submit.print_result(job_id, brought, fetched=fetched, as_json=as_json)
+
+
+def _last_if_it_ended_early(job: Job) -> str:
+    """Which round is meant of a job where none is named: of one that ended without a result the last, which is said."""
+    from ..communication.generated.jobs_pb2 import CANCELLED, FAILED
+    from .plain import state_name
+
+    if job.state not in (FAILED, CANCELLED) or not job.kept_rounds:
+        return ""
+    say(f"job {job.job_id} is {state_name(job)}: this is what it had released", err=True)
+    return "last"
 
 
 def _print_job(job: Job) -> None:

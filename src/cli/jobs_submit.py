@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Final, NamedTuple
@@ -35,6 +36,24 @@ RequestIdOption = Annotated[str | None, typer.Option("--request-id", help="Sent 
 EpsilonOption = Annotated[
     float | None,
     typer.Option(help="What the job may cost a row at most, all spare rounds run: otherwise it ends below."),
+]
+RoundOption = Annotated[
+    str, typer.Option("--round", help="The model of this released round, whatever has become of the job; or last.")
+]
+InitialModelOption = Annotated[
+    Path | None, typer.Option(help="A model to start from (safetensors, up to 256 MiB), as a job's result is.")
+]
+BestOption = Annotated[
+    str, typer.Option("--best", help="Of the released round that is best by this metric of public rows, such as auc.")
+]
+QuantileOption = Annotated[
+    float | None, typer.Option(help="Let it follow this quantile of the updates' norms (20 parties or more).")
+]
+KeepOption = Annotated[
+    str | None, typer.Option("--keep", help="Models of rounds to keep beside the last: every:10, best:auc.")
+]
+ContinueOption = Annotated[
+    str, typer.Option("--continue", help="Start from a released round of an earlier job: JOB, JOB:5, JOB:best:auc.")
 ]
 WaitOption = Annotated[bool, typer.Option("--wait", help="Stay until the job is at rest, as `jobs wait`.")]
 OutOption = Annotated[
@@ -88,10 +107,7 @@ def submit(  # each parameter is an option of the command
     epsilon: EpsilonOption = None,
     noise_multiplier: Annotated[float | None, typer.Option(help="Of fedavg's party-level noise.")] = None,
     clipping_norm: Annotated[float | None, typer.Option(help="Of fedavg: L2 bound of a party's update.")] = None,
-    clipping_quantile: Annotated[
-        float | None,
-        typer.Option(help="Let it follow this quantile of the updates' norms (20 parties or more)."),
-    ] = None,
+    clipping_quantile: QuantileOption = None,
     seed: Annotated[int | None, typer.Option(help="Of split and initialisation.")] = None,
     round_timeout: Annotated[float | None, typer.Option(help="Seconds for a round.")] = None,
     name: NameOption = "",
@@ -102,6 +118,9 @@ def submit(  # each parameter is an option of the command
         bool,
         typer.Option("--build-initial-model", help="Build the task's model here: for an aggregator without torch."),
     ] = False,
+    initial_model: InitialModelOption = None,
+    keep: KeepOption = None,
+    continues: ContinueOption = "",
     and_wait: WaitOption = False,
     out: OutOption = None,
     as_json: JsonOption = False,
@@ -117,6 +136,7 @@ def submit(  # each parameter is an option of the command
         "parties": None if parties is None else [each.strip() for each in parties.split(",")],
         "seed": seed,
         "round_timeout_s": round_timeout,
+        "keep": keep,
     }
     local = {"steps": steps, "sampling_rate": sampling_rate, "learning_rate": learning_rate, "epsilon": epsilon}
     privacy = {
@@ -126,8 +146,7 @@ def submit(  # each parameter is an option of the command
         "adaptive_clipping": None if clipping_quantile is None else {"quantile": clipping_quantile},
     }
     job = _make_job(file, training, sections={"local_training": local, "party_privacy": privacy})
-    if build_initial_model:
-        _build_initial_model(job)
+    _start_from(job, continues, config, model=initial_model, build=build_initial_model)
     terms = {"priority": _priority(priority), "timeout_s": timeout_s, "request_id": request_id, "name": name}
     _hand_in(job, config, terms, and_wait=and_wait, out=out, as_json=as_json)
 
@@ -135,8 +154,10 @@ def submit(  # each parameter is an option of the command
 def evaluate(
     job_id: Annotated[str, typer.Argument(help="The training whose model is meant.", show_default=False)] = "",
     config: ConfigOption = DEFAULT_CONFIG,
-    model: Annotated[Path | None, typer.Option(help="Instead of a job: a model (safetensors, at most 3 MiB).")] = None,
+    model: Annotated[Path | None, typer.Option(help="Instead of a job: a model (safetensors, up to 256 MiB).")] = None,
     task: Annotated[str, typer.Option(help="On whose public rows; by default the job's task.")] = "",
+    round_number: RoundOption = "",
+    best: BestOption = "",
     name: NameOption = "",
     priority: PriorityOption = None,
     timeout_s: JobTimeoutOption = None,
@@ -149,8 +170,10 @@ def evaluate(
     if bool(job_id) == (model is not None) or (model is not None and not task):
         raise typer.BadParameter("give the id of a JOB, or --model FILE and --task")
     from ..client import Evaluation, Job
+    from ..client_messages import choice_of
 
-    evaluation = Evaluation(job_id=job_id, task=task, model=b"" if model is None else _read(model))
+    meant = choice_of(round_number, best)
+    evaluation = Evaluation(job_id=job_id, task=task, model=b"" if model is None else _read(model), round=meant)
     terms = {"priority": _priority(priority), "timeout_s": timeout_s, "request_id": request_id, "name": name}
     _hand_in(Job(evaluation=evaluation), config, terms, and_wait=and_wait, out=out, as_json=as_json)
 
@@ -159,6 +182,8 @@ def export(
     job_id: Annotated[str, typer.Argument(help="The training whose model is meant.", show_default=False)],
     config: ConfigOption = DEFAULT_CONFIG,
     format_name: Annotated[str, typer.Option("--format", help="npz: NumPy's archive of named arrays.")] = "npz",
+    round_number: RoundOption = "",
+    best: BestOption = "",
     name: NameOption = "",
     priority: PriorityOption = None,
     timeout_s: JobTimeoutOption = None,
@@ -169,8 +194,9 @@ def export(
 ) -> None:
     """Turn a trained model into another format, with a signed manifest. It costs no privacy. Prints the job's id."""
     from ..client import Export, Job
+    from ..client_messages import choice_of
 
-    job = Job(export=Export(job_id=job_id, format=format_name))
+    job = Job(export=Export(job_id=job_id, format=format_name, round=choice_of(round_number, best)))
     terms = {"priority": _priority(priority), "timeout_s": timeout_s, "request_id": request_id, "name": name}
     _hand_in(job, config, terms, and_wait=and_wait, out=out, as_json=as_json)
 
@@ -201,11 +227,21 @@ class Fetched(NamedTuple):
         return {"paths": paths, "signature_checked": self.roster is not None}
 
 
-def fetch(client: SottoClient, job_id: str, out: Path, *, config: Path) -> Fetched:
-    """Fetch a job's files and verify them by what the configuration pins."""
+def outcome(job: Job) -> JobResult:
+    """What a job brought; else raises what became of it, and says on stderr what it had released and can be had."""
+    from ..client import result_of
+    from .jobs_view import kept_words
+
+    if kept := kept_words(job):
+        say(f"models can be had {kept}", err=True)
+    return result_of(job)
+
+
+def fetch(client: SottoClient, job_id: str, out: Path, *, config: Path, **chosen: Any) -> Fetched:
+    """Fetch the files of a job, or of a round that was `chosen`, and verify them by what the configuration pins."""
     from ..client_config import connection_of
 
-    return Fetched(client.fetch_artifact(job_id, out), connection_of(config)["roster"])
+    return Fetched(client.fetch_artifact(job_id, out, **chosen), connection_of(config)["roster"])
 
 
 def print_result(job_id: str, brought: JobResult, *, fetched: Fetched | None, as_json: bool) -> None:
@@ -217,7 +253,9 @@ def print_result(job_id: str, brought: JobResult, *, fetched: Fetched | None, as
         return
     from .jobs_view import result_lines
 
-    echo([f"job {job_id} succeeded", *result_lines(brought)])
+    planned = brought.rounds_planned
+    of_round = f": the model of round {brought.round}; {brought.rounds_released} of {planned} rounds were released"
+    echo([f"job {job_id}{of_round if planned else ' succeeded'}", *result_lines(brought)])
     if fetched is None:
         return
     echo(f"wrote {path}" for path in fetched.files.values())
@@ -234,6 +272,8 @@ def _hand_in(job: Job, config: Path, terms: dict[str, Any], *, and_wait: bool, o
     inline_wait_s = INLINE_WAIT_S if stay and not job.HasField("federated_training") else 0.0
     with connection.connected(config, patient=stay) as client:
         submitted = client.submit(job, inline_wait_s=inline_wait_s, **terms)
+        if job.HasField("federated_training") and not as_json:
+            _warn(client, job, submitted.job_id)
         if as_json and not stay:
             submitted = client.get(submitted.job_id)
     if as_json and not stay:
@@ -251,9 +291,21 @@ def _hand_in(job: Job, config: Path, terms: dict[str, Any], *, and_wait: bool, o
         wait_for(submitted.job_id, config, out=out, as_json=as_json)
 
 
+def _warn(client: SottoClient, job: Job, job_id: str) -> None:
+    """On stderr: who was not connected or has too little ε left, as the job's first event says; who is not ready for
+    what was submitted, or has another version of its task."""
+    from ..errors import SottoError
+    from .tasks_view import warnings
+
+    training = job.federated_training
+    with contextlib.suppress(SottoError):  # the job is submitted, whether this can be said or not
+        said = client.events(job_id)[0].message.partition("; ")[2]
+        for line in [*filter(None, [said]), *warnings(client.status(), training.task, training.parties)]:
+            say(f"warning: {line}", err=True)
+
+
 def _finish(job: Job, config: Path, *, out: Path | None, as_json: bool) -> None:
     """Print a job at rest; raises what became of it unless it succeeded."""
-    from ..client import result_of
     from .plain import job_to_json, print_json
 
     fetched = None
@@ -263,7 +315,7 @@ def _finish(job: Job, config: Path, *, out: Path | None, as_json: bool) -> None:
     if as_json:
         paths = {} if out is None else {"paths": {}} if fetched is None else fetched.to_json()
         print_json({**job_to_json(job), **paths})
-    result = result_of(job)
+    result = outcome(job)
     if not as_json:
         print_result(job.job_id, result, fetched=fetched, as_json=False)
 
@@ -271,6 +323,7 @@ def _finish(job: Job, config: Path, *, out: Path | None, as_json: bool) -> None:
 def _make_job(file: Path | None, training: dict[str, Any], *, sections: dict[str, dict[str, Any]]) -> Job:
     """The job of a file with the options that were given put over it, validated before anything is sent."""
     from ..communication.generated.jobs_pb2 import Job
+    from ..communication.options import MAX_UPLOAD_BYTES
     from ..jobs.spec import FederatedTrainingSpec
     from ..jobs.specs import load_job_file, model_bytes, spec_from_proto, spec_into_proto
 
@@ -288,7 +341,7 @@ def _make_job(file: Path | None, training: dict[str, Any], *, sections: dict[str
         raise typer.BadParameter(f"the job in {file} is of kind {kind}: options of a training do not apply to it")
     if not fields and not inner:
         return job
-    known = {} if file is None else spec_from_proto(job).to_json()
+    known = {} if file is None else spec_from_proto(job, most_bytes=MAX_UPLOAD_BYTES).to_json()
     spec_into_proto(job, FederatedTrainingSpec.from_json(_over(known, {**fields, **inner})), model_bytes(job))
     return job
 
@@ -301,16 +354,35 @@ def _over(known: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
     return {**known, **merged}
 
 
+def _start_from(job: Job, continues: str, config: Path, *, model: Path | None, build: bool) -> None:
+    """Put in what a training starts from, where that is said: a released round of an earlier job (JOB, of which the
+    last is meant, or JOB:ROUND), a model in a file, or the task's own model, built here."""
+    if build and model is not None:
+        raise typer.BadParameter("give --initial-model or --build-initial-model, not both")
+    if (build or model is not None) and not job.HasField("federated_training"):
+        raise typer.BadParameter("an initial model is of a training")
+    if model is not None:
+        job.federated_training.initial_model = _read(model)
+    if build:
+        _build_initial_model(job)
+    if not continues:
+        return
+    if not job.HasField("federated_training") or job.federated_training.initial_model:
+        raise typer.BadParameter("--continue is of a training, and takes the place of an initial model")
+    job_id, _, choice = continues.partition(":")
+    with connection.connected(config) as client:
+        source = client.continued_from(job_id, round=choice)
+    job.federated_training.continue_from.CopyFrom(source)
+
+
 def _build_initial_model(job: Job) -> None:
     """Put the task's own model, as its seed initialises it, into the job."""
-    if not job.HasField("federated_training"):
-        raise typer.BadParameter("--build-initial-model is of a training")
-    from ..learning.flatten import model_to_tensors, to_safetensors
     from ..learning.task import find_task
+    from ..learning.whole import built, model_file_of
 
     training = job.federated_training
-    model = find_task(training.task).build_model(training.seed)
-    training.initial_model = to_safetensors(model_to_tensors(model))
+    model = built(find_task(training.task), training.seed)
+    training.initial_model = model_file_of(model).to_bytes()
 
 
 def _priority(text: str | None) -> str | None:
@@ -321,6 +393,9 @@ def _priority(text: str | None) -> str | None:
 
 def _read(path: Path) -> bytes:
     try:
-        return path.read_bytes()
+        content = path.read_bytes()
     except OSError as error:
         raise typer.BadParameter(f"cannot read {path}: {error.strerror}") from error
+    if not content:  # which on the wire is none, and would begin from scratch in silence
+        raise typer.BadParameter(f"{path} is empty: it is no model")
+    return content

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Final
 
 from ..communication.generated.jobs_pb2 import FederatedTraining, Job, JobEvent, JobResult, JobState, RoundSummary
+from ..jobs.keeping import LARGER_IS_BETTER, ROWS, SMALLER_IS_BETTER
 from ..privacy.accounting import MEANINGLESS_EPSILON
 from .plain import STYLES, about, away, clock, columns, priority_name, real, safe, size, state_name
 from .prose import assuming, prose
@@ -14,6 +15,7 @@ from .prose import assuming, prose
 if TYPE_CHECKING:
     from rich.console import Group
 
+SHOWN_KEPT: Final = 10
 SHOWN_ROUNDS: Final = 8
 SHOWN_EVENTS: Final = 5
 """The last ones, in a view that has to fit on a terminal."""
@@ -103,8 +105,12 @@ def asked(training: FederatedTraining) -> list[str]:
         if training.trusted_aggregator
         else ""
     )
+    source = training.continue_from
+    goes_on = f"from round {source.round} of job {source.job_id}, whose cost comes on top" if source.job_id else ""
+    keeps = f"the models of rounds kept: {training.keep}" if training.keep else ""
     return [
         price,
+        *(safe(each) for each in (goes_on, keeps) if each),
         safe(f"{training.task} by {training.strategy}, {planned}, {invited}{needed}"),
         f"{steps} at sampling rate {local.sampling_rate:g}{noise}",
     ]
@@ -116,6 +122,8 @@ def _progress_lines(job: Job) -> list[str]:
     if progress.rounds_planned:
         failed = f", {progress.rounds_failed} failed" if progress.rounds_failed else ""
         lines.append(f"rounds   {progress.rounds_released} of {progress.rounds_planned} released{failed}")
+    if kept := kept_words(job):
+        lines.append(f"models   {kept}")
     if job.attempt > 1 or job.HasField("retry_time"):
         after = f"; the next one {away(job.retry_time)}" if job.HasField("retry_time") else ""
         lines.append(f"attempt  {job.attempt} of {job.max_attempts}{after}")
@@ -135,6 +143,17 @@ def _progress_lines(job: Job) -> list[str]:
     return lines
 
 
+def kept_words(job: Job) -> str:
+    """Of which released rounds a job that has no result (yet) keeps models, and how one is had; empty for none."""
+    if not job.kept_rounds or job.HasField("result"):
+        return ""
+    numbers = ", ".join(map(str, job.kept_rounds[-SHOWN_KEPT:]))
+    more = f" and {len(job.kept_rounds) - SHOWN_KEPT} before" if len(job.kept_rounds) > SHOWN_KEPT else ""
+    measured = {name for each in job.progress.rounds for name in each.metrics} & (LARGER_IS_BETTER | SMALLER_IS_BETTER)
+    best = f" (or --best {min(measured)})" if measured else ""
+    return f"of round {numbers}{more}: sotto jobs result {job.job_id} --round {job.kept_rounds[-1]}{best}"
+
+
 def _error_words(job: Job) -> str:
     error = job.error
     parties = f" (parties: {', '.join(error.parties)})" if error.parties else ""
@@ -145,11 +164,17 @@ def _error_words(job: Job) -> str:
 
 def result_lines(result: JobResult) -> list[str]:
     """Metrics, guarantees and files."""
-    lines = [f"{name:<8} {_metric(name, value)}" for name, value in sorted(result.metrics.items())] or ["not evaluated"]
+    lines = [f"{safe(name):<8} {_metric(name, value)}" for name, value in sorted(result.metrics.items())]
+    if result.not_evaluated or not lines:
+        lines += prose(_not_evaluated(result.not_evaluated), hang=_HANG)
     if not result.HasField("epsilon_example"):
         lines.append("ε        unknown: the model came with the job")
     else:
         lines += _guarantee_lines(result)
+    for each in result.continued_from:
+        cost = f"ε {real(each.epsilon_example)} of a row at δ = {each.delta:g}"
+        word = f"goes on  from round {each.round} of job {each.job_id}: the {cost} which that has cost comes on top"
+        lines += prose(word, hang=_HANG)
     for file in result.files:
         lines += prose(f"file     {file.name} ({file.bytes} bytes, SHA-256 {file.sha256.hex()})", hang=_HANG)
     return lines
@@ -258,6 +283,7 @@ def _left(each: RoundSummary) -> str:
 def _round_words(each: RoundSummary) -> str:
     words = [f"{each.contributions} updates"] if each.contributions else []
     words += [_metrics(each.metrics)] if each.metrics else []
+    words += [_not_evaluated(each.not_evaluated)] if each.not_evaluated else []
     if each.state == "RELEASED":
         row = _row_figure(each)
         words += [f"{_ROW} {row}"] if row != "-" else []
@@ -267,13 +293,19 @@ def _round_words(each: RoundSummary) -> str:
     return ", ".join(words) or each.state.lower()
 
 
+def _not_evaluated(why: str) -> str:
+    return f"not evaluated: {safe(why)}" if why else "not evaluated"
+
+
 def _metrics(metrics: Mapping[str, float]) -> str:
-    return " ".join(f"{name} {_metric(name, value)}" for name, value in sorted(metrics.items())) or "not evaluated"
+    return (
+        " ".join(f"{safe(name)} {_metric(name, value)}" for name, value in sorted(metrics.items())) or "not evaluated"
+    )
 
 
 def _metric(name: str, value: float) -> str:
     """A number of rows is a whole one."""
-    return f"{value:.0f}" if name == "n" else f"{value:.4f}"
+    return f"{value:.0f}" if name == ROWS else f"{value:.4f}"
 
 
 # --- on a terminal ----------------------------------------------------------------------------------------------------
@@ -302,9 +334,9 @@ def live_view(job: Job, events: Sequence[JobEvent], *, trouble: str = "") -> Gro
         facts.add_row(Text(word, style="dim"), Text(safe(text)))
     parts.append(facts)
     if job.progress.rounds:
-        shown = job.progress.rounds[-SHOWN_ROUNDS:]
-        parts.append(_rounds(shown))
-    parts += [Text(event_line(event), style="dim", no_wrap=True) for event in events[-SHOWN_EVENTS:]]
+        header, cells = _rounds_of_table(job.progress.rounds[-SHOWN_ROUNDS:])
+        parts.append(Text.from_ansi(columns(header, cells, right=_RIGHT)))
+    parts += [Text(event_line(event), style="dim") for event in events[-SHOWN_EVENTS:]]
     if trouble:
         parts.append(Text(safe(trouble), style="yellow"))
     return Group(*parts)
@@ -333,19 +365,3 @@ def _facts(job: Job) -> list[tuple[str, str]]:
     if job.HasField("error"):
         lines.append(f"error    {_error_words(job)}")
     return [(word, text.lstrip()) for word, _, text in (line.partition(" ") for line in lines)]
-
-
-def _rounds(rounds: Sequence[RoundSummary]) -> Any:
-    from rich import box
-    from rich.table import Table
-    from rich.text import Text
-
-    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1), pad_edge=False)
-    header, rows = _rounds_of_table(rounds)
-    for name in header:
-        table.add_column(name, justify="right" if name in _RIGHT else "left", no_wrap=True)
-    for each, row in zip(rounds, rows, strict=True):
-        cells = [Text(safe(cell)) for cell in row]
-        cells[1].style = STYLES.get(each.state, "")
-        table.add_row(*cells)
-    return table

@@ -14,6 +14,7 @@ from google.protobuf.descriptor import FieldDescriptor
 from google.protobuf.timestamp_pb2 import Timestamp
 
 from ..communication.generated.jobs_pb2 import FederatedTraining, Job, JobPriority, JobState
+from ..terminals import as_shown
 from .screen import echo_json
 
 STYLES: Final = {
@@ -54,8 +55,11 @@ def job_to_json(job: Job) -> dict[str, Any]:
 
 
 def spec_to_json(spec: Any) -> dict[str, Any]:
-    """A specification of the wire under the names of a job file: an encryption names its scheme, no bytes are shown."""
-    body = {key: value for key, value in plain(spec).items() if key not in ("initial_model", "model")}
+    """A specification of the wire under the names of a job file: an encryption names its scheme, a model has at most
+    its digest, and no bytes are shown."""
+    hidden = {"initial_model", "model"}
+    hidden |= {name for name in ("initial_model_sha256", "model_sha256") if not getattr(spec, name, b"")}
+    body = {key: value for key, value in plain(spec).items() if key not in hidden}
     if isinstance(spec, FederatedTraining) and spec.HasField("encryption"):
         scheme = spec.encryption.WhichOneof("scheme")
         body["encryption"] = {
@@ -102,7 +106,8 @@ def _plain_value(field: FieldDescriptor, value: Any) -> Any:
 
 
 def columns(header: Sequence[str], rows: Sequence[Sequence[str]], *, right: Sequence[str] = ()) -> str:
-    """A table; on a terminal its lines are cut where the terminal ends.
+    """A table of which nothing is ever cut. In a pipe each row is one line; on a terminal that is too narrow for that,
+    the columns that have no room stand in further lines, indented, those of the header as well.
 
     Args:
         header: names of the columns.
@@ -110,22 +115,33 @@ def columns(header: Sequence[str], rows: Sequence[Sequence[str]], *, right: Sequ
         right: columns whose cells stand at the right.
     """
     terminal = sys.stdout.isatty()
-    cells = [list(header), *([safe(cell) for cell in row] for row in rows)]
+    cells = [[as_shown(safe(cell), sys.stdout) for cell in row] for row in (header, *rows)]
     widths = [max(len(line[index]) for line in cells) for index in range(len(header))]
-    room = shutil.get_terminal_size().columns if terminal else sys.maxsize
     lines = []
     for number, line in enumerate(cells):
-        parts, left = [], room
-        for name, cell, width in zip(header, line, widths, strict=True):
-            shown = (cell.rjust(width) if name in right else cell.ljust(width))[: max(0, left)]
-            left -= len(shown) + len(_GAP)
-            if terminal and number == 0:
-                shown = typer.style(shown, bold=True)
-            elif terminal and cell in STYLES:
-                shown = typer.style(shown, fg=STYLES[cell])
-            parts.append(shown)
-        lines.append(_GAP.join(parts).rstrip())
+        for place, group in enumerate(_folded(widths, shutil.get_terminal_size().columns if terminal else sys.maxsize)):
+            parts = []
+            for index in group:
+                cell, to_right = line[index], header[index] in right
+                shown = cell.rjust(widths[index]) if to_right else cell.ljust(widths[index])
+                if terminal and (number == 0 or cell in STYLES):
+                    shown = typer.style(shown, bold=True) if number == 0 else typer.style(shown, fg=STYLES[cell])
+                parts.append(shown)
+            lines.append(((_GAP * 2 if place else "") + _GAP.join(parts)).rstrip())
     return "\n".join(lines)
+
+
+def _folded(widths: Sequence[int], room: int) -> list[list[int]]:
+    """The columns that stand in each line, so that no line is longer than `room` unless one column is."""
+    groups: list[list[int]] = [[]]
+    length = 0
+    for index, width in enumerate(widths):
+        if groups[-1] and length + len(_GAP) + width > room:
+            groups.append([])
+            length = len(_GAP)  # indented by two of them
+        length += width + (len(_GAP) if groups[-1] or len(groups) > 1 else 0)
+        groups[-1].append(index)
+    return groups
 
 
 def safe(text: str) -> str:

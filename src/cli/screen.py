@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import json
 import re
+import sys
 from collections.abc import Iterable
 from typing import Final
 
 import typer
 
+from ..terminals import shows_everything
 from ..text import printable
 
 _STYLE: Final = re.compile("(\x1b\\[[0-9;]{1,8}m)")
@@ -34,7 +36,8 @@ def echo(lines: str | Iterable[str], *, err: bool = False, styled: bool = False)
 def echo_json(value: object, *, err: bool = False) -> None:
     """Print one line of JSON; where a terminal would not show all of it as it is, it is escaped as JSON has it."""
     text = json.dumps(value, ensure_ascii=False, allow_nan=False)
-    typer.echo(text if text.isprintable() else json.dumps(value, allow_nan=False), err=err)
+    as_it_is = text.isprintable() and shows_everything(sys.stderr if err else sys.stdout)
+    typer.echo(text if as_it_is else json.dumps(value, allow_nan=False), err=err)
 
 
 def _with_its_style(line: str) -> str:

@@ -32,6 +32,7 @@ def status(config: ConfigOption = DEFAULT_CONFIG, as_json: JsonOption = False) -
 def status_lines(found: Status) -> list[str]:
     """All of it, for people."""
     from .plain import clock, columns
+    from .tasks_view import task_rows
 
     lines = [
         f"aggregator of {found.federation}, sotto {found.software_version}",
@@ -43,9 +44,15 @@ def status_lines(found: Status) -> list[str]:
     if found.stopping:
         lines.append("stopping it takes no jobs")
     lines.append(f"jobs     {found.jobs_running} running, {found.jobs_pending} waiting")
+    lines += [f"warning  {text}" for text in found.warnings]
     lines += _worker_lines(found.workers)
     rows = [(each.party, "connected" if each.connected else "away", each.waiting_for or "-") for each in found.parties]
-    return [*lines, "", *columns(("party", "", "waiting for"), rows).split("\n")] if rows else [*lines, "parties  none"]
+    if not rows:
+        return [*lines, "parties  none"]
+    warnings = [f"warning  {each.party}: {text}" for each in found.parties for text in each.warnings]
+    lines += ["", *columns(("party", "", "waiting for"), rows).split("\n"), *warnings]
+    tasks = task_rows(found)
+    return [*lines, "", *columns(("task", "party", ""), tasks).split("\n")] if tasks else lines
 
 
 def _worker_lines(pool: PoolStatus) -> list[str]:

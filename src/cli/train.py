@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Final
 
 import typer
 
+from .budget_source import PartyName, StateDir
 from .screen import echo, echo_json
 
 if TYPE_CHECKING:
@@ -35,21 +36,25 @@ class Node:
 
     Attributes:
         name: what it signs artifacts as.
+        state_dir: where ledger and key are, unless a configuration names other places.
         location: of the database that has the ledger.
         key_file: of the key that signs ledger and artifacts; made where there is none.
         datasets: by name.
         users: whose data a dataset is, by its name, where the configuration says it.
         limits: of budgets.
         allow_without_dp: the policy.
+        advice: what to do where nothing can be written into `state_dir`; "" where the configuration says where it is.
     """
 
     name: str
+    state_dir: Path
     location: Location
     key_file: Path
     datasets: Mapping[str, Configured]
     users: Mapping[str, str]
     limits: Limits
     allow_without_dp: bool
+    advice: str = ""
 
 
 @app.command()
@@ -63,7 +68,8 @@ def train(
         Path | None,
         typer.Option("--config", "-c", help="party.yaml: datasets, budgets, ledger; else the user's own ledger."),
     ] = None,
-    name: Annotated[str | None, typer.Option("--name", help="The party, where one file serves several.")] = None,
+    name: PartyName = None,
+    state_dir: StateDir = None,
     out: Annotated[
         Path | None, typer.Option("--out", help="Write artifact.json and model.safetensors into this directory.")
     ] = None,
@@ -83,7 +89,7 @@ def train(
     from ..learning.standalone_job import parse_job
 
     job = parse_job(_read_job(file, json_file))
-    node = _node(config, name=name)
+    node = _node(config, name=name, state_dir=state_dir)
     _check_user(user, node.users.get(job.dataset))
     plan = plan_run(job, find_source(job, node.datasets), allow_without_dp=node.allow_without_dp)
     target = None if out is None else _Target(out)
@@ -107,6 +113,8 @@ def _train(plan: Plan, node: Node, user: str, *, inline: bool, quiet: bool) -> t
     from ..privacy.entropy import SystemEntropy
     from ..protocol.signing import SigningKey
 
+    for change in _open_state(node):
+        _say(change, quiet=quiet)
     key = SigningKey.load_or_make(node.key_file)
     purse = _purse(node, plan, user, key)
     limit = MAX_INLINE_BYTES if inline else None
@@ -153,26 +161,52 @@ def _check_user(user: str, owner: str | None) -> None:
         raise InvalidInput(f"--user: {problem}", violations={"--user": problem})
 
 
-def _node(config: Path | None, *, name: str | None) -> Node:
+def _open_state(node: Node) -> list[str]:
+    """Make and check the directory of ledger and key; what was changed about it.
+
+    Raises:
+        ConfigError: nothing can be written there.
+    """
+    from ..errors import ConfigError
+    from ..files import open_state_directory
+
+    hint = node.advice and f"; {node.advice}"
+    try:
+        changed = open_state_directory(node.state_dir)
+        probe = node.state_dir / f".{secrets.token_hex(4)}"
+        probe.touch()
+        probe.unlink()
+    except ConfigError as error:
+        raise ConfigError(f"{error.message}{hint}") from error
+    except OSError as error:
+        raise ConfigError(f"nothing can be written into {node.state_dir}: {error.strerror}{hint}") from error
+    return changed
+
+
+def _node(config: Path | None, *, name: str | None, state_dir: Path | None) -> Node:
     """The node of a party's configuration; without one, a node that has generated rows and the default budget."""
     from ..errors import InvalidInput
-    from .train_ledger import DATABASE_FILE, DEFAULT_LIMITS, KEY_FILE, default_state_dir
+    from .train_ledger import ANOTHER_PLACE, DATABASE_FILE, DEFAULT_LIMITS, KEY_FILE, default_state_dir
 
+    if config is not None and state_dir is not None:
+        raise InvalidInput("--config says where the ledger is: it does not go together with --state-dir")
     if config is not None:
         from ..config import load_party_config
 
         return _configured(load_party_config(config, name=name))
     if name is not None:
         raise InvalidInput("--name says which party of a configuration: it needs --config")
-    state = default_state_dir()
+    state = default_state_dir() if state_dir is None else state_dir
     return Node(
         name="standalone",
+        state_dir=state,
         location=state / DATABASE_FILE,
         key_file=state / KEY_FILE,
         datasets={},
         users={},
         limits=DEFAULT_LIMITS,
         allow_without_dp=False,
+        advice=ANOTHER_PLACE,
     )
 
 
@@ -183,10 +217,11 @@ def _configured(config: PartyConfig) -> Node:
 
     return Node(
         name=config.name,
+        state_dir=config.state_dir,
         location=located(config),
         key_file=config.keys.signing_key,
         datasets={
-            task: Configured(declared_rows=dataset.declared_rows, options=dataset.options)
+            task: Configured(declared_rows=dataset.declared_rows, options=dataset.options, directory=config.directory)
             for task, dataset in config.datasets.items()
         },
         users={task: dataset.user for task, dataset in config.datasets.items() if dataset.user is not None},

@@ -13,7 +13,7 @@ from typing import Final, TypeVar
 
 from sqlalchemy import Connection, MetaData
 
-from ..errors import BudgetError, ConflictError, StateError
+from ..errors import BudgetError, ConfigError, ConflictError, StateError
 from ..jobs.states import utc
 from ..privacy import ledger
 from ..privacy.budget import ANY, Account, Ledger, Limits, balance, check_affordable, subject_of
@@ -57,6 +57,8 @@ DEFAULT_LIMITS: Final = DefaultLimits({_ANY_USER: DEFAULT_USER_LIMIT}, keys={_AN
 
 DATABASE_FILE: Final = "party.sqlite"
 KEY_FILE: Final = "signing.key"
+ANOTHER_PLACE: Final = "say where with --state-dir, or with XDG_STATE_HOME in the environment"
+"""To whoever has no place of their own that can be written to."""
 BUSY_FOR_S: Final = 5.0
 """How long another `sotto train`, which holds the database for milliseconds, is waited for."""
 _RETRY_S: Final = 0.05
@@ -67,9 +69,15 @@ def default_state_dir(environ: Mapping[str, str] | None = None) -> Path:
 
     The user's, whatever the working directory: a budget that begins anew in another directory is none. A relative
     `$XDG_STATE_HOME` is ignored (XDG Base Directory Specification 0.8).
+
+    Raises:
+        ConfigError: this user has no home directory, and nothing else says where.
     """
     found = Path((os.environ if environ is None else environ).get("XDG_STATE_HOME", ""))
-    base = found if found.is_absolute() else Path.home() / ".local" / "state"
+    try:
+        base = found if found.is_absolute() else Path.home() / ".local" / "state"
+    except RuntimeError as error:
+        raise ConfigError(f"there is no home directory to keep a ledger in: {ANOTHER_PLACE}") from error
     return base / "sotto" / "train"
 
 
@@ -135,12 +143,20 @@ class LedgerPurse:
         """
         asyncio.run(self._reserve(ledger_job_id(job_id), event))
 
+    def give_back(self, reason: str) -> bool:
+        """As `Purse` says."""
+        charged, at = self._reserved(), self._now()
+        return self._run(lambda connection: self._books.give_back(connection, *charged, at=at, reason=reason))
+
     def finalise(self, figures: Mapping[str, str]) -> str:
         """As `Purse` says."""
-        charged = self._charged
-        if charged is None:
-            raise StateError("nothing was reserved")
+        charged = self._reserved()
         return self._run(lambda connection: self._finalise(connection, *charged, figures=figures))
+
+    def _reserved(self) -> tuple[str, int]:
+        if self._charged is None:
+            raise StateError("nothing was reserved")
+        return self._charged
 
     def spent(self) -> list[Spent]:
         """What each budget that the run concerns has seen so far."""

@@ -42,6 +42,12 @@ def hang_up(peer: str, *, port: int) -> bool:
     return False
 
 
+def host_of(peer: str) -> str:
+    """The address of a peer, as gRPC names it, without its port; empty for one that has none."""
+    found = _place(peer)
+    return found[0] if found else ""
+
+
 def _ends(found: socket.socket) -> tuple[tuple[str, int], int] | None:
     if found.family not in (socket.AF_INET, socket.AF_INET6) or found.type != socket.SOCK_STREAM:
         return None

@@ -20,6 +20,7 @@ from google.rpc import error_details_pb2, status_pb2
 from ..errors import (
     BY_REASON,
     DOMAIN,
+    PASSING,
     UNEXPECTED,
     AbandonedError,
     AccessError,
@@ -39,7 +40,9 @@ from ..errors import (
     meaning,
     public_texts,
 )
+from ..logs import Seldom
 from .handlers import Handler, around
+from .proxies import advice
 
 LOG: Final = logging.getLogger("sotto.communication")
 
@@ -75,6 +78,9 @@ _VERBS: Final = {
     grpc.StatusCode.DEADLINE_EXCEEDED: "did not answer in time",
     grpc.StatusCode.UNIMPLEMENTED: "does not know this method",
 }
+
+_OF_A_CONNECTION: Final = {grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED}
+"""What a channel says that does not come through to a server; a proxy may be why."""
 
 
 def to_status(error: SottoError) -> status_pb2.Status:
@@ -144,13 +150,17 @@ def from_rpc_error(error: grpc.aio.AioRpcError, *, address: str) -> SottoError:
     code = error.code()
     text = _cut(error.details() or code.name, _MAX_TEXT_BYTES)  # made printable by the error that quotes it
     verb = _VERBS.get(code, f"answered {code.name}")
-    said = _WITHOUT_DETAILS.get(code, SottoError)(f"{address} {verb}: {text}", address=address)
+    hint = advice(address) if code in _OF_A_CONNECTION else ""
+    said = _WITHOUT_DETAILS.get(code, SottoError)(f"{address} {verb}: {text}{hint and f'; {hint}'}", address=address)
     said.remote = True
     return said
 
 
 class ServerErrors(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]  # generic in the stubs only
     """Translates whatever a handler, or an interceptor inside this one, raises. To be the outermost interceptor."""
+
+    def __init__(self) -> None:
+        self._seldom = Seldom(LOG)
 
     async def intercept_service(self, continuation: Any, handler_call_details: Any) -> Handler:
         """Wraps the method's handler."""
@@ -169,7 +179,11 @@ class ServerErrors(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]  # gen
         except SottoError as error:
             row = meaning(error)
             level = logging.ERROR if isinstance(error, _OWN_FAULTS) or row == UNEXPECTED else logging.INFO
-            LOG.log(level, "%s: %s", method, row.reason, extra=_fields(context, error.message, error.private))
+            fields = _fields(context, error.message, error.private)
+            if level == logging.ERROR and isinstance(error, PASSING):  # a full disk fails every call until it is not
+                self._seldom.log(level, row.reason, "%s: %s", method, row.reason, extra=fields)
+            else:
+                LOG.log(level, "%s: %s", method, row.reason, extra=fields)
             await _abort(context, to_status(error))
         except Exception:
             incident = secrets.token_hex(8)

@@ -9,14 +9,16 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections.abc import AsyncIterable, AsyncIterator, Awaitable, Callable, Generator, Iterable, Iterator
-from typing import Any
+from typing import Any, Final
 
 import grpc
 
+from ..errors import SottoError, UnavailableError
 from .errors import from_rpc_error
 from .identity import METADATA_KEY, Identity
 from .options import DEFAULT_MAX_MESSAGE_BYTES, client_options
 from .tls import TlsFiles, check_transport, client_credentials, is_loopback
+from .validity import why_not
 
 
 def connect(
@@ -55,7 +57,32 @@ def connect(
             metadata = ((METADATA_KEY, str(identity)),)
     else:
         channel = grpc.aio.secure_channel(address, client_credentials(tls), options=options)
-    return _Channel(channel, address, metadata, call_timeout_s=call_timeout_s)
+    return _Channel(channel, _Other(address, tls), metadata, call_timeout_s=call_timeout_s)
+
+
+class _Other:
+    """The other end: where it is, and what is said of it when a call fails."""
+
+    def __init__(self, address: str, tls: TlsFiles | None) -> None:
+        self._address = address
+        self._tls = tls
+
+    def error(self, error: grpc.aio.AioRpcError) -> SottoError:
+        """What a failed call raises. Of a handshake that fails gRPC says not enough: it is asked why, once a minute."""
+        said = from_rpc_error(error, address=self._address)
+        text = (error.details() or "").lower()
+        if self._tls is None or not isinstance(said, UnavailableError) or not any(each in text for each in _BROKEN_OFF):
+            return said
+        why = why_not(self._address, certificate=self._tls.certificate, key=self._tls.key)
+        if not why:
+            return said
+        found = UnavailableError(f"{self._address} cannot be worked with: {why}", address=self._address)
+        found.remote = True
+        return found
+
+
+_BROKEN_OFF: Final = ("handshake", "ssl", "certificate", "socket closed", "reset", "eof", "goaway")
+"""In what gRPC says of a connection that was made, and came to nothing."""
 
 
 class _Channel(grpc.aio.Channel):
@@ -64,13 +91,13 @@ class _Channel(grpc.aio.Channel):
     def __init__(
         self,
         channel: grpc.aio.Channel,
-        address: str,
+        other: _Other,
         metadata: tuple[tuple[str, str], ...],
         *,
         call_timeout_s: float | None,
     ) -> None:
         self._channel = channel
-        self._address = address
+        self._other = other
         self._metadata = metadata
         self._call_timeout_s = call_timeout_s
 
@@ -90,7 +117,7 @@ class _Channel(grpc.aio.Channel):
         self, inner: Callable[..., Any], *, streams_requests: bool = False, timeout_s: float | None = None
     ) -> _MultiCallable:
         return _MultiCallable(
-            inner, self._address, metadata=self._metadata, streams_requests=streams_requests, timeout_s=timeout_s
+            inner, self._other, metadata=self._metadata, streams_requests=streams_requests, timeout_s=timeout_s
         )
 
     async def close(self, grace: float | None = None) -> None:
@@ -118,7 +145,7 @@ class _MultiCallable:
     def __init__(
         self,
         inner: Callable[..., Any],
-        address: str,
+        other: _Other,
         *,
         metadata: tuple[tuple[str, str], ...],
         streams_requests: bool,
@@ -126,7 +153,7 @@ class _MultiCallable:
     ) -> None:
         self._timeout_s = timeout_s
         self._inner = inner
-        self._address = address
+        self._other = other
         self._metadata = metadata
         self._streams_requests = streams_requests
 
@@ -136,7 +163,7 @@ class _MultiCallable:
         if self._timeout_s is not None:
             kwargs = {"timeout": self._timeout_s, **kwargs}
         call = self._inner(*args, metadata=(*(metadata or ()), *self._metadata), **kwargs)
-        return _Call(call, self._address, source)
+        return _Call(call, self._other, source)
 
 
 class _Source:
@@ -162,9 +189,9 @@ class _Source:
 class _Call:
     """A call under way. Awaiting, iterating, reading and writing translate; the rest is the call's own."""
 
-    def __init__(self, call: Any, address: str, source: _Source | None) -> None:
+    def __init__(self, call: Any, other: _Other, source: _Source | None) -> None:
         self._call = call
-        self._address = address
+        self._other = other
         self._source = source
 
     def __getattr__(self, name: str) -> Any:
@@ -212,7 +239,7 @@ class _Call:
         try:
             yield
         except grpc.aio.AioRpcError as error:
-            raise from_rpc_error(error, address=self._address) from error
+            raise self._other.error(error) from error
         except asyncio.CancelledError:
             if self._source is not None and self._source.error is not None:
                 raise self._source.error from None

@@ -11,7 +11,6 @@ import re
 from collections.abc import AsyncIterator, Iterable, Mapping
 from contextvars import ContextVar
 from dataclasses import dataclass
-from datetime import datetime
 from typing import Any, Final, Literal, cast, get_args
 
 import grpc
@@ -102,14 +101,6 @@ def certified(pem: bytes) -> tuple[str, Identity]:
     except x509.ExtensionNotFound:
         return _named([])
     return _named(names.get_values_for_type(x509.UniformResourceIdentifier))
-
-
-def expired(pem: bytes, *, now: datetime) -> datetime | None:
-    """When a certificate (the first of a chain) has expired; None while it has not. Raises ValueError: it is none."""
-    from cryptography import x509
-
-    ends = x509.load_pem_x509_certificate(pem).not_valid_after_utc
-    return ends if ends <= now else None
 
 
 _caller: ContextVar[Identity] = ContextVar("sotto_caller")

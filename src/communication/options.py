@@ -7,6 +7,11 @@ from typing import Final
 DEFAULT_MAX_MESSAGE_BYTES: Final = 4 << 20
 """gRPC's own default. Everything larger travels in chunks."""
 
+MAX_MODEL_BYTES: Final = 3 << 20
+"""Of a model inside a job: it travels in one message, and a larger one by itself, in chunks, before the job."""
+MAX_UPLOAD_BYTES: Final = 256 << 20
+"""Of a model that is uploaded before its job."""
+
 CLIENT_PING_INTERVAL_S: Final = 20
 """How often a client asks a silent server whether it is there: below the minute after which NATs forget."""
 
@@ -36,6 +41,8 @@ def _common(max_message_bytes: int) -> Options:
         ("grpc.max_receive_message_length", max_message_bytes),
         ("grpc.max_send_message_length", max_message_bytes),
         ("grpc.keepalive_timeout_ms", PING_TIMEOUT_S * 1000),
+        # By this the answer to a ping is waited for (gRPC 1.85: a minute), and not by the former alone.
+        ("grpc.http2.ping_timeout_ms", PING_TIMEOUT_S * 1000),
         ("grpc.keepalive_permit_without_calls", 1),
         ("grpc.http2.max_pings_without_data", 0),
     ]

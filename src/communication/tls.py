@@ -10,6 +10,7 @@ from pathlib import Path
 import grpc
 
 from ..errors import ConfigError
+from .validity import out_of_time
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,7 +31,8 @@ class TlsFiles:
         """Certificate, key and CA as PEM, checked as far as one end can: gRPC itself would only fail to connect.
 
         Raises:
-            ConfigError: a file is missing or is not what it should be, or the key is not the certificate's.
+            ConfigError: a file is missing or is not what it should be, the key is not the certificate's, or a
+                certificate does not hold (any more, or yet) by this machine's clock.
         """
         certificate = _read("certificate", self.certificate)
         key = _read("key", self.key)
@@ -48,6 +50,9 @@ class TlsFiles:
                 problems.append("tls.key: is not the key of tls.certificate")
             elif not problems or problems[0].startswith("tls.ca"):
                 problems.append("tls.key: holds no unencrypted PEM private key")
+        if not problems:
+            said = (("certificate", out_of_time(certificate)), ("ca", out_of_time(ca)))
+            problems = [f"tls.{name}: {text}" for name, text in said if text]
         if problems:
             raise ConfigError("the TLS files cannot be used: " + "; ".join(problems), problems=tuple(problems))
         return certificate, key, ca
@@ -104,13 +109,17 @@ def check_transport(setting: str, address: str, *, tls: TlsFiles | None, insecur
 
 def is_loopback(address: str) -> bool:
     """Whether "host:port" can only be reached from this machine. Host names other than localhost are not looked up."""
-    host, colon, _ = address.rpartition(":")
-    host = host.removeprefix("[").removesuffix("]")
-    if not colon:
+    if ":" not in address:
         return False
+    host = host_of(address)
     if host == "localhost":
         return True
     try:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:
         return False
+
+
+def host_of(address: str) -> str:
+    """The host of "host:port", an IPv6 address without its brackets."""
+    return address.rpartition(":")[0].removeprefix("[").removesuffix("]")

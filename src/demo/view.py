@@ -71,7 +71,7 @@ class View:
         """The same model trained three ways."""
         table = Table(title="The same model, on the same hold-out rows", title_justify="left", title_style="bold")
         for name, justify in (("trained", "left"), ("AUC", "right"), ("accuracy", "right"), ("privacy", "left")):
-            table.add_column(name, justify=justify)  # type: ignore[arg-type]  # rich's literals
+            table.add_column(name, justify=justify, no_wrap=justify == "right")  # type: ignore[arg-type]  # rich's literals
         for name, metrics, privacy in rows:
             table.add_row(name, f"{metrics['auc']:.4f}", f"{metrics['accuracy']:.4f}", privacy)
         self.console.print()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import secrets
 from dataclasses import dataclass, field
 from typing import Final
 
@@ -116,3 +117,29 @@ def deadline_of(kind: str, created_at: str, *, timeout_s: float | None, settings
 
 def _deadline(created_at: str, timeout_s: float) -> str:
     return utc(seconds(created_at) + timeout_s)
+
+
+def new_row(
+    owner: str, request_id: str, spec: JobSpec, *, timeout_s: float | None, now: float, settings: JobSettings
+) -> JobRow:
+    """A job that nobody knows of yet."""
+    created_at = utc(now)
+    return JobRow(
+        job_id=secrets.token_hex(8),
+        request_id=request_id,
+        owner=owner,
+        display_name="",
+        kind=spec.kind,
+        spec=spec.to_json(),
+        spec_digest=spec.digest,
+        max_attempts=settings.max_attempts,
+        created_at=created_at,
+        deadline_at=deadline_of(spec.kind, created_at, timeout_s=timeout_s, settings=settings),
+    )
+
+
+def check_not_negative(**numbers: int) -> None:
+    """Raises InvalidInput that names those which are."""
+    violations = {name: f"at least 0 (got {number})" for name, number in numbers.items() if number < 0}
+    if violations:
+        raise InvalidInput(f"{' and '.join(violations)} must not be negative", violations=violations)

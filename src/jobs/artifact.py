@@ -22,6 +22,11 @@ UNSIGNED: Final = "nobody signed"
 """In place of the order that a job rests on."""
 EVALUATED: Final = "evaluated"
 """What only the manifest of an evaluation has: its job is about a model, and need not hand it out."""
+OF_ROUND: Final = "of_round"
+"""What only the manifest of a training has whose model is not the last of a job that came to its end."""
+NOT_YET: Final = (
+    "only a SUCCEEDED job has a result of its own; the model of a released round is had by its number, or last"
+)
 PART_SUFFIX: Final = ".part"
 _NAME: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 _READ_BYTES: Final = 1 << 20
@@ -113,8 +118,11 @@ class Partial:
             self.path = self.target
 
 
-def keep(partials: Sequence[Partial], *, roster: Roster | None, job_id: str) -> None:
+def keep(partials: Sequence[Partial], *, roster: Roster | None, job_id: str, number: int = 0) -> None:
     """Give complete files their names; with a roster only once the manifest vouches for the job and for each of them.
+
+    Args:
+        number: of the round that is meant; 0 where none is.
 
     Raises:
         InvalidInput, SignatureError, DigestError: as `verify_manifest`; the parts are removed then.
@@ -124,7 +132,9 @@ def keep(partials: Sequence[Partial], *, roster: Roster | None, job_id: str) -> 
         if roster is not None:
             if MANIFEST_FILE not in files:
                 raise SignatureError(f"job {job_id} has no manifest: nothing vouches for its files")
-            verify_manifest(files[MANIFEST_FILE], roster, files=files, job_id=job_id)
+            statement = verify_manifest(files[MANIFEST_FILE], roster, files=files, job_id=job_id)
+            if number and (said := statement.get(OF_ROUND, {}).get("round", number)) != number:
+                raise SignatureError(f"the manifest is of round {said} of job {job_id}, not of {number}")
     except SottoError:
         for partial in partials:
             partial.discard()

@@ -32,11 +32,13 @@ class Model:
     Attributes:
         sha256, size: of its safetensors bytes.
         dimension: trainable parameters.
+        not_trained: digest of all else that it has (`learning.model_file`); empty: nothing, or not known.
     """
 
     sha256: str
     size: int
     dimension: int
+    not_trained: str = ""
 
 
 def invited(spec: FederatedTrainingSpec, roster: Roster) -> tuple[tuple[str, ...], int]:
@@ -135,6 +137,7 @@ def round_plan(
         model_sha256=model.sha256,
         model_bytes=model.size,
         dimension=model.dimension,
+        not_trained=model.not_trained,
         local=_local_plan(spec, settings),
         clipping_norm=real(settings.clipping_norm),
         resolution_bits=settings.resolution_bits,

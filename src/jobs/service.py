@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import secrets
 import time
 from collections.abc import AsyncGenerator, Callable, Coroutine, Sequence
 from dataclasses import replace
@@ -18,20 +17,24 @@ from typing import Any, Final, TypeVar
 from sqlalchemy import Connection
 
 from ..communication.identity import Identity
-from ..errors import InvalidInput, NotFoundError, StateError, UnavailableError
+from ..errors import NotFoundError, UnavailableError
 from ..protocol.signing import Signed
 from ..storage.blobs import Blobs
 from ..storage.database import Database
 from ..storage.leftovers import Leftovers
 from ..storage.sweeping import trying
 from ..text import shown
-from .admission import JobSettings, check_request, check_same, check_size, deadline_of
+from .admission import JobSettings, check_not_negative, check_request, check_same, check_size, new_row
 from .driver import Coordinator
+from .keeping import LAST, Keep
 from .quotas import check_place
+from .results import check_at_rest, check_has_one_coming, file_in, result_of
 from .scheduler import Lane, lane_of
+from .spec import FederatedTrainingSpec
 from .specs import JobSpec
-from .states import Event, EventKind, JobRow, JobState, Priority, utc
+from .states import KEEP, Event, EventKind, JobRow, JobState, Priority
 from .store import JobQuery, JobStore, StoredEvent
+from .uploads import Uploads
 from .views import Activity, Artifact, JobView, PartyStatus, Status
 from .watching import Notifier
 
@@ -96,6 +99,7 @@ class JobService:
         self._leftovers = leftovers
         self._notifier = notifier or Notifier()
         self._clock = clock
+        self.uploads = Uploads(database, store, blobs=blobs, uses=leftovers, settings=settings, clock=clock)
         # One at a time: two trainings priced beside each other would both count on the same budget. A computation
         # spends nothing, and waits for no training's price.
         self._admission = asyncio.Lock()
@@ -145,7 +149,7 @@ class JobService:
             InvalidInput: an argument out of its range.
             ConflictError: the request_id was used for something else (`admission.check_same`).
             LimitError: more than a job may ask for, or too many jobs waiting already.
-            NotFoundError: the job it is about is none of the caller's.
+            NotFoundError: the job it is about is none of the caller's, or the model that it names was not uploaded.
             UnavailableError: this process is being stopped; nothing was stored.
             BudgetError, PlanError, PolicyError, InvalidInput, StateError: what `Coordinator.price` refuses.
         """
@@ -159,11 +163,14 @@ class JobService:
                 row, position = same(known), None
             else:
                 check_size(spec, self._settings)
-                await self._coordinator.price(spec, owner=str(caller), model=model)
-                row = self._new_row(caller, request_id, spec=spec, timeout_s=timeout_s)
-                row = replace(row, display_name=display_name, priority=priority or Priority.NORMAL)
+                model = model or await self.uploads.model_of(spec, owner=str(caller))
+                said = await self._coordinator.price(spec, owner=str(caller), model=model)
+                new = partial(new_row, str(caller), request_id, spec, timeout_s=timeout_s, settings=self._settings)
+                row = replace(new(now=self._clock()), display_name=display_name, priority=priority or Priority.NORMAL)
                 row = replace(row, signed_order=order.to_text() if order else "")
-                stored, position = await self._to_its_end(self._store_new(caller, row, spec=spec, model=model))
+                keeps = await self._kept_bytes(spec, model)
+                storing = self._store_new(caller, row, spec, model=model, keeps=keeps, said=said)
+                stored, position = await self._to_its_end(storing)
                 row = same(stored)
         if inline_wait_s > 0:
             with contextlib.suppress(UnavailableError):  # it is stored: stopping is no reason to say it is not
@@ -173,42 +180,38 @@ class JobService:
         return JobView(row, self._activity(row), position)
 
     def _look(
-        self, connection: Connection, caller: Identity, request_id: str, *, spec: JobSpec, model: bytes
+        self, connection: Connection, caller: Identity, request_id: str, *, spec: JobSpec, model: bytes, keeps: int = 0
     ) -> JobRow | None:
-        """The job of this request, if it is there; otherwise whether there is a place for it and its model, and it is
-        about a job of the caller's."""
+        """The job of this request, if there is one; else whether there is a place for it, its model and the bytes that
+        it `keeps`, and it is about a job of the caller's."""
         known, owner = self._store.find_request(connection, str(caller), request_id), str(caller)
         if known is None:
             brought = (str(getattr(spec, spec.digest_field())), len(model)) if model else None
-            place = partial(check_place, owner=owner, model=brought, now=self._clock(), settings=self._settings)
-            place(connection, self._store, self._blobs)
+            place = partial(check_place, owner=owner, model=brought, keeps=keeps, now=self._clock())
+            place(connection, self._store, self._blobs, settings=self._settings)
             if spec.source_job_id:
                 self._visible(connection, caller, spec.source_job_id)
         return known
 
-    def _new_row(self, caller: Identity, request_id: str, *, spec: JobSpec, timeout_s: float | None) -> JobRow:
-        created_at = utc(self._clock())
-        return JobRow(
-            job_id=secrets.token_hex(8),
-            request_id=request_id,
-            owner=str(caller),
-            display_name="",
-            kind=spec.kind,
-            spec=spec.to_json(),
-            spec_digest=spec.digest,
-            max_attempts=self._settings.max_attempts,
-            created_at=created_at,
-            deadline_at=deadline_of(spec.kind, created_at, timeout_s=timeout_s, settings=self._settings),
-        )
+    async def _kept_bytes(self, spec: JobSpec, model: bytes) -> int:
+        """About what the models take that a training is to keep beside its last, which it has in any case."""
+        if not isinstance(spec, FederatedTrainingSpec) or spec.keep == LAST:
+            return 0
+        size = await self._coordinator.model_bytes(spec, model=model)
+        return size * (Keep.from_text(spec.keep).most(spec.rounds) - 1)
 
-    async def _store_new(self, caller: Identity, row: JobRow, *, spec: JobSpec, model: bytes) -> tuple[JobRow, int]:
-        """The job and its place in the queue, read now: later it would wait for what the coordinator wakes up for. Of a
-        model nothing is stored before the job is accepted, and nothing stays of one that is refused after all."""
+    async def _store_new(
+        self, caller: Identity, row: JobRow, spec: JobSpec, *, model: bytes, keeps: int, said: Sequence[str]
+    ) -> tuple[JobRow, int]:
+        """The job, with what was `said` of it, and its place in the queue, read now: later it would wait for what the
+        coordinator wakes up for. Of a model nothing is stored before the job is accepted, nor stays if it is not."""
 
         def store(connection: Connection) -> tuple[JobRow, int]:
             # Looks again: pricing takes time, and computations come at once.
-            known = self._look(connection, caller, row.request_id, spec=spec, model=model)
-            stored = self._store.create(connection, row) if known is None else known
+            known = self._look(connection, caller, row.request_id, spec=spec, model=model, keeps=keeps)
+            if known is None and isinstance(spec, FederatedTrainingSpec) and spec.continue_from:
+                self._store.released.find(connection, spec.continue_from.job_id, str(spec.continue_from.round))
+            stored = self._store.create(connection, row, said=said) if known is None else known
             return stored, self._positions(connection, [stored]).get(stored.job_id, 0)
 
         with trying(self._leftovers) as kept:
@@ -223,13 +226,15 @@ class JobService:
     async def get(self, caller: Identity, job_id: str, *, rounds: bool = True) -> JobView:
         """A job, with its round summaries if asked for. Raises NotFoundError when there is none for this caller."""
 
-        def read(connection: Connection) -> tuple[JobRow, int, list[dict[str, Any]]]:
+        def read(connection: Connection) -> JobView:
             row = self._visible(connection, caller, job_id)
             summaries = self._store.round_summaries(connection, job_id) if rounds else []
-            return row, self._positions(connection, [row]).get(job_id, 0), summaries
+            kept = self._store.released.kept(connection, job_id) if rounds and not row.deleted_at else ()
+            position = self._positions(connection, [row]).get(job_id, 0)
+            return JobView(row, Activity(), position, tuple(summaries), kept)
 
-        row, position, summaries = await self._run(read)
-        return JobView(row, self._activity(row), position, tuple(summaries))
+        view = await self._run(read)
+        return replace(view, activity=self._activity(view.row))
 
     async def list_jobs(
         self,
@@ -282,7 +287,7 @@ class JobService:
             NotFoundError: no such job for this caller.
             InvalidInput: a negative number.
         """
-        _check_not_negative(after_sequence=after, page_size=limit)
+        check_not_negative(after_sequence=after, page_size=limit)
         size = min(limit or MAX_EVENTS_A_PAGE, MAX_EVENTS_A_PAGE)
 
         def read(connection: Connection) -> list[StoredEvent]:
@@ -292,26 +297,37 @@ class JobService:
         found = await self._run(read)
         return found[:size], found[size - 1].sequence if len(found) > size else 0
 
-    async def artifact(self, caller: Identity, job_id: str, *, file: str) -> Artifact:
-        """A file of a job that succeeded.
+    async def artifact(
+        self, caller: Identity, job_id: str, *, file: str, choice: str = "", sha256: str = ""
+    ) -> Artifact:
+        """A file of a job's result, or of a released round's (`round_result`).
+
+        Args:
+            choice: which round is meant; empty: the job's own result.
+            sha256: of the file (hex), as the caller knows it; empty: whatever it is now.
 
         Raises:
-            NotFoundError: no such job for this caller, no such file in it, or its files were deleted.
+            NotFoundError: no such job for this caller, no such round or file in it, or its files were deleted.
             StateError: the job has no result (yet).
         """
+        if choice:
+            return file_in(job_id, await self.round_result(caller, job_id, choice, known=sha256), file, sha256=sha256)
         row = await self._run(lambda connection: self._visible(connection, caller, job_id))
-        if row.state is not JobState.SUCCEEDED:
-            raise StateError(
-                f"job {job_id} is {row.state.value}: only a SUCCEEDED job has an artifact", state=row.state.value
-            )
-        if row.deleted_at:
-            raise NotFoundError(f"the files of job {job_id} were deleted", job_id=job_id)
-        files = {entry["name"]: entry for entry in (row.result or {}).get("files", ())}
-        if file not in files:
-            raise NotFoundError(
-                f"job {job_id} has no file {shown(file)}; it has: {', '.join(sorted(files))}", file=file
-            )
-        return Artifact(file, int(files[file]["bytes"]), str(files[file]["sha256"]))
+        return file_in(job_id, result_of(row), file, sha256=sha256)
+
+    async def round_result(self, caller: Identity, job_id: str, choice: str, *, known: str = "") -> dict[str, Any]:
+        """A released round of a job in any state as a result (`JobRow.result`).
+
+        Args:
+            choice: as `keeping.CHOICE_PATTERN` has it.
+            known: SHA-256 (hex) of a file of it: as `driver.Results.of_round`.
+
+        Raises:
+            NotFoundError: no such job for this caller, or that round cannot be had.
+            InvalidInput: it is no choice, or the job is no training.
+        """
+        row = await self._run(lambda connection: self._visible(connection, caller, job_id))
+        return await self._to_its_end(self._coordinator.results.of_round(row, choice, as_known=known))
 
     async def status(self) -> Status:
         """How the aggregator is, with the counts of jobs."""
@@ -327,23 +343,29 @@ class JobService:
 
     # --- stopping and deleting ----------------------------------------------------------------------------------------
 
-    async def cancel(self, caller: Identity, job_id: str) -> JobView:
+    async def cancel(self, caller: Identity, job_id: str, *, keep: bool = False) -> JobView:
         """Ask a job to stop. One that waits is CANCELLED at once; one at rest, or being cancelled, stays as it is.
+
+        Args:
+            keep: it ends with its last released round as its result, if it has one.
 
         Raises:
             NotFoundError: no such job for this caller.
+            StateError: it is being stopped already, and will have no result, as `keep` asks for.
         """
-
         named: set[str] = set()
 
         def stop(connection: Connection) -> None:
             row = self._visible(connection, caller, job_id)
+            if keep and row.state is JobState.CANCELLING:
+                check_has_one_coming(row, kept=self._store.keeps(connection, job_id))
             if row.at_rest or row.state is JobState.CANCELLING:
                 return
-            if row.state is JobState.PENDING:
-                named.update(self._store.blobs_of(connection, job_id))
-            kind = EventKind.CANCELLED if row.state is JobState.PENDING else EventKind.CANCELLING
-            event = Event(kind=kind, message=f"cancelled by {caller}", cause=str(caller))
+            waits = row.state is JobState.PENDING
+            named.update(self._store.blobs_of(connection, job_id) if waits else ())
+            kind = EventKind.CANCELLED if waits else EventKind.CANCELLING
+            word, detail = ("stopped", {KEEP: True}) if keep else ("cancelled", None)
+            event = Event(kind=kind, message=f"{word} by {caller}", cause=str(caller), detail=detail)
             self._store.apply(connection, job_id, event, now=self._clock())
 
         await self._to_its_end(self._change(job_id, stop))
@@ -363,11 +385,7 @@ class JobService:
             row = self._visible(connection, caller, job_id)
             if row.deleted_at:
                 return
-            if not row.at_rest:
-                state = row.state.value
-                raise StateError(
-                    f"job {job_id} is {state}: only a job at rest is deleted; cancel it first", state=state
-                )
+            check_at_rest(row)
             event = Event(kind=EventKind.DELETED, message=f"files deleted by {caller}", cause=str(caller))
             self._store.apply(connection, job_id, event, now=self._clock())
 
@@ -393,7 +411,7 @@ class JobService:
             InvalidInput: a negative sequence number.
             UnavailableError: this process is being stopped; go on with the last sequence number elsewhere.
         """
-        _check_not_negative(after_sequence=after_sequence)
+        check_not_negative(after_sequence=after_sequence)
         last = after_sequence
         first = partial(self._first_look, caller=caller, job_id=job_id, after=last)
         with self._notifier.subscribe(job_id) as bell:
@@ -477,12 +495,5 @@ class JobService:
         return self._store.positions(connection, self._settings.capacity)
 
     def _activity(self, row: JobRow) -> Activity:
-        if row.at_rest:
-            return Activity(row.state.value.lower())
-        return self._coordinator.progress(row.job_id) or Activity(row.state.value.lower())
-
-
-def _check_not_negative(**numbers: int) -> None:
-    violations = {name: f"at least 0 (got {number})" for name, number in numbers.items() if number < 0}
-    if violations:
-        raise InvalidInput(f"{' and '.join(violations)} must not be negative", violations=violations)
+        now = None if row.at_rest else self._coordinator.progress(row.job_id)
+        return now or Activity(row.state.value.lower())

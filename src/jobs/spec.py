@@ -12,7 +12,8 @@ from pydantic import Field, JsonValue, ValidationInfo, field_validator, model_va
 
 from ..communication.generated import jobs_pb2
 from ..privacy.clipping import MIN_NORM
-from .spec_base import Name, Part, Sha256, Spec, set_fields
+from .keeping import LAST, check_keep
+from .spec_base import JOB_ID_PATTERN, Name, Part, Sha256, Spec, set_fields
 
 MAX_EXACT_INTEGER: Final = 2**53 - 1
 """Integers that every JSON library reads back exactly (RFC 7493, section 2.2)."""
@@ -114,6 +115,15 @@ class ServerOptimizer(Part):
         return value
 
 
+class ContinuedFrom(Part):
+    """A released round of an earlier job whose model this one starts from; `model_sha256` is that model's digest, so
+    that whoever signs the specification signs the model."""
+
+    job_id: str = Field(pattern=f"^{JOB_ID_PATTERN}$")
+    round: int = Field(ge=1, le=1_000_000_000)
+    model_sha256: str = Field(pattern=r"^[0-9a-f]{64}$")
+
+
 class FederatedTrainingSpec(Spec):
     """A model trained by rounds, in each of which the parties' contributions are added up.
 
@@ -129,6 +139,9 @@ class FederatedTrainingSpec(Spec):
         round_timeout_s: seconds from a round's start to its deadline.
         initial_model_sha256: hex digest of the model to start from; empty: built from `seed`. Its bytes are a blob.
         task_options: public options of the task, plain JSON.
+        keep: which models of released rounds stay beside the last: "last" (none), "best:METRIC", "every:K".
+        continue_from: the released round of another job that gives the initial model; `initial_model_sha256` is then
+            its digest.
     """
 
     kind: ClassVar[str] = "federated_training"
@@ -147,8 +160,26 @@ class FederatedTrainingSpec(Spec):
     server_optimizer: ServerOptimizer = ServerOptimizer()
     seed: int = Field(default=0, ge=0, le=MAX_EXACT_INTEGER)
     round_timeout_s: Positive = 600.0
-    initial_model_sha256: Sha256 = ""
+    continue_from: ContinuedFrom | None = None
+    initial_model_sha256: Sha256 = Field(default="", validate_default=True)
     task_options: dict[str, JsonValue] = Field(default_factory=dict)
+    keep: str = LAST
+
+    @field_validator("keep")
+    @classmethod
+    def _kept(cls, value: str) -> str:
+        return check_keep(value or LAST)  # empty, as the wire has it
+
+    @field_validator("initial_model_sha256")
+    @classmethod
+    def _one_model(cls, value: str, info: ValidationInfo) -> str:
+        """The model that a job goes on from is the one that it starts from."""
+        continued: ContinuedFrom | None = info.data.get("continue_from")
+        if continued is None:
+            return value
+        if value not in ("", continued.model_sha256):
+            raise ValueError("continue_from says already which model the job starts from: give one of the two")
+        return continued.model_sha256
 
     @field_validator("local_training", mode="before")
     @classmethod
@@ -231,14 +262,23 @@ class FederatedTrainingSpec(Spec):
         return _compact(self.task_options)
 
     def to_json(self) -> dict[str, Any]:
-        """Plain JSON, as the store keeps it: every field, but those of strategies and of adaptive clipping only where
-        one is chosen. So a job from before there were any has the form and the digest that it had."""
+        """Plain JSON, as the store keeps it: every field, but those of strategies, adaptive clipping, keeping and going
+        on only where one is chosen. So a job from before there were any has the form and the digest that it had."""
         content = super().to_json()
         if self.party_privacy.adaptive_clipping is None:
             del content["party_privacy"]["adaptive_clipping"]
         if self.strategy == "fedavg":
             del content["strategy"], content["trusted_aggregator"]
+        if self.keep == LAST:
+            del content["keep"]
+        if self.continue_from is None:
+            del content["continue_from"]
         return content
+
+    @property
+    def source_job_id(self) -> str:
+        """The job that this one goes on from; empty where there is none."""
+        return self.continue_from.job_id if self.continue_from else ""
 
     def _hashed(self) -> dict[str, Any]:
         return {**self.to_json(), "task_options": self.task_options_text}
@@ -261,9 +301,13 @@ def spec_to_proto(spec: FederatedTrainingSpec, initial_model: bytes = b"") -> jo
         seed=spec.seed,
         round_timeout_s=spec.round_timeout_s,
         initial_model=initial_model,
+        initial_model_sha256=b"" if initial_model or spec.continue_from else bytes.fromhex(spec.initial_model_sha256),
         strategy=spec.strategy,
         trusted_aggregator=spec.trusted_aggregator,
+        keep="" if spec.keep == LAST else spec.keep,  # left out of an order too: as a party of before reads it
     )
+    if spec.continue_from is not None:
+        training.continue_from.CopyFrom(jobs_pb2.ContinuedFrom(**spec.continue_from.model_dump()))
     if spec.task_options:
         training.task_options.update(spec.task_options)
     return training
@@ -273,8 +317,10 @@ def training_to_json(training: jobs_pb2.FederatedTraining) -> dict[str, Any]:
     """The fields that are set, as `FederatedTrainingSpec.from_json` takes them: zero means the default, unless the
     field has presence."""
     content = set_fields(
-        training, "task", "strategy", "trusted_aggregator", "rounds", "quorum", "seed", "round_timeout_s"
+        training, "task", "strategy", "trusted_aggregator", "rounds", "quorum", "seed", "round_timeout_s", "keep"
     )
+    if training.HasField("continue_from"):
+        content["continue_from"] = set_fields(training.continue_from, *ContinuedFrom.model_fields)
     content["parties"] = list(training.parties)
     if training.HasField("spare_rounds"):
         content["spare_rounds"] = training.spare_rounds
@@ -296,6 +342,8 @@ def training_to_json(training: jobs_pb2.FederatedTraining) -> dict[str, Any]:
         content["server_optimizer"]["momentum"] = training.server_optimizer.momentum
     if training.initial_model:
         content["initial_model_sha256"] = hashlib.sha256(training.initial_model).hexdigest()
+    elif training.initial_model_sha256:
+        content["initial_model_sha256"] = training.initial_model_sha256.hex()
     try:
         content["task_options"] = json_format.MessageToDict(training.task_options)
     except (ValueError, json_format.Error):  # a NaN, an infinity, or a value of no kind

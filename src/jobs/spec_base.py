@@ -16,10 +16,8 @@ from pydantic_core import ErrorDetails
 from ..errors import InvalidInput
 from ..protocol.canonical import digest, real
 
-MAX_MODEL_BYTES: Final = 3 << 20
-"""Of a model that comes with a job: it travels in one message, and gRPC's default limit for a message is 4 MiB."""
-
 NAME_PATTERN: Final = r"[A-Za-z0-9][A-Za-z0-9_.-]{0,62}"
+JOB_ID_PATTERN: Final = r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}"
 Name = Annotated[str, Field(pattern=f"^{NAME_PATTERN}$")]
 Sha256 = Annotated[str, Field(pattern=r"^([0-9a-f]{64})?$")]
 """64 hexadecimal digits, or empty: there is none."""

@@ -11,10 +11,13 @@ from pathlib import Path
 from typing import Any, Final, TypeAlias, cast
 
 from ..communication.generated import jobs_pb2
+from ..communication.options import MAX_MODEL_BYTES, MAX_UPLOAD_BYTES
 from ..config_yaml import read_document
+from ..errors import ConfigError
+from ..files import expanded
 from .computations import EvaluationSpec, ExportSpec, evaluation_to_json, export_to_json
 from .spec import FederatedTrainingSpec, spec_to_proto, training_to_json
-from .spec_base import MAX_MODEL_BYTES, Spec, read_spec, refused
+from .spec_base import Spec, read_spec, refused
 from .states import Priority
 
 JobSpec: TypeAlias = FederatedTrainingSpec | EvaluationSpec | ExportSpec
@@ -45,11 +48,12 @@ def spec_of(kind: str, value: Mapping[str, Any]) -> JobSpec:
     return cast(JobSpec, KINDS[kind].from_json(value))
 
 
-def spec_from_proto(job: jobs_pb2.Job, *, model_sha256: str = "") -> JobSpec:
+def spec_from_proto(job: jobs_pb2.Job, *, model_sha256: str = "", most_bytes: int = MAX_MODEL_BYTES) -> JobSpec:
     """The specification of a job as it came over the wire; zero and unset fields get their defaults.
 
     Args:
         model_sha256: hex digest of the model that comes with it, where its bytes do not; empty: by its bytes.
+        most_bytes: of that model.
 
     Raises:
         InvalidInput: with every violation by its field's path.
@@ -62,8 +66,10 @@ def spec_from_proto(job: jobs_pb2.Job, *, model_sha256: str = "") -> JobSpec:
         raise refused({**violations, _SPEC_FIELD: f"required: one of {', '.join(KINDS)}"})
     cls = KINDS[kind]
     size = len(model_bytes(job))
-    if size > MAX_MODEL_BYTES:
-        violations[f"{kind}.{cls.model_field}"] = f"{size} bytes; at most {MAX_MODEL_BYTES}"
+    if size > most_bytes:
+        violations[f"{kind}.{cls.model_field}"] = f"{size} bytes; at most {most_bytes}, or uploaded before"
+    if size and getattr(getattr(job, kind), cls.digest_field()):
+        violations[f"{kind}.{cls.digest_field()}"] = f"{cls.model_field} is there itself: give one of the two"
     fields = _FROM_WIRE[kind](getattr(job, kind))
     if model_sha256:
         fields[cls.digest_field()] = model_sha256
@@ -85,9 +91,12 @@ def spec_into_proto(job: jobs_pb2.Job, spec: JobSpec, model: bytes = b"") -> Non
     if isinstance(spec, FederatedTrainingSpec):
         job.federated_training.CopyFrom(spec_to_proto(spec, model))
     elif isinstance(spec, EvaluationSpec):
-        job.evaluation.CopyFrom(jobs_pb2.Evaluation(job_id=spec.job_id, model=model, task=spec.task))
+        sha256 = b"" if model else bytes.fromhex(spec.model_sha256)
+        evaluation = jobs_pb2.Evaluation(job_id=spec.job_id, model=model, task=spec.task, model_sha256=sha256)
+        evaluation.round = spec.round
+        job.evaluation.CopyFrom(evaluation)
     else:
-        job.export.CopyFrom(jobs_pb2.Export(job_id=spec.job_id, format=spec.format))
+        job.export.CopyFrom(jobs_pb2.Export(job_id=spec.job_id, format=spec.format, round=spec.round))
 
 
 def model_bytes(job: jobs_pb2.Job) -> bytes:
@@ -101,7 +110,8 @@ def model_bytes(job: jobs_pb2.Job) -> bytes:
 def load_job_file(path: Path) -> jobs_pb2.Job:
     """A job from a YAML or JSON file: one section named by the kind, with the fields of its specification, and beside
     it `display_name`, `priority` (high, normal or low) and `timeout_s`. A model (`initial_model` of a training, `model`
-    of an evaluation) is a path relative to the file, or "base64:" and the bytes.
+    of an evaluation) is a path relative to the file, or "base64:" and the bytes; or there is the SHA-256 (hex) of one
+    that the aggregator has (`initial_model_sha256`, `model_sha256`).
 
     Raises:
         ConfigError: no such file, or neither YAML nor JSON.
@@ -155,12 +165,12 @@ def _read_section(cls: type[Spec], section: object, base: Path, job: jobs_pb2.Jo
     violations: dict[str, str] = {}
     model = b""
     if cls.model_field:
-        if fields.pop(cls.digest_field(), ""):
-            violations[f"{cls.kind}.{cls.digest_field()}"] = f"a digest is no model: give {cls.model_field}"
         try:
             model = _model(fields.pop(cls.model_field, ""), base)
         except ValueError as error:
             violations[f"{cls.kind}.{cls.model_field}"] = str(error)
+    if model and fields.get(cls.digest_field()):
+        violations[f"{cls.kind}.{cls.digest_field()}"] = f"{cls.model_field} is there itself: give one of the two"
     if model:
         fields[cls.digest_field()] = hashlib.sha256(model).hexdigest()
     spec, found = read_spec(cls, fields)
@@ -180,11 +190,13 @@ def _model(value: object, base: Path) -> bytes:
         if value.startswith("base64:"):
             data = base64.b64decode(value.removeprefix("base64:"), validate=True)
         else:
-            data = (base / Path(value).expanduser()).read_bytes()
+            data = (base / expanded(Path(value))).read_bytes()
     except binascii.Error as error:
         raise ValueError("is not base64") from error
+    except ConfigError as error:
+        raise ValueError(error.message) from error
     except OSError as error:
         raise ValueError(f"cannot read {value}: {error.strerror}") from error
-    if len(data) > MAX_MODEL_BYTES:
-        raise ValueError(f"{len(data)} bytes; at most {MAX_MODEL_BYTES}")
+    if len(data) > MAX_UPLOAD_BYTES:
+        raise ValueError(f"{len(data)} bytes; at most {MAX_UPLOAD_BYTES}")
     return data

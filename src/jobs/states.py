@@ -50,6 +50,8 @@ class EventKind(StrEnum):
     SUBMITTED = "submitted"
     STARTED = "started"
     WAITING = "waiting"
+    WARNING = "warning"
+    """Something that its owner may want to know, or to cancel it for; the job goes on."""
     ROUND = "round"
     RETRYING = "retrying"
     """An attempt failed, for a cause that another one may mend."""
@@ -74,6 +76,7 @@ TRANSITIONS: Final[Mapping[tuple[JobState, EventKind], JobState]] = {
     (JobState.PENDING, EventKind.FAILED): JobState.FAILED,
     (JobState.PENDING, EventKind.CANCELLED): JobState.CANCELLED,
     (JobState.RUNNING, EventKind.WAITING): JobState.RUNNING,
+    (JobState.RUNNING, EventKind.WARNING): JobState.RUNNING,
     (JobState.RUNNING, EventKind.ROUND): JobState.RUNNING,
     (JobState.RUNNING, EventKind.RESUMED): JobState.RUNNING,
     (JobState.RUNNING, EventKind.RETRYING): JobState.RETRYING,
@@ -100,6 +103,10 @@ TRANSITIONS: Final[Mapping[tuple[JobState, EventKind], JobState]] = {
 MENDABLE: Final = frozenset({"WORKER_FAILED", "UNAVAILABLE", "STORAGE_FULL"})
 """Reasons of the error catalogue that another attempt may mend: a process that died, a service that was away, a disk
 that was full. For all others (a budget, a policy, bad input, damage, a mistake of ours) another one would end alike."""
+
+
+KEEP: Final = "keep"
+"""In the detail of "cancelling": the job is to end with its last released round as its result."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -150,8 +157,9 @@ class JobRow:
         rounds_released, rounds_failed: counted from the events of kind "round".
         error: in FAILED why; in RETRYING why the last attempt failed; in CANCELLING set where the deadline passed.
         result: set in SUCCEEDED: {"files": [{"name", "bytes", "sha256" (hex)}], "metrics": {name: real},
-            "epsilon_example", "epsilon_party", "epsilon_party_against_aggregator", "delta" and further figures and
-            assumptions (`JobResult` names them)}; an infinite ε is "inf".
+            "not_evaluated" (what is missing of the metrics and why; where something is), "epsilon_example",
+            "epsilon_party", "epsilon_party_against_aggregator", "delta" and further figures and assumptions
+            (`JobResult` names them)}; an infinite ε is "inf".
     """
 
     job_id: str
@@ -191,7 +199,7 @@ class Event:
         cause: who or what brought it about: "scientist/ann", "aggregator", "deadline".
         detail: plain JSON. Of "round": a round summary; of "failed" and "expired": a `JobError`; of "succeeded": the
             result; of "retrying": {"error": a `JobError`, "attempt": the one that failed, "retry_at"}; of "resumed":
-            {"attempt": the one that begins or goes on}.
+            {"attempt": the one that begins or goes on}; of "cancelling": {`KEEP`: whether it ends with what it has}.
     """
 
     kind: EventKind
@@ -200,18 +208,21 @@ class Event:
     detail: dict[str, Any] | None = None
 
 
-def round_event(summary: Mapping[str, Any], message: str = "") -> Event:
+def round_event(summary: Mapping[str, Any], message: str = "", *, also: str = "") -> Event:
     """A round ended.
 
     Args:
-        summary: {"round", "state" (RELEASED, FAILED or CANCELLED), "contributions", "metrics", "epsilon_party",
+        summary: {"round", "state" (RELEASED, FAILED or CANCELLED), "contributions", "metrics",
+            "not_evaluated" (what is missing of the metrics, and why), "epsilon_party",
             "epsilon_party_against_aggregator" (infinite where nothing protects), "parties": [{"party", "bytes_up",
             "example_epsilon_spent", "example_epsilon_left", "example_epsilon_left_delta"}], "seconds", "reason",
             "epsilon_party_if_all_others_collude", "party_assumption", "party_delta"}; all but the first two may be
             left out, or None.
         message: public text; made from the summary where empty.
+        also: what else there is to say, put behind it.
     """
     text = message or f"round {summary['round']} {str(summary['state']).lower()}"
+    text = f"{text}; {also}" if also else text
     return Event(kind=EventKind.ROUND, message=text, detail=_plain(summary))
 
 
@@ -243,9 +254,12 @@ def after_failure(row: JobRow, error: JobError, delays_s: Sequence[float], now: 
     return Event(kind=EventKind.RETRYING, message=text, detail=detail)
 
 
-def succeeded_event(result: Mapping[str, Any], message: str = "the model and its manifest are ready") -> Event:
+def succeeded_event(result: Mapping[str, Any], message: str = "") -> Event:
     """The job ended with a result (`JobRow.result`)."""
-    return Event(kind=EventKind.SUCCEEDED, message=message, detail=_plain(result))
+    return Event(kind=EventKind.SUCCEEDED, message=message or _READY, detail=_plain(result))
+
+
+_READY: Final = "the model and its manifest are ready"
 
 
 def _plain(value: Any) -> Any:

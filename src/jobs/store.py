@@ -12,17 +12,18 @@ Data-Intensive Applications, 2017, "The truth is defined by the majority", fenci
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass, field, replace
 from typing import Any, Final
 
-from sqlalchemy import Connection, MetaData, Row, Select, func, insert, select, update
+from sqlalchemy import Connection, MetaData, Row, Select, false, func, insert, or_, select, update
 
 from ..errors import ConflictError, InvalidInput, LeaseError, NotFoundError, StateError
 from ..text import shown
 from . import query as queries
+from .released import ReleasedModels
 from .scheduler import Capacity, RunningJob, Waiting, next_job, positions
-from .states import Event, EventKind, JobRow, JobState, Priority, advance, utc
+from .states import KEEP, Event, EventKind, JobRow, JobState, Priority, advance, utc
 from .tables import (
     MAX_CAUSE_CHARACTERS,
     ROW_COLUMNS,
@@ -105,18 +106,19 @@ class Page:
 
 
 class JobStore:
-    """Three tables in `metadata`: `jobs`, `job_events` and `job_queues`."""
+    """Tables in `metadata`: `jobs`, `job_events`, `job_queues`, and that of `released`, what rounds have made."""
 
     def __init__(self, metadata: MetaData) -> None:
         self.jobs = jobs_table(metadata)
         self.events_table = events_table(metadata)
         self.queues_table = queues_table(metadata)
+        self.released = ReleasedModels(metadata, self.jobs)
         self._row_columns = tuple(self.jobs.c[name] for name in ROW_COLUMNS)
 
     # --- writing ------------------------------------------------------------------------------------------------------
 
-    def create(self, connection: Connection, row: JobRow) -> JobRow:
-        """Store a PENDING job and its event "submitted"; of a repeated request the job that is there already.
+    def create(self, connection: Connection, row: JobRow, *, said: Sequence[str] = ()) -> JobRow:
+        """Store a PENDING job and its event "submitted", with what was `said`; of a repeated request the job there is.
 
         Raises:
             ConflictError: the owner used this request_id for another specification.
@@ -130,7 +132,7 @@ class JobStore:
         if known is not None:
             return same_request(known, row.spec_digest)
         connection.execute(insert(self.jobs).values(**values, fencing_token=0, **_NO_LEASE))
-        submitted = Event(kind=EventKind.SUBMITTED, message="submitted", cause=row.owner)
+        submitted = Event(kind=EventKind.SUBMITTED, message="; ".join(("submitted", *said)), cause=row.owner)
         self._append(connection, row, submitted, time=row.created_at)
         return row
 
@@ -377,30 +379,26 @@ class JobStore:
     def events(self, connection: Connection, job_id: str, *, after: int = 0, limit: int = 1000) -> list[StoredEvent]:
         """A job's events after a sequence number, in order, at most `limit`; empty for a job that is not there."""
         table = self.events_table
-        query = (
-            select(table)
-            .where(table.c.job_id == job_id, table.c.sequence > after)
-            .order_by(table.c.sequence)
-            .limit(limit)
-        )
-        return [_event(record) for record in connection.execute(query)]
+        query = select(table).where(table.c.job_id == job_id, table.c.sequence > after).order_by(table.c.sequence)
+        return [_event(record) for record in connection.execute(query.limit(limit))]
 
     def round_summaries(self, connection: Connection, job_id: str) -> list[dict[str, Any]]:
         """The details of a job's events of kind "round", in order."""
         return self._details(connection, EventKind.ROUND, (job_id,))
 
-    def blobs(self, connection: Connection) -> set[str]:
-        """SHA-256 (hex) of the blobs that jobs refer to.
-
-        These are the files of every job that was not deleted, and of those not at rest the models that they begin with:
-        their own, and the files of the job that they are about, even if that one has been deleted meanwhile.
-        """
+    def blobs(self, connection: Connection, *, among: Set[str] | None = None) -> set[str]:
+        """SHA-256 (hex) of the blobs that jobs refer to: files and kept models of all not deleted, and of those not at
+        rest the models that they begin with: their own, and the files of the job that they are about, even if that one
+        has been deleted meanwhile. With `among` at least those of these: of others not all is read."""
         jobs = self.jobs.c
-        results = connection.scalars(select(jobs.result).where(jobs.result.is_not(None), jobs.deleted_at == ""))
-        named = [load(result) for result in results]
+        kept = select(jobs.result).where(jobs.result.is_not(None), jobs.deleted_at == "")
+        if among is not None:
+            kept = kept.where(or_(false(), *(jobs.result.contains(sha256) for sha256 in sorted(among))))
+        named = [load(result) for result in connection.scalars(kept)]
         specs = [load(spec) for spec in connection.scalars(select(jobs.spec).where(jobs.state.in_(_MOVABLE)))]
         sources = {spec["job_id"] for spec in specs if spec.get("job_id")}
-        return _blobs(specs, [*named, *self._details(connection, EventKind.SUCCEEDED, sources)])
+        kept_for = [*named, *self._details(connection, EventKind.SUCCEEDED, sources)]
+        return _blobs(specs, kept_for) | self.released.blobs(connection, among=among)
 
     def made_since(self, connection: Connection, owner: str, since: str) -> int:
         """How many jobs an owner has made since then (UTC, as `states.utc` writes it), deleted ones too."""
@@ -409,21 +407,26 @@ class JobStore:
         return int(connection.execute(query).scalar_one())
 
     def kept_for(self, connection: Connection, owner: str) -> tuple[dict[str, int], set[str]]:
-        """What an owner's jobs keep on disk: the sizes (bytes) of the files of those that were not deleted, by SHA-256
-        (hex); and the models that came with jobs which are not at rest, whose sizes nobody wrote down."""
+        """What an owner's jobs keep on disk: the sizes (bytes), by SHA-256 (hex), of files and models of those that are
+        not deleted; and the models that came with jobs which are not at rest, whose sizes nobody wrote down."""
         jobs = self.jobs.c
         kept = select(jobs.result).where(jobs.owner == owner, jobs.result.is_not(None), jobs.deleted_at == "")
         files = [file for result in connection.scalars(kept) for file in load(result).get("files", ())]
         brought = select(jobs.spec).where(jobs.owner == owner, jobs.state.in_(_MOVABLE))
         models = _blobs([load(spec) for spec in connection.scalars(brought)], [])
-        return {file["sha256"]: int(file["bytes"]) for file in files}, models
+        sizes = {file["sha256"]: int(file["bytes"]) for file in files}
+        return self.released.sizes_of(connection, owner) | sizes, models
 
     def blobs_of(self, connection: Connection, job_id: str) -> set[str]:
-        """SHA-256 (hex) of the blobs that a job named, deleted or not: the model that it began with, its files, and
-        those of the job that it is about."""
+        """SHA-256 (hex) of what a job named, deleted or not: the model that it began with, its files, and those of the
+        job that it is about."""
         spec = self.get(connection, job_id).spec
-        about = {job_id, *filter(None, [spec.get("job_id")])}
-        return _blobs([spec], self._details(connection, EventKind.SUCCEEDED, about))
+        made = self._details(connection, EventKind.SUCCEEDED, {job_id, spec.get("job_id") or job_id})
+        return _blobs([spec], made) | self.released.blobs_of(connection, job_id)
+
+    def keeps(self, connection: Connection, job_id: str) -> bool:
+        """Whether a job that is being cancelled ends with what it has released."""
+        return any(detail.get(KEEP) for detail in self._details(connection, EventKind.CANCELLING, (job_id,)))
 
     def under_way(self) -> Select[Any]:
         """A query for the jobs that are not at rest."""

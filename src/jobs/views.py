@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from ..protocol.faults import TaskStanding
 from .states import JobRow
 
 if TYPE_CHECKING:
@@ -32,11 +34,14 @@ class Activity:
 
 @dataclass(frozen=True, slots=True)
 class PartyStatus:
-    """Whether a party is reachable, and what is expected of it (empty: nothing), or why it was refused."""
+    """Whether a party is reachable, what is expected of it (empty: nothing) or why it was refused, what somebody should
+    look at, a sentence each, and how it stands with its tasks."""
 
     party: str
     connected: bool
     waiting_for: str = ""
+    warnings: tuple[str, ...] = ()
+    tasks: Mapping[str, TaskStanding] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -49,6 +54,8 @@ class Status:
         jobs_running: RUNNING, RETRYING or CANCELLING.
         started_at: since when this process serves; UTC, ISO 8601 with microseconds.
         stopping: it takes no jobs any more.
+        warnings: what its operator should look at, a sentence each.
+        tasks: how it stands with those that are installed at the aggregator.
     """
 
     federation: str
@@ -61,6 +68,8 @@ class Status:
     jobs_running: int = 0
     started_at: str
     stopping: bool = False
+    warnings: tuple[str, ...] = ()
+    tasks: Mapping[str, TaskStanding] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,12 +81,14 @@ class JobView:
         activity: what it is doing.
         queue_position: 1 for the job that is started next; 0 for one that does not wait.
         rounds: round summaries (`states.round_event`), in order; left out of listings and operations.
+        kept: the released rounds whose models are there; left out likewise.
     """
 
     row: JobRow
     activity: Activity
     queue_position: int
     rounds: tuple[dict[str, Any], ...] = ()
+    kept: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -17,6 +17,7 @@ from google.rpc import status_pb2
 
 from ..communication.errors import to_status
 from ..communication.generated import jobs_pb2
+from ..communication.messages import standing_to_proto
 from ..errors import BY_REASON, AbandonedError, InvalidInput, NotFoundError, SottoError
 from ..text import shown
 from .specs import spec_into_proto, spec_of
@@ -83,7 +84,7 @@ def jobs_page(views: Sequence[JobView], next_page_token: str) -> jobs_pb2.ListJo
 
 def _fill_job(job: jobs_pb2.Job, view: JobView) -> None:
     row = view.row
-    if row.at_rest and not view.rounds:
+    if row.at_rest and not view.rounds and not view.kept:
         key = (row.job_id, row.owner, row.spec_digest, row.ended_at, row.deleted_at)
         job.MergeFromString(_at_rest.get(key, lambda: _filled(view).SerializeToString()))
     else:
@@ -116,6 +117,7 @@ def _filled(view: JobView) -> jobs_pb2.Job:
         _set_time(job.deadline, row.deadline_at)
         _set_timeout(job.timeout, row)
     _fill_progress(job.progress, view)
+    job.kept_rounds.extend(view.kept)
     if row.result is not None:
         _fill_result(job.result, row.result)
     if row.error is not None:
@@ -176,6 +178,7 @@ def round_to_proto(summary: Mapping[str, Any]) -> jobs_pb2.RoundSummary:
         epsilon_party_if_all_others_collude=_real(given.get("epsilon_party_if_all_others_collude")),
         party_assumption=given.get("party_assumption", ""),
         party_delta=given.get("party_delta"),
+        not_evaluated=given.get("not_evaluated", ""),
     )
 
 
@@ -201,7 +204,15 @@ FIGURES: Final = (
     "epsilon_example_if_all_others_collude",
     "epsilon_party_if_all_others_collude",
 )
+ROUND_FIELDS: Final = ("round", "rounds_released", "rounds_planned", "continued_from")
+"""What a training's result has besides; all but the first only where it did not come to its end, or went on from
+another."""
+MEASURED: Final = ("metrics", "not_evaluated")
+"""What a result says of its model on public rows; the second only where something is missing."""
 ASSUMPTIONS: Final = ("example_assumption", "party_assumption", "party_assumption_against_aggregator")
+
+
+_OF_PREDECESSOR: Final = ("epsilon_example", "delta", "epsilon_party", "party_delta")
 
 
 def result_to_proto(result: Mapping[str, Any]) -> jobs_pb2.JobResult:
@@ -217,12 +228,18 @@ def _fill_result(message: jobs_pb2.JobResult, result: Mapping[str, Any]) -> None
         message.files.add(name=file["name"], bytes=file["bytes"], sha256=bytes.fromhex(file["sha256"]))
     for name, value in (result.get("metrics") or {}).items():
         message.metrics[name] = float(value)
+    message.not_evaluated = str(result.get("not_evaluated") or "")
     for name in FIGURES:
         if result.get(name) is not None:  # of a model that came with the job nothing is known, which is not zero
             setattr(message, name, float(result[name]))
     for name in ASSUMPTIONS:
         if result.get(name):
             setattr(message, name, str(result[name]))
+    for name in ROUND_FIELDS[:-1]:
+        setattr(message, name, int(result.get(name, 0)))
+    for each in result.get("continued_from", ()):
+        texts = {name: each[name] for name in ("job_id", "round", "model_sha256")}
+        message.continued_from.add(**texts, **{name: float(each[name]) for name in _OF_PREDECESSOR})
 
 
 def error_to_proto(error: JobError) -> jobs_pb2.JobError:
@@ -369,13 +386,21 @@ def status_to_proto(status: Status) -> jobs_pb2.Status:
         key_id=status.key_id,
         custody=status.custody,
         parties=[
-            jobs_pb2.PartyStatus(party=party.party, connected=party.connected, waiting_for=party.waiting_for)
+            jobs_pb2.PartyStatus(
+                party=party.party,
+                connected=party.connected,
+                waiting_for=party.waiting_for,
+                warnings=party.warnings,
+                tasks={task: standing_to_proto(standing) for task, standing in party.tasks.items()},
+            )
             for party in status.parties
         ],
         workers=_pool_to_proto(status.workers),
         jobs_pending=status.jobs_pending,
         jobs_running=status.jobs_running,
         stopping=status.stopping,
+        warnings=status.warnings,
+        tasks={task: standing_to_proto(standing) for task, standing in status.tasks.items()},
     )
     _set_time(message.start_time, status.started_at)
     return message

@@ -43,10 +43,11 @@ from ..privacy.entropy import Entropy
 from ..privacy.events import DpSgdSteps
 from .canaries import CANARY_WEIGHT, Watch, WithCanaries
 from .dpsgd import train_dpsgd
+from .installed import known_tasks
 from .per_example import computed_as_chain
 from .settings import LocalTraining
 from .synthetic import SyntheticTask
-from .task import Dataset, Loss, Task, find_task, holdout_of, known_tasks
+from .task import Dataset, Loss, Task, find_task, holdout_of
 
 Kind = Literal["dirac", "examples"]
 

@@ -13,9 +13,8 @@ from ..errors import InvalidInput
 from ..privacy.entropy import Entropy
 from .dpsgd import train_dpsgd, train_plain
 from .evaluation import evaluate
-from .flatten import model_to_tensors
 from .settings import LocalTraining
-from .task import Dataset, Task, loss_of
+from .task import Dataset, Task, loss_for
 from .together import sums_together
 
 
@@ -89,6 +88,6 @@ def central(
     in_public = partial(train_dpsgd, sums_of=sums_together)  # nobody is protected where all rows lie in one place
     for train, config in ((train_plain, plain), (in_public, private)):
         model = task.build_model(seed)
-        train(model, data, loss=loss_of(task), config=config, entropy=entropy)
-        results.append(evaluate(task, model_to_tensors(model), holdout))
+        train(model, data, loss=loss_for(task, model, data), config=config, entropy=entropy)
+        results.append(evaluate(task, model, holdout))
     return Baselines(central=results[0], central_dp=results[1])

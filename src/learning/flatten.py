@@ -126,17 +126,16 @@ def model_to_tensors(model: torch.nn.Module) -> dict[str, NDArray[np.float32]]:
     """Copies of a model's trainable parameters, by name.
 
     Raises:
-        InvalidInput: a trainable parameter is not float32.
+        InvalidInput: it cannot be trained (`whole.check_model`).
     """
-    tensors = {
+    from .whole import check_model
+
+    check_model(model)
+    return {
         name: np.array(parameter.detach().cpu().numpy())
         for name, parameter in model.named_parameters()
         if parameter.requires_grad
     }
-    for name, array in tensors.items():
-        if array.dtype != np.float32:
-            raise InvalidInput(f"parameter {name!r} is {array.dtype}; models are trained in float32")
-    return tensors
 
 
 def vector_to_tensors(vector: NDArray[np.float32], signature: Signature) -> dict[str, torch.Tensor]:

@@ -33,27 +33,49 @@ _CONTAINERS: Final = (dict, list, set, deque, torch.Tensor, np.ndarray)
 
 def state_of(**roots: Any) -> dict[str, str]:
     """What is reachable from each root, by its path (`loss.seen[2]`), as something that can be compared."""
-    found: dict[str, str] = {}
+    return {path: summary for path, _, summary in _reached(roots)}
+
+
+def arrays_of(model: torch.nn.Module) -> dict[str, str]:
+    """As `state_of`, tensors and arrays alone, and of these what is in none of the model's `state_dict`."""
+    state = [each for each in model.state_dict(keep_vars=True).values() if isinstance(each, torch.Tensor)]
+    known = {id(each) for each in state}
+    places = {each.untyped_storage().data_ptr() for each in state if each.numel()}
+    found = {}
+    for path, value, summary in _reached({"": model}):
+        if isinstance(value, torch.Tensor):
+            if id(value) in known or (value.numel() and value.untyped_storage().data_ptr() in places):
+                continue
+        elif not isinstance(value, np.ndarray):
+            continue
+        found[path.removeprefix(".")] = summary
+    return found
+
+
+def _reached(roots: Mapping[str, Any]) -> Iterator[tuple[str, Any, str]]:
+    """Path, value and what can be compared of it."""
+    paths: set[str] = set()
     seen: set[int] = set()
     waiting: deque[tuple[str, Any]] = deque(roots.items())
-    while waiting and len(found) < _MOST:
+    while waiting and len(paths) < _MOST:
         path, value = waiting.popleft()
-        while path in found:  # an attribute and a name of the module, say
+        while path in paths:  # an attribute and a name of the module, say
             path += "'"
         if isinstance(value, _PLAIN):
-            found[path] = repr(value)
+            paths.add(path)
+            yield path, value, repr(value)
             continue
         if isinstance(value, _NOTHING) or id(value) in seen:
             continue
         seen.add(id(value))
         summary = _summary(value)
-        if summary is not None:
-            found[path] = summary
-        else:
+        if summary is None:
             waiting.extend(_parts(path, value))
             if isinstance(value, Mapping | list | tuple | deque):
-                found[path] = f"{len(value)} items"
-    return found
+                summary = f"{len(value)} items"
+        if summary is not None:
+            paths.add(path)
+            yield path, value, summary
 
 
 def changed(before: Mapping[str, str], after: Mapping[str, str]) -> list[str]:

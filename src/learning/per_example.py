@@ -31,7 +31,7 @@ from numpy.typing import NDArray
 from ..errors import InvalidInput
 from ..privacy.clipping import MIN_NORM
 from .subnormals import flushed_subnormals
-from .task import Dataset, Loss, finite_rows
+from .task import Dataset, Loss, classes_of, default_loss, finite_rows
 from .trial import PublicRow, checked_losses, try_out
 
 CLIPPING_MARGIN: Final = 1.0 - 2.0**-20
@@ -154,8 +154,9 @@ class ClippedSums:
         """A row's gradient, and whether it is one: where it is not, zeros."""
         try:
             found = self._alone(features, labels)
-        except Exception:  # of the task's own code: which row it was must not be told by failing, nor by the time
-            with contextlib.suppress(Exception):  # the public row's, with parameters that somebody made up
+        except (Exception, SystemExit):  # of the task's own code: which row it was must not be told by failing, nor by
+            # the time
+            with contextlib.suppress(Exception, SystemExit):  # the public row's, with parameters that somebody made up
                 self._alone(self._filler.features, self._filler.labels)
             return self._source.nothing(), False
         if math.isfinite(found.norm) and math.isfinite(found.loss):
@@ -176,18 +177,30 @@ def rows_that_count(model: torch.nn.Module, dataset: Dataset, *, loss: Loss) -> 
     Raises:
         InvalidInput: as `ClippedSums`: then there is nothing to be learnt from any row.
     """
-    working = copy.deepcopy(model).double().train()
-    parameters = [parameter for parameter in working.parameters() if parameter.requires_grad]
-    return ClippedSums(working, dataset, loss=loss, parameters=parameters, max_grad_norm=1.0).counted(dataset)
+    return _sums_over(copy.deepcopy(model), dataset, loss).counted(dataset)
+
+
+def classes_known(model: torch.nn.Module, dataset: Dataset, *, loss: Loss) -> int | None:
+    """How many classes the default loss knows of this model's outputs; None with a loss of the task's own, which takes
+    what it takes. The model stays as it is. Raises InvalidInput as `ClippedSums`."""
+    if loss is not default_loss:
+        return None
+    working = copy.deepcopy(model)
+    sums = _sums_over(working, dataset, loss)
+    return classes_of(working(sums._filler.features.clone()))
 
 
 def computed_as_chain(model: torch.nn.Module, dataset: Dataset, *, loss: Loss) -> bool:
     """Whether sums over this model take the way of linear layers, whose gradients are not written out; it stays as it
     is. Raises InvalidInput as `ClippedSums`."""
-    working = copy.deepcopy(model).double().train()
+    return isinstance(_sums_over(copy.deepcopy(model), dataset, loss)._source, _LinearLayers)
+
+
+def _sums_over(working: torch.nn.Module, dataset: Dataset, loss: Loss) -> ClippedSums:
+    """With a bound of 1, over a model that becomes float64 and trains."""
+    working.double().train()
     parameters = [parameter for parameter in working.parameters() if parameter.requires_grad]
-    sums = ClippedSums(working, dataset, loss=loss, parameters=parameters, max_grad_norm=1.0)
-    return isinstance(sums._source, _LinearLayers)
+    return ClippedSums(working, dataset, loss=loss, parameters=parameters, max_grad_norm=1.0)
 
 
 def _is_chain(model: torch.nn.Module, loss: Loss, row: PublicRow) -> bool:

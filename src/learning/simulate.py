@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from ..encryption.plaintext import PlaintextScheme
@@ -25,12 +26,12 @@ from ..privacy.sampling import poisson_sample
 from ..protocol.derive import Derived, derive_gradient_sum
 from .dpsgd import train_dpsgd
 from .evaluation import evaluate
-from .flatten import flatten, load_tensors, model_to_tensors, unflatten
+from .flatten import Tensors, flatten, load_tensors, model_to_tensors, unflatten
 from .gradients import clipped_gradient_sum
 from .per_example import ClippedSums, SumsOf
 from .server_optimizer import ServerOptimizer
 from .settings import LocalTraining
-from .task import Dataset, Task, loss_of
+from .task import Dataset, Task, loss_for
 from .together import sums_together
 
 OnRound = Callable[[int, dict[str, float]], None]
@@ -88,12 +89,12 @@ def simulate(
     for number in range(1, settings.rounds + 1):
         total = settings.party_noise_multiplier * settings.clipping_norm * secure_normals(len(parameters), entropy)
         for data in parties:
-            model = task.build_model(seed)
-            load_tensors(model, unflatten(parameters, signature))
-            train_dpsgd(model, data, loss=loss_of(task), config=settings.local, entropy=entropy, sums_of=sums_together)
+            model = _with(task, seed, unflatten(parameters, signature))
+            loss = loss_for(task, model, data)
+            train_dpsgd(model, data, loss=loss, config=settings.local, entropy=entropy, sums_of=sums_together)
             total += clip(flatten(model_to_tensors(model))[0] - parameters, settings.clipping_norm)
         parameters, state = settings.server.step(parameters, total / len(parties), state=state)
-        history.append(evaluate(task, unflatten(parameters, signature), holdout))
+        history.append(evaluate(task, _with(task, seed, unflatten(parameters, signature)), holdout))
         if on_round is not None:
             on_round(number, history[-1])
     return history
@@ -190,8 +191,7 @@ def simulate_fedsgd(
     state: dict[str, NDArray[np.float64]] = {}
     history: list[dict[str, float]] = []
     for number in range(1, settings.rounds + 1):
-        model = task.build_model(seed)
-        load_tensors(model, unflatten(parameters, signature))
+        model = _with(task, seed, unflatten(parameters, signature))
         total = np.zeros(len(parameters), np.int64)
         for data in parties.values():
             chosen = poisson_sample(len(data), sampling_rate=settings.sampling_rate, entropy=entropy)
@@ -199,7 +199,7 @@ def simulate_fedsgd(
                 model,
                 data,
                 chosen,
-                loss=loss_of(task),
+                loss=loss_for(task, model, data),
                 max_grad_norm=settings.max_grad_norm,
                 sums_of=sums_of,
             )
@@ -207,7 +207,14 @@ def simulate_fedsgd(
             total += discrete_gaussian(derived.noise_plan.share_sigma2, len(parameters), entropy=entropy)
         update = -step * (total.astype(np.float64) / 2.0**bits)
         parameters, state = settings.server.step(parameters, update, state=state)
-        history.append(evaluate(task, unflatten(parameters, signature), holdout))
+        history.append(evaluate(task, _with(task, seed, unflatten(parameters, signature)), holdout))
         if on_round is not None:
             on_round(number, history[-1])
     return history
+
+
+def _with(task: Task, seed: int, tensors: Tensors) -> torch.nn.Module:
+    """The task's model with these parameters."""
+    model = task.build_model(seed)
+    load_tensors(model, tensors)
+    return model

@@ -20,7 +20,7 @@ from ..privacy.events import DpSgdSteps
 from ..protocol.canonical import canonical_bytes, number_or_inf
 from ..protocol.signing import Signed, SigningKey, open_signed
 from ..versions import versions_of
-from .flatten import from_safetensors
+from .model_file import parameters_of
 from .standalone import Plan, Trained, steps_of
 from .standalone_json import load_schema, read_object, rfc8785, violations
 
@@ -75,7 +75,8 @@ def build_artifact(
         if metrics
         else None,
     }
-    sealed = _seal(plan, body, ledger_head=trained.ledger_head, statements=_statements(plan), created_at=created_at)
+    said = [*_statements(plan), *([f"not evaluated: {trained.not_evaluated}"] if trained.not_evaluated else [])]
+    sealed = _seal(plan, body, ledger_head=trained.ledger_head, statements=said, created_at=created_at)
     if signing_key is not None:
         statement = {"hash": sealed["hash"], "job_id": sealed["job_id"]}
         sealed["signature"] = {
@@ -232,7 +233,7 @@ def _check_model(model: Mapping[str, Any], directory: Path | None) -> None:
             raise DigestError(f"{MODEL_FILE} cannot be read beside the artifact: {error.strerror}") from error
     if len(content) != model["bytes"] or hashlib.sha256(content).hexdigest() != model["sha256"]:
         raise DigestError("the model is not the one that the artifact is about")
-    from_safetensors(content)
+    parameters_of(content)
 
 
 def _check_coherence(artifact: Mapping[str, Any]) -> None:

@@ -11,6 +11,8 @@ from .standalone_json import load_schema, read_object, violations
 SCHEMA: Final = load_schema("train-job")
 SYNTHETIC: Final = "synthetic"
 """The dataset, and its task, that is generated."""
+CLASSIFICATION: Final = "classification"
+"""Another name of that task."""
 
 MAX_JOB_BYTES: Final = 1 << 16
 """A job is a few hundred bytes; whatever is larger is something else."""

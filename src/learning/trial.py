@@ -29,7 +29,9 @@ import torch
 from torch.overrides import TorchFunctionMode
 
 from ..errors import InvalidInput
+from ..protocol.faults import PLACE, TaskProblem
 from .kept import changed, state_of
+from .labels import wrong_dtype
 from .public_draws import public_normals, public_uniforms
 from .task import Loss
 
@@ -40,10 +42,13 @@ TOLERANCE: Final = 1e-6
 """Relative, between what is computed of a row alone and in company: ten digits above what float64 rounds off, and far
 below what mixing rows does."""
 
+_WITHOUT_DROPOUT: Final = "leave it out, or p=0; the noise of DP-SGD keeps a model from learning by heart as well"
+
 _ROWS: Final = max(COMPANIES)
-_KINDS: Final = ("normal", "binary", "blank")
-"""What the features of public rows are: for a model that takes no fractions, zeros and ones; for one that takes not
-even these, zeros alone."""
+_KINDS: Final = ("normal", "whole", "binary", "blank")
+"""What public rows are: features and labels any numbers (labels that are whole stay so); for a loss that takes no
+fractions, whole labels; for a model that takes none, features of zeros and ones; for one that takes not even these,
+zeros alone."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,9 +88,11 @@ def try_out(
         InvalidInput: a row's loss or gradient depends on others, on chance or on what was computed before; or none can
             be computed. Says where in the task's code, if that can be found. All it says is of public rows.
     """
-    if label_dtype.kind not in "iufb":
-        raise InvalidInput(f"labels are whole numbers for classes, or floats; here they are {label_dtype}")
-    _refuse_layers(model)
+    if wrong := wrong_dtype(label_dtype):
+        raise _refusal(TaskProblem.LABELS_NOT_NUMBERS, wrong)
+    refuse_layers(model)
+    if not parameters:
+        raise _refusal(TaskProblem.NOT_COMPUTABLE, "this model has no parameter that is trained (requires_grad)")
     trial = _Trial(model, loss, parameters)
     failed: Exception | None = None
     for own in (False, True):  # public parameters; the model's own, if nothing can be computed with those
@@ -104,10 +111,12 @@ def try_out(
                 except Exception as error:  # of the task's own code, which may raise anything
                     failed = error
     if failed is None:
-        raise InvalidInput("no loss of this model is a finite number, on public rows")
-    raise InvalidInput(
+        raise _refusal(TaskProblem.NOT_COMPUTABLE, "no loss of this model is a finite number, on public rows")
+    raise _refusal(
+        trial.why_not(shape),
         f"model and loss cannot be computed in float64, on public rows with features of shape {shape}: "
-        f"{type(failed).__name__}: {failed}{_raised_at(failed)}"
+        f"{type(failed).__name__}: {failed}",
+        where=_raised_at(failed),
     ) from failed
 
 
@@ -115,11 +124,22 @@ def checked_losses(losses: torch.Tensor, examples: int) -> torch.Tensor:
     """`losses` as they are; InvalidInput unless there is one for each example, shape (examples,)."""
     # A mean over the batch would make every clipped gradient a function of the other examples.
     if losses.shape != (examples,):
-        raise InvalidInput(
+        raise _refusal(
+            TaskProblem.LOSS_NOT_PER_EXAMPLE,
             f"a task's loss returns one value for each example, shape (n,), with no reduction; of {examples} it "
-            f"returned shape {tuple(losses.shape)}"
+            f"returned shape {tuple(losses.shape)}",
         )
     return losses
+
+
+def _refusal(problem: TaskProblem, text: str, *, where: str = "", advice: str = "") -> InvalidInput:
+    """What is refused, in words for the task's author; and in its metadata what others may hear of it.
+
+    Args:
+        where: " (file.py:12)", as the functions below find it; text of the task's own is never searched for a place.
+    """
+    found = PLACE.search(where)
+    return InvalidInput(f"{text}{where}{advice}", problem=problem.value, place=found[0] if found else "")
 
 
 class _Trial:
@@ -151,9 +171,11 @@ class _Trial:
             self._never_finite_alone(rows)
             return False
         if not all(torch.equal(*pair) for pair in zip(alone[0], again, strict=True)):
-            raise InvalidInput(
+            raise _refusal(
+                TaskProblem.RANDOM_DRAWN,
                 "DP-SGD cannot train this model: of the same row something else is computed the second time; it draws "
-                f"random numbers, or keeps something of the rows before it{self._somewhere()}"
+                "random numbers, or keeps something of the rows before it",
+                where=self._somewhere(),
             )
         for count in COMPANIES:
             self._compare(rows, count, alone)
@@ -170,10 +192,28 @@ class _Trial:
                     self._of(rows, [row])
         found = changed(before, state_of(model=self._model, loss=self._loss))
         if found:
-            raise InvalidInput(
+            raise _refusal(
+                TaskProblem.STATE_KEPT,
                 "DP-SGD cannot train this model: it keeps something of the rows that it computes, which the next row "
-                f"would meet ({', '.join(found[:3])}){self._somewhere()}"
+                f"would meet ({', '.join(found[:3])})",
+                where=self._somewhere(),
             )
+
+    def why_not(self, shape: tuple[int, ...]) -> TaskProblem:
+        """Of what cannot be computed of any row: the shape of its features, if the model already stops at it."""
+        for kind in _KINDS:
+            features, _ = _public_rows(kind, shape, np.dtype(np.int64))
+            try:
+                with torch.no_grad():
+                    self._model(features[:1])
+            except (RuntimeError, ValueError, IndexError) as error:
+                if "scalar type" in str(error):  # it is the dtype
+                    return TaskProblem.NOT_COMPUTABLE
+            except Exception:
+                return TaskProblem.NOT_COMPUTABLE
+            else:
+                return TaskProblem.NOT_COMPUTABLE
+        return TaskProblem.SHAPE_MISMATCH
 
     def _never_finite_alone(self, rows: tuple[torch.Tensor, torch.Tensor]) -> None:
         """Refuses what is a number for rows together and none for each by itself, as a deviation over the batch is."""
@@ -183,9 +223,11 @@ class _Trial:
         except Exception:
             return
         if _is_finite(together):
-            raise InvalidInput(
+            raise _refusal(
+                TaskProblem.ROWS_MIXED,
                 "DP-SGD cannot train this model: the loss of a row depends on the rows beside it, and is no finite "
-                f"number without them{self._where(rows, everybody)}"
+                "number without them",
+                where=self._where(rows, everybody),
             )
 
     def _alone(self, rows: tuple[torch.Tensor, torch.Tensor]) -> list[tuple[torch.Tensor, torch.Tensor]]:
@@ -201,10 +243,12 @@ class _Trial:
                 self._of(rows, pair)
             except Exception:
                 raise error from None
-            raise InvalidInput(
-                f"a row cannot be computed by itself, though two together can: {type(error).__name__}: {error}"
-                f"{self._where(rows, pair)}; squeeze() without an axis, for one, drops the axis of rows "
-                "where there is one row: squeeze(-1) keeps it"
+            raise _refusal(
+                TaskProblem.ROWS_MIXED,
+                f"a row cannot be computed by itself, though two together can: {type(error).__name__}: {error}",
+                where=self._where(rows, pair),
+                advice="; squeeze() without an axis, for one, drops the axis of rows where there is one row: "
+                "squeeze(-1) keeps it",
             ) from error
 
     def _of(self, rows: tuple[torch.Tensor, torch.Tensor], which: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
@@ -226,9 +270,12 @@ class _Trial:
         except InvalidInput:
             raise
         except Exception as error:
-            raise InvalidInput(
+            raise _refusal(
+                TaskProblem.ROWS_MIXED,
                 f"a row can be computed by itself, but not beside others ({count} rows): {type(error).__name__}: "
-                f"{error}{_raised_at(error)}; an axis of another length may be taken for that of the rows"
+                f"{error}",
+                where=_raised_at(error),
+                advice=f"; an axis of another length may be taken for that of the rows{self._rows_second()}",
             ) from error
         expected = torch.cat([found[0] for found in alone[:count]])
         gradients = torch.stack([found[1] for found in alone[:count]])
@@ -236,9 +283,12 @@ class _Trial:
         off = float(torch.linalg.vector_norm(gradient - gradients.sum(dim=0)))
         same = bool(((losses - expected).abs() <= TOLERANCE * (1.0 + expected.abs())).all())
         if not same or not off <= TOLERANCE * reach:
-            raise InvalidInput(
+            raise _refusal(
+                TaskProblem.ROWS_MIXED,
                 f"DP-SGD cannot train this model: the {'gradient' if same else 'loss'} of a row depends on the rows "
-                f"beside it ({count} rows){self._where(rows, list(range(count)))}"
+                f"beside it ({count} rows)",
+                where=self._where(rows, list(range(count))),
+                advice=self._rows_second(),
             )
 
     @contextlib.contextmanager
@@ -250,9 +300,10 @@ class _Trial:
         torch.set_rng_state(before)
         if drawn:
             named = [name for name, module in self._model.named_modules() if _drops(module)]
-            layers = f" (layer {', '.join(named)}: leave it out, or p=0)" if named else self._somewhere()
-            raise InvalidInput(
-                f"DP-SGD cannot train this model: it draws random numbers as it computes, as dropout does{layers}"
+            raise _refusal(
+                TaskProblem.RANDOM_DRAWN,
+                "DP-SGD cannot train this model: it draws random numbers as it computes, as dropout does",
+                where=f" (layer {', '.join(named)}: {_WITHOUT_DROPOUT})" if named else self._somewhere(),
             )
 
     @contextlib.contextmanager
@@ -264,9 +315,10 @@ class _Trial:
         for value, kept in before.values():
             value.copy_(kept)
         if changed:
-            raise InvalidInput(
+            raise _refusal(
+                TaskProblem.STATE_KEPT,
                 "DP-SGD cannot train this model: it keeps something of each row that it sees, as running statistics do "
-                f"(buffer {', '.join(changed[:3])}): track_running_stats=False, where that is what it is"
+                f"(buffer {', '.join(changed[:3])}): track_running_stats=False, where that is what it is",
             )
 
     def _where(self, rows: tuple[torch.Tensor, torch.Tensor], which: list[int]) -> str:
@@ -284,6 +336,11 @@ class _Trial:
         with torch.no_grad(), _Steps() as steps, contextlib.suppress(Exception):  # as far as it comes
             self._loss(self._model(features), labels)
         return list(steps.seen)
+
+    def _rows_second(self) -> str:
+        """A likely reason why rows are mixed: layers for which they are the second axis."""
+        named = [name for name, module in self._model.named_modules() if getattr(module, "batch_first", None) is False]
+        return f"; {', '.join(named)}: rows come second unless batch_first=True" if named else ""
 
     def _somewhere(self) -> str:
         """Where the task's own code begins, as far as it has any: a hint where no line is known."""
@@ -310,18 +367,20 @@ def _is_finite(found: tuple[torch.Tensor, torch.Tensor]) -> bool:
     return all(bool(torch.isfinite(values).all()) for values in found)
 
 
-def _refuse_layers(model: torch.nn.Module) -> None:
+def refuse_layers(model: torch.nn.Module) -> None:
     """By name, what is known to mix rows, or to keep something of them: a line of its own says what to take instead."""
     for name, module in model.named_modules():
         if getattr(module, "max_norm", None) is not None:
-            raise InvalidInput(
+            raise _refusal(
+                TaskProblem.LAYER_REFUSED,
                 f"DP-SGD cannot train this model: {type(module).__name__} ({name or 'the model'}) with max_norm "
-                "changes its weights by the rows that it sees, without noise; leave max_norm out"
+                "changes its weights by the rows that it sees, without noise; leave max_norm out",
             )
         if isinstance(module, torch.nn.modules.batchnorm._BatchNorm):
-            raise InvalidInput(
+            raise _refusal(
+                TaskProblem.LAYER_REFUSED,
                 f"DP-SGD cannot train this model: {type(module).__name__} ({name or 'the model'}) mixes the rows of a "
-                "batch; take GroupNorm or LayerNorm"
+                "batch; take GroupNorm or LayerNorm",
             )
 
 
@@ -338,7 +397,7 @@ def _public_rows(
     """Features, float64 of shape (rows, …), and labels, shape (rows,): whole numbers 0 and 1, or any numbers.
     `others`: rows of other values, and whole numbers up to 5."""
     values, name = _ROWS * math.prod(shape), "trial/others" if others else "trial/features"
-    if kind == "normal":
+    if kind in ("normal", "whole"):
         features = public_normals(values, name)
     else:
         features = np.round(public_uniforms(values, name)) * (kind == "binary")
@@ -418,7 +477,7 @@ def _code_of(function: Any) -> CodeType | None:
 def _is_the_tasks(file: Path) -> bool:
     """Whether a file is neither torch's, nor one of ours, nor made up."""
     libraries = (Path(torch.__file__).parent, Path(np.__file__).parent)
-    ours = file.parent == Path(__file__).parent
+    ours = Path(__file__).parents[1] in file.parents and file.parent != Path(__file__).parent / "tasks"
     return file.suffix == ".py" and not ours and not any(library in file.parents for library in libraries)
 
 

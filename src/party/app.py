@@ -16,11 +16,13 @@ from .. import __version__
 from ..communication.grpc_client import connect
 from ..communication.identity import Identity
 from ..communication.tls import TlsFiles
+from ..communication.validity import warnings_of
 from ..config import PartyConfig
 from ..config_database import located
 from ..files import open_state_directory, who_may_replace
 from ..jobs.executors.pool import WorkerPool
 from ..jobs.executors.settings import PoolSettings
+from ..logs import type_and_place
 from ..protocol.ledger import EntrySigner
 from ..storage.blobs import Blobs
 from ..storage.database import Database
@@ -31,6 +33,7 @@ from .accounts import PartyAccounts
 from .home import Home
 from .node import Node
 from .orders import OrderBook
+from .readiness import Readiness
 from .rounds import RoundWorker
 from .store import RoundMemory
 
@@ -62,8 +65,10 @@ class App:
             handlers="party.work",
             blobs_root=state / "blobs",
             workspace=state / "work",
-            preload=("learning.dpsgd", "learning.warm"),
+            preload=("learning.dpsgd",),
+            prepare={"learning.warm": list(config.datasets)},
         )
+        self._readiness = Readiness(config, self._pool)
         self._worker = RoundWorker(
             home=home,
             database=self._database,
@@ -72,9 +77,10 @@ class App:
             orders=OrderBook(metadata),
             blobs=self._blobs,
             pool=self._pool,
+            readiness=self._readiness,
         )
         self._sweeper = Sweeper(self._worker.uses, self._blobs)
-        self._sweeping: asyncio.Task[None] | None = None
+        self._beside: list[asyncio.Task[None]] = []
         self._node = Node(
             home=home,
             database=self._database,
@@ -82,6 +88,7 @@ class App:
             accounts=self._accounts,
             worker=self._worker,
             dial=self._dial,
+            readiness=self._readiness,
         )
 
     def _dial(self) -> grpc.aio.Channel:
@@ -108,19 +115,24 @@ class App:
             await asyncio.to_thread(self._blobs.collect, keep)
             self._log_start(lines, warnings)  # before the workers start, which takes seconds: somebody waits to see it
             await self._pool.start()
-            self._sweeping = asyncio.create_task(self._sweeper.run())
+            self._beside = [
+                asyncio.create_task(self._sweeper.run()),
+                asyncio.create_task(self._readiness.run()),
+            ]
+            for task in self._beside:
+                task.add_done_callback(_say_why_it_ended)
             await self._node.run()
         finally:
-            await self._stop_sweeping()
+            await self._stop_beside()
             await self._worker.stop()
             await self._pool.close()
             await self._database.close()
             LOG.info("stopped")
 
-    async def _stop_sweeping(self) -> None:
-        if self._sweeping is not None:
-            self._sweeping.cancel()
-            await asyncio.gather(self._sweeping, return_exceptions=True)
+    async def _stop_beside(self) -> None:
+        for task in self._beside:
+            task.cancel()
+        await asyncio.gather(*self._beside, return_exceptions=True)
 
     def _log_start(self, in_force: list[str], warnings: list[str]) -> None:
         config = self.config
@@ -128,7 +140,8 @@ class App:
         LOG.info("aggregator %s, custody %s, state in %s", config.server.address, config.keys.custody, config.state_dir)
         for line in in_force:
             LOG.info("in force for %s", line)
-        for warning in (*warnings, *config.exposed()):
+        tls = config.server.tls
+        for warning in (*warnings, *config.exposed(), *(warnings_of(tls.certificate, tls.ca) if tls else ())):
             LOG.warning("%s", warning)
         if config.policy.allow_without_dp:
             LOG.warning("rows may be trained on without differential privacy (policy.allow_without_dp)")
@@ -158,3 +171,9 @@ async def work(config: PartyConfig) -> None:
         loop.add_signal_handler(number, task.cancel)
     with contextlib.suppress(asyncio.CancelledError):
         await task
+
+
+def _say_why_it_ended(task: asyncio.Task[None]) -> None:
+    """Of what runs beside the node as long as that does: nobody waits for it, and nobody would hear."""
+    if not task.cancelled() and (error := task.exception()) is not None:
+        LOG.error("something beside this node has ended, start the party again: %s", type_and_place(error))

@@ -7,14 +7,18 @@ nobody is told while it does: neither the aggregator, by a party that does not c
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any, Final
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ..config import PartyConfig
-from ..errors import SottoError
-from ..learning.task import Dataset, Task, find_task, finite_rows, loss_of
+from ..errors import SottoError, TaskError
+from ..learning.installed import known_tasks
+from ..learning.labels import are_classes, complaint
+from ..learning.loading import needs, not_there, starting_from
+from ..learning.task import Dataset, Task, find_task, finite_rows, loss_for
 
 MAX_NAMED: Final = 10
 """Rows that are named of each fault; whoever mends these finds the others by asking again."""
@@ -33,8 +37,14 @@ def check_data(config: PartyConfig) -> Iterator[tuple[str, bool]]:
     """
     for task, dataset in config.datasets.items():
         options = {key: value for key, value in dataset.options.items() if value is not None}
-        found, fine = _findings(task, options, declared=dataset.declared_rows)
+        with starting_from(config.directory):
+            found, fine = _findings(task, options, declared=dataset.declared_rows)
         yield f"{task}: {found}", fine
+    for task in sorted(set(known_tasks()) - set(config.datasets)):
+        try:
+            find_task(task)
+        except TaskError as error:
+            yield f"{task}: is installed and not listed here; {_text(error, task)}", True
 
 
 def _findings(name: str, options: dict[str, Any], *, declared: int) -> tuple[str, bool]:
@@ -42,28 +52,40 @@ def _findings(name: str, options: dict[str, Any], *, declared: int) -> tuple[str
         task = find_task(name)
         rows = task.load_data(options)
         finite = finite_rows(rows.features, rows.labels)
-    except Exception as error:  # of the task's own code, which may raise anything
-        return f"cannot be loaded: {_text(error)}", False
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:  # of the task's own code, which may raise anything
+        missing = "; ".join(not_there(name, options, Path.cwd()))
+        return f"cannot be loaded: {_text(error, name)}{missing and f' ({missing})'}", False
     known = f"{len(rows)} rows ({declared} declared)"
     try:
-        counted = _counted(task, rows)
-    except Exception as error:  # likewise
-        return f"{known} cannot be trained on: {_text(error)}", False
+        counted, classes = _counted(task, rows)
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:  # likewise
+        return f"{known} cannot be trained on: {_text(error, name)}", False
     if counted.all():
         return f"{known}: the task's model takes them, and all of them count in training", True
+    no_class = finite & ~are_classes(rows.labels, classes) if classes is not None else np.zeros(len(rows), np.bool_)
     faults = {
         "a value is not finite": ~finite,
-        "loss or gradient cannot be computed, or is not finite": finite & ~counted,
+        "a label is no class of the model": no_class,
+        "loss or gradient cannot be computed, or is not finite": finite & ~counted & ~no_class,
     }
     named = "; ".join(_named(fault, np.flatnonzero(which)) for fault, which in faults.items() if which.any())
+    why = complaint(rows.labels, classes) if classes is not None else ""
     total = f"{np.count_nonzero(~counted)} of {known}"
-    return f"{total} count for nothing in training; by position, counted from 0: {named}", False
+    return f"{total} count for nothing in training; by position, counted from 0: {named}{why and f' ({why})'}", False
 
 
-def _counted(task: Task, rows: Dataset) -> NDArray[np.bool_]:
-    from ..learning.per_example import rows_that_count
+def _counted(task: Task, rows: Dataset) -> tuple[NDArray[np.bool_], int | None]:
+    """Which rows count in training; and the classes that there are, where the loss is the default one."""
+    from ..learning.per_example import classes_known, rows_that_count
+    from ..learning.whole import built
 
-    return rows_that_count(task.build_model(_SEED), rows, loss=loss_of(task))
+    model = built(task, _SEED)
+    loss = loss_for(task, model, rows)
+    return rows_that_count(model, rows, loss=loss), classes_known(model, rows, loss=loss)
 
 
 def _named(fault: str, rows: NDArray[np.intp]) -> str:
@@ -71,5 +93,9 @@ def _named(fault: str, rows: NDArray[np.intp]) -> str:
     return f"{fault} ({len(rows)}): {names}"
 
 
-def _text(error: Exception) -> str:
+def _text(error: BaseException, task: str) -> str:
+    if isinstance(error, TaskError):
+        return f"{error.message}: {error.private}"
+    if isinstance(error, ModuleNotFoundError) and error.name:
+        return needs(task, error.name)
     return f"{type(error).__name__}: {error.message if isinstance(error, SottoError) else error}"

@@ -6,11 +6,10 @@ import contextlib
 import json
 import logging
 from collections.abc import Iterable
-from datetime import UTC, datetime
 from typing import Any, Final
 
 from ..communication.generated import federation_pb2
-from ..communication.identity import Identity, certified, expired
+from ..communication.identity import Identity, certified
 from ..communication.messages import signed_from_proto
 from ..communication.tls import TlsFiles
 from ..config import PartyConfig
@@ -54,6 +53,8 @@ class Home:
         if config.keys.roster is not None:
             _, self._roster = load_roster(config.keys.roster)
             self._check_kit(self._roster)
+        else:
+            self.check_certificate()
 
     @property
     def name(self) -> str:
@@ -105,9 +106,15 @@ class Home:
             "federation": self.config.federation,
             "custody": self.config.keys.custody,
             "verify_key": self.signing_key.verify_key.hex(),
-            "key_id": self._keyring.key_id if self.pinned and self._keyring else "",
-            "roster_digest": self._roster.digest if self.pinned and self._roster else "",
+            **self._pins(),
         }
+
+    def _pins(self) -> dict[str, str]:
+        """What the kit pins, which is the same before this party joins and ever after: nothing that it learns. Empty
+        where there is no kit, and of the key in custody `aggregator`, whose kits hold none."""
+        if not self.pinned:
+            return {"key_id": "", "roster_digest": ""}
+        return {"key_id": self.roster.key_id, "roster_digest": self.roster.digest}
 
     def check_files(self) -> None:
         """Look at the kit's files as they are now, as at the start.
@@ -126,7 +133,7 @@ class Home:
             raise ConfigError(problem, problems=(problem,)) from error
 
     def check_certificate(self) -> None:
-        """Raises ConfigError when this party's certificate cannot be read, is another's, or has expired."""
+        """Raises ConfigError when this party's certificate cannot be read, is another's, or does not hold now."""
         problems = self._certificate_problems()
         if problems:
             raise ConfigError(
@@ -137,12 +144,13 @@ class Home:
         """What the party says of itself when it joins."""
         from .. import __version__
 
+        pins = self._pins()
         return federation_pb2.JoinRequest(
             protocol_version=PROTOCOL_VERSION,
             software_version=__version__,
             verify_key=self.signing_key.verify_key,
-            key_id=self._keyring.key_id if self.pinned and self._keyring else "",
-            roster_digest=self._roster.digest if self.pinned and self._roster else "",
+            key_id=pins["key_id"],
+            roster_digest=pins["roster_digest"],
             declared_rows={task: dataset.declared_rows for task, dataset in self.config.datasets.items()},
         )
 
@@ -190,8 +198,9 @@ class Home:
             raise KeyMaterialError("the aggregator verifies shares with other values than this party's kit has")
         if answer.aggregator_verify_key != roster.aggregator_verify_key:
             raise KeyMaterialError("the aggregator signs with another key than this party's roster pins")
-        if self._keyring is None:
-            self._keyring = keyring
+        if self._keyring is not None and keyring.key_id != self._keyring.key_id:  # its own, which it makes as it likes
+            LOG.warning("the aggregator has another public key than before: %s", keyring.key_id)
+        self._keyring = keyring
 
     def _acquaint(self, answer: federation_pb2.JoinResponse, keyring: Keyring) -> None:
         path = self.config.state_dir / ACQUAINTANCE_FILE
@@ -243,9 +252,6 @@ class Home:
         if tls is None:
             return []
         pem = TlsFiles(tls.certificate, tls.key, tls.ca).read()[0]
-        ended = expired(pem, now=datetime.now(UTC))
-        if ended is not None:
-            return [f"server.tls.certificate: expired on {ended:%Y-%m-%d %H:%M} UTC: ask your operator for a new one"]
         if not self.pinned:
             return []
         try:

@@ -21,12 +21,11 @@ def run(config_path: Path, *, name: str | None = None) -> None:
     from ..config import load_party_config
     from ..descriptors import raise_descriptor_limit
     from ..extras import require
-    from ..hardening import forbid_core_dumps, keep_files_private, quieten_grpc
+    from ..hardening import forbid_core_dumps, keep_files_private
     from ..logs import configure
 
     forbid_core_dumps()
     keep_files_private()
-    quieten_grpc()
     from .app import work
 
     config = load_party_config(config_path, name=name)

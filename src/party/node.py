@@ -6,15 +6,23 @@ import asyncio
 import logging
 import secrets
 import time
-from collections.abc import Awaitable, Callable
-from typing import Final
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from typing import Final, NoReturn
 
 import grpc
 
 from ..communication.generated import federation_pb2, federation_pb2_grpc
-from ..communication.messages import heads_from_proto, heads_to_proto, signed_from_proto
-from ..errors import PASSING, BudgetError, ConfigError, DeadlineError, LedgerError, SottoError, UnavailableError
+from ..communication.messages import heads_from_proto, heads_to_proto, signed_from_proto, standing_to_proto
+from ..errors import (
+    BudgetError,
+    ConfigError,
+    DeadlineError,
+    LedgerError,
+    SottoError,
+    UnavailableError,
+)
 from ..logs import on_behalf_of
+from ..protocol.faults import TaskStanding
 from ..protocol.plan import PLAN_KIND, signed_digest
 from ..protocol.roster import AGGREGATOR
 from ..protocol.signing import open_signed
@@ -23,8 +31,20 @@ from .accounts import PartyAccounts
 from .desk import ENDED, Desk
 from .home import Home
 from .means import Stub
+from .readiness import Readiness
 from .rounds import RoundWorker
-from .standing import LASTED_S, LASTING, Acceptance, Away, Ends, Patience, check_told, heartbeat_of, is_trouble
+from .standing import (
+    LASTED_S,
+    LASTING,
+    WAITED_OUT,
+    Acceptance,
+    Away,
+    Ends,
+    Patience,
+    check_told,
+    heartbeat_of,
+    passes,
+)
 from .store import RoundMemory
 
 LOG = logging.getLogger("sotto.party")
@@ -47,6 +67,7 @@ class Node:
         accounts: PartyAccounts,
         worker: RoundWorker,
         dial: Callable[[], grpc.aio.Channel],
+        readiness: Readiness | None = None,
     ) -> None:
         self._home = home
         self._database = database
@@ -54,8 +75,10 @@ class Node:
         self._accounts = accounts
         self._worker = worker
         self._dial = dial
+        self._readiness = readiness
         self._session_id = secrets.token_hex(8)
         self._last_sequence = 0
+        self._told: Mapping[str, TaskStanding] = {}
         self._patience = Patience()
         self._away = Away()
         self._acceptance = Acceptance(home)
@@ -86,7 +109,7 @@ class Node:
         new = self._away.note(error)
         found: SottoError | None = error if isinstance(error, LASTING) and not error.remote else None
         if found is None:
-            blamed = new and isinstance(error, SottoError) and error.remote and not isinstance(error, PASSING)
+            blamed = new and isinstance(error, SottoError) and error.remote and not isinstance(error, WAITED_OUT)
             found = await self._look_at_itself(thoroughly=blamed or self._away.suspected)
         if self._away.lasts(found) and found is not None:
             raise found
@@ -104,6 +127,7 @@ class Node:
         return None
 
     async def _session(self, stub: Stub) -> None:
+        await asyncio.to_thread(self._worker.check_room)
         try:
             heartbeat_s = await self._join(stub)
         except SottoError as error:
@@ -119,7 +143,34 @@ class Node:
             session_id=self._session_id, last_sequence=self._last_sequence, in_hand=in_hand
         )
         stream = stub.StreamAssignments(request)
-        iterator = stream.__aiter__()
+        telling = asyncio.create_task(self._tell(stub))
+        try:
+            await self._listen(stub, stream.__aiter__(), heartbeat_s)
+        finally:
+            telling.cancel()
+            await asyncio.gather(telling, return_exceptions=True)
+
+    async def _tell(self, stub: Stub) -> None:
+        """Tell the aggregator whenever something changes about what this party is ready for, since it joined."""
+        if self._readiness is None:
+            return
+        told, patience = self._told, Patience()
+        while True:
+            now = await self._readiness.change(told)
+            request = federation_pb2.TellReadinessRequest()
+            for task, standing in now.items():
+                request.tasks[task].CopyFrom(standing_to_proto(standing))
+            try:
+                await stub.TellReadiness(request)
+            except SottoError as error:  # an aggregator of before, say
+                LOG.debug("the aggregator was not told what this party is ready for: %s", error.message)
+                await asyncio.sleep(patience.next_s())
+            else:
+                told = now
+
+    async def _listen(
+        self, stub: Stub, iterator: AsyncIterator[federation_pb2.Assignment], heartbeat_s: float
+    ) -> NoReturn:
         while True:
             await self._desk.room()
             try:
@@ -137,9 +188,13 @@ class Node:
 
     async def _join(self, stub: Stub) -> float:
         request = self._home.introduction()
+        request.instance_id = self._session_id
         key = self._home.aggregator_key
         seen = await self._database.run(lambda c: self._accounts.aggregator_heads(c, key=key))
         request.aggregator_ledger.extend(heads_to_proto(seen))
+        self._told = self._readiness.standings if self._readiness else {}
+        for task, standing in self._told.items():
+            request.tasks[task].CopyFrom(standing_to_proto(standing))
         answer = await stub.Join(request)
         heartbeat_s = heartbeat_of(answer)
         self._home.accept(answer)
@@ -167,7 +222,7 @@ class Node:
                     await self._refresh_roster(stub, assignment, kind)
                     await self._work(stub, assignment, kind)
                 except SottoError as error:
-                    if not is_trouble(error):
+                    if not passes(error):
                         raise
                     await self._wait_out(error, kind, name, patience)
                 else:
@@ -201,7 +256,7 @@ class Node:
                 plan = signed_digest(signed_from_proto(getattr(assignment, kind).plan), PLAN_KIND)
                 await self._worker.failed(stub, name, stage=kind, plan=plan, error=error)
             except SottoError as failure:
-                if not is_trouble(failure):
+                if not passes(failure):
                     return
                 await self._wait_out(failure, "a report", name, patience)
             else:

@@ -7,6 +7,7 @@ import contextlib
 import logging
 from collections.abc import AsyncIterator, Callable
 from dataclasses import replace
+from typing import Final
 
 from sqlalchemy import Connection
 
@@ -23,6 +24,10 @@ from .rules import CheckedPlan, check_list, check_opening
 from .store import PartyRound, Stage
 
 LOG = logging.getLogger("sotto.party")
+
+LATE_ROUND_TIMEOUTS: Final = 2.0
+"""How long after the end of an order a holder may first hear of a round that was begun before, times the round's
+time-out: a round has that time from when a quorum can train it, and waits for that for a part of it."""
 
 
 class Openings:
@@ -93,7 +98,7 @@ class Openings:
         def note(connection: Connection) -> None:
             """Of a round that this party hears of only now, begun elsewhere before, the order counts it too."""
             row, opening = asked(connection)
-            late_s = ordered.spec.round_timeout_s if ordered else 0.0
+            late_s = LATE_ROUND_TIMEOUTS * ordered.spec.round_timeout_s if ordered else 0.0
             self._orders.begin(connection, ordered, checked.plan, now=self._clock(), late_s=late_s)
             self._means.memory.put(connection, replace(row, aggregate_root=aggregate.root, list=opening.list))
 

@@ -113,7 +113,7 @@ def _check_follows(plan: RoundPlan, spec: FederatedTrainingSpec, *, by: str, ros
             spec,
             job_id=plan.job_id,
             number=plan.round,
-            model=Model(plan.model_sha256, plan.model_bytes, plan.dimension),
+            model=Model(plan.model_sha256, plan.model_bytes, plan.dimension, plan.not_trained),
             roster=roster,
             scheme=scheme,
             noise=float(plan.noise.noise_multiplier if fedsgd else plan.local.noise_multiplier),
@@ -199,12 +199,12 @@ class OrderBook:
             return
         self._bind(connection, ordered, plan.job_id)
         order, digest, rounds = ordered.order, ordered.digest, self._rounds.c
-        begun = set(connection.execute(select(rounds.number).where(rounds.digest == digest)).scalars())
-        if plan.round in begun:
+        here = select(rounds.number).where(rounds.digest == digest, rounds.number == plan.round)
+        if connection.execute(here).first() is not None:
             return
         if now > order.expires + late_s:
             raise PlanError(f"the order of {order.scientist} expired at {order.expires_at}: no round begins for it")
-        if len(begun) >= order.most_rounds:
+        if self.rounds_begun(connection, digest) >= order.most_rounds:
             raise PlanError(f"the {order.most_rounds} rounds that {order.scientist} ordered have all begun")
         connection.execute(self._rounds.insert().values(digest=digest, number=plan.round))
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import replace
 from typing import Any, Final
 
@@ -14,17 +14,23 @@ from sqlalchemy import Connection
 from ..communication.generated import federation_pb2
 from ..communication.messages import signed_from_proto, signed_to_proto
 from ..communication.streams import blob_pieces
+from ..encryption.scheme import Layout
 from ..errors import (
     AbandonedError,
     BudgetError,
     OpeningError,
     PlanError,
     SottoError,
+    StateError,
+    StorageFullError,
+    TaskError,
     UnavailableError,
+    VersionError,
     WorkerError,
     meaning,
 )
 from ..jobs.executors.pool import WorkerPool
+from ..learning.loading import CHECK_DATA
 from ..protocol.batches import StoredBatch
 from ..protocol.canonical import finite
 from ..protocol.plan import ROOT_KIND, TRANSCRIPT_KIND, RootStatement, RoundPlan
@@ -39,6 +45,7 @@ from .home import Home
 from .means import PIECE_BYTES, Means, Stub, round_name
 from .openings import Openings
 from .orders import OrderBook, Ordered
+from .readiness import Readiness
 from .rules import (
     CheckedPlan,
     check_contribution,
@@ -47,12 +54,19 @@ from .rules import (
     describe,
 )
 from .store import PartyRound, RoundMemory, Stage, check_same
+from .trials import Trials
 from .work import dataset_options
 
 LOG = logging.getLogger("sotto.party")
 
 NO_CONTRIBUTION: Final = "this party could not compute its contribution"
 """All that anybody hears of a failure once data was touched: which failure it was may tell of a row."""
+
+ROOM_BYTES: Final = 1 << 20
+"""What a party writes before it joins, to see whether it can; and what is to be free beside its update."""
+
+ASK_AGAIN_S: Final = 1.0
+"""After an aggregator has said that too few can train a round, for which it takes its time, or should."""
 
 MOST_TRAININGS: Final = 3
 """As often may the training of one round begin, of which a stop of this process ends all but the last. Each shows how
@@ -75,6 +89,7 @@ class RoundWorker:
         orders: OrderBook,
         blobs: Blobs,
         pool: WorkerPool,
+        readiness: Readiness | None = None,
         clock: Callable[[], float] = time.time,
     ) -> None:
         self._home = home
@@ -84,16 +99,28 @@ class RoundWorker:
         self._orders = orders
         self._blobs = blobs
         self._pool = pool
+        self._readiness = readiness
         self._clock = clock
         self.uses = BlobUses(database, blobs, memory)
         self._means = Means(home=home, database=database, memory=memory, blobs=blobs, pool=pool, uses=self.uses)
+        self.trials = Trials(pool, self.uses)
         self._openings = Openings(self._means, orders, clock=clock)
         self._trainings: dict[tuple[str, int], asyncio.Task[PartyRound]] = {}
+
+    def check_room(self) -> None:
+        """Write something, and take it away again: a party that cannot write is of no use to a round, and stays away.
+
+        Raises:
+            StorageError: it could not be written.
+        """
+        with self._blobs.writer() as writer:
+            writer.write(bytes(ROOM_BYTES))
 
     async def stop(self) -> None:
         """End what runs whoever is connected; the rows stay as they are."""
         for key in list(self._trainings):
             await self._stop_training(*key)
+        await self.trials.stop()
         await self.uses.settled()
 
     # --- contribute ---------------------------------------------------------------------------------------------------
@@ -105,18 +132,20 @@ class RoundWorker:
         check_contribution(checked.plan, self._home.config)
         ordered = await self._means.check_order(work, checked)
         checked = replace(checked, scientist=ordered.order.scientist if ordered else "")
-        try:
-            row = await self._database.run(lambda c: self._begin(c, checked, ordered))
-        except BudgetError as error:
-            refused = error
-            await self._database.run(lambda c: self._accounts.refuse(c, checked, refused, now=self._clock()))
-            raise
-        if row.stage is Stage.FAILED:
-            await self._report(stub, name, "contribute", row.failure)
-            return
-        if row.stage is Stage.RESERVED:
-            LOG.info("contributing", extra={**describe(checked.plan), "ordered_by": checked.scientist or "nobody"})
-            await self._train(stub, checked, signed, row)
+        with self.uses.using(checked.plan.model_sha256):
+            fetch = _once(lambda: self._fetch(stub, checked.plan))
+            row = await self._accepted(checked, signed, ordered=ordered, fetch=fetch)
+            if row.stage is Stage.FAILED:
+                await self._report(stub, name, "contribute", row.failure)
+                return
+            if row.stage is Stage.RESERVED:
+                size = Layout.from_json(checked.plan.layout).body_bytes + ROOM_BYTES
+                await asyncio.to_thread(self._blobs.require_room, size)
+                if not row.trainings and not await self._quorum(stub, name):
+                    return
+            if row.stage is Stage.RESERVED:
+                LOG.info("contributing", extra={**describe(checked.plan), "ordered_by": checked.scientist or "nobody"})
+                await self._train(checked, signed, row, fetch=fetch)
         plan, disclose = checked.plan, self._home.config.policy.disclose_epsilon
         row, balance = await self._database.run(lambda c: self._about_to_tell(c, name, plan))
         request = federation_pb2.CommitRootRequest(
@@ -127,6 +156,48 @@ class RoundWorker:
             example_epsilon_left_delta=balance.left_delta if disclose else None,
         )
         await stub.CommitRoot(request)
+
+    async def _accepted(
+        self, checked: CheckedPlan, signed: Signed, *, ordered: Ordered | None, fetch: Callable[[], Awaitable[None]]
+    ) -> PartyRound:
+        """The round, charged; what keeps every round of a job from being computed is found before, at no cost."""
+        plan = checked.plan
+        known = await self._database.run(lambda c: self._memory.find(c, plan.job_id, plan.round))
+        if self._readiness is not None and (
+            known is None or known.stage is Stage.RESERVED
+        ):  # what is stored needs none
+            await self._readiness.require(plan.task)
+        if known is None:
+            rows = self._readiness.rows_of(plan.task) if self._readiness is not None else None
+            await self.trials.require(plan, signed, rows=rows, fetch=fetch)
+        try:
+            return await self._database.run(lambda c: self._begin(c, checked, ordered))
+        except BudgetError as error:
+            refused = error
+            await self._database.run(lambda c: self._accounts.refuse(c, checked, refused, now=self._clock()))
+            raise
+
+    async def _quorum(self, stub: Stub, name: federation_pb2.RoundName) -> bool:
+        """Waits until as many parties can train the round as it needs, for which nobody pays: what is reserved is given
+        back if the round ends before. False: it has ended."""
+        try:
+            while True:
+                answer = await stub.AwaitQuorum(federation_pb2.AwaitQuorumRequest(round=name))
+                if answer.reached:
+                    return True
+                await asyncio.sleep(ASK_AGAIN_S)
+        except StateError as error:
+            LOG.info("it does not begin: %s", error.message, extra={"job": name.job_id, "round": name.round})
+            return False
+        except VersionError:  # an aggregator of before, which lets everybody begin at once
+            return True
+
+    async def _fetch(self, stub: Stub, plan: RoundPlan) -> None:
+        """The plan's model; it counts as used by whoever asks."""
+        name = federation_pb2.RoundName(job_id=plan.job_id, round=plan.round)
+        pieces = stub.DownloadModel(federation_pb2.DownloadModelRequest(round=name))
+        limit = self._home.config.limits.max_update_bytes
+        await self._means.download(pieces, max_bytes=limit, expected_sha256=plan.model_sha256)
 
     def _begin(self, connection: Connection, checked: CheckedPlan, ordered: Ordered | None) -> PartyRound:
         """The remembered round, or a new one with its charges, counted on its order; all in one transaction."""
@@ -156,20 +227,19 @@ class RoundWorker:
         self._accounts.spend(connection, row.job_id, row.number, now=self._clock(), reason="its root is told")
         return row, self._accounts.example_balance(connection, plan.task, delta=float(plan.local.delta))
 
-    async def _train(self, stub: Stub, checked: CheckedPlan, signed: Signed, row: PartyRound) -> None:
+    async def _train(
+        self, checked: CheckedPlan, signed: Signed, row: PartyRound, *, fetch: Callable[[], Awaitable[None]]
+    ) -> None:
         """Fetch the model and train, or wait for the training that is under way: it goes on without a connection. Else
         whoever breaks that could time the same round again and again, for one charge."""
         plan, key = checked.plan, (row.job_id, row.number)
         options = dataset_options(self._home.config.datasets[plan.task].options, plan)
-        limit = self._home.config.limits.max_update_bytes
-        with self.uses.using(plan.model_sha256):
-            if key not in self._trainings:
-                pieces = stub.DownloadModel(federation_pb2.DownloadModelRequest(round=round_name(row)))
-                await self._means.download(pieces, max_bytes=limit, expected_sha256=plan.model_sha256)
-            if key not in self._trainings:
-                self._trainings[key] = asyncio.create_task(self._contribution(checked, signed, options))
-                self._trainings[key].add_done_callback(lambda done: self._training_ended(key, done))
-            await asyncio.shield(self._trainings[key])
+        if key not in self._trainings:
+            await fetch()
+        if key not in self._trainings:
+            self._trainings[key] = asyncio.create_task(self._contribution(checked, signed, options))
+            self._trainings[key].add_done_callback(lambda done: self._training_ended(key, done))
+        await asyncio.shield(self._trainings[key])
 
     def _training_ended(self, key: tuple[str, int], task: asyncio.Task[PartyRound]) -> None:
         """What came of it is in the round's row, also if nobody waits for it any more."""
@@ -191,6 +261,7 @@ class RoundWorker:
             **self._means.params(checked, signed),
             "name": self._home.name,
             "options": options,
+            "directory": str(self._home.config.directory),
             "declared_rows": self._home.config.datasets[plan.task].declared_rows,
         }
         with self.uses.using(plan.model_sha256), self.uses.storing():
@@ -202,8 +273,11 @@ class RoundWorker:
                 return await self._database.run(lambda c: self._commit(c, plan, batch))
             except (AbandonedError, UnavailableError):  # this process is being stopped: it is done again
                 raise
+            except StorageFullError as error:  # what is written here is the batch, and its size is public
+                LOG.error("no contribution: %s", error.message, extra={"job": row.job_id, "round": row.number})
+                raise await self._spent_in_vain(row) from None
             except Exception as error:
-                raise await self._failed_on_data(row, error) from None
+                raise await self._failed_on_data(row, error, task=plan.task) from None
 
     def _begin_training(self, connection: Connection, plan: RoundPlan) -> PartyRound:
         row = self._memory.find(connection, plan.job_id, plan.round)
@@ -234,12 +308,20 @@ class RoundWorker:
         self._memory.put(connection, row)
         return row
 
-    async def _failed_on_data(self, row: PartyRound, error: Exception) -> WorkerError:
+    async def _failed_on_data(self, row: PartyRound, error: Exception, *, task: str) -> WorkerError:
         """What is said of a failure that a row may have caused; that it happened is told, so the round is spent."""
-        failure = WorkerError(NO_CONTRIBUTION)
         # Of the worker's own errors the private text is a place in the code or an exit status; others may quote a row.
         detail = error.private if isinstance(error, WorkerError) else ""
-        LOG.error("no contribution: %s %s", type(error).__name__, detail, extra={"job": row.job_id})
+        advice = "" if CHECK_DATA in detail else f"; {CHECK_DATA}"
+        text = f"no contribution: {type(error).__name__} {detail}{advice}"
+        LOG.error("%s", text, extra={"job": row.job_id, "round": row.number, "task": task})
+        if self._readiness is not None:
+            self._readiness.look_again(task)
+        return await self._spent_in_vain(row)
+
+    async def _spent_in_vain(self, row: PartyRound) -> WorkerError:
+        """Enter that a round has failed after data was touched; returns the one thing that is told of it."""
+        failure = WorkerError(NO_CONTRIBUTION)
         said = (meaning(failure).reason, failure.message)
 
         def note(connection: Connection) -> None:
@@ -382,11 +464,29 @@ class RoundWorker:
                 self._memory.put(connection, replace(row, stage=Stage.FAILED, failure=failure))
 
         await self._database.run(note)
-        await self._report(stub, name, stage, failure)
+        public = error.metadata if isinstance(error, TaskError) else {}
+        await self._report(stub, name, stage, failure, **{each: public.get(each, "") for each in ("problem", "place")})
 
-    async def _report(self, stub: Stub, name: federation_pb2.RoundName, stage: str, failure: tuple[str, str]) -> None:
-        request = federation_pb2.ReportFailureRequest(round=name, reason=failure[0], message=failure[1], stage=stage)
+    async def _report(
+        self, stub: Stub, name: federation_pb2.RoundName, stage: str, failure: tuple[str, str], **public: str
+    ) -> None:
+        request = federation_pb2.ReportFailureRequest(
+            round=name, reason=failure[0], message=failure[1], stage=stage, **public
+        )
         await stub.ReportFailure(request)
+
+
+def _once(work: Callable[[], Awaitable[None]]) -> Callable[[], Awaitable[None]]:
+    """It is done when it is asked for first, and not again once it is done."""
+    done = False
+
+    async def ask() -> None:
+        nonlocal done
+        if not done:
+            await work()
+            done = True
+
+    return ask
 
 
 def _shown(row: PartyRound) -> dict[str, str]:

@@ -31,6 +31,9 @@ from ..errors import (
     SignatureError,
     SottoError,
     StorageError,
+    StorageFullError,
+    TwinError,
+    UnavailableError,
     VersionError,
     WorkerError,
     meaning,
@@ -52,6 +55,10 @@ QUIET_S: Final = 1.0
 TROUBLED: Final = (*PASSING, DeadlineError, StorageError, LedgerError, WorkerError)
 """What an aggregator raises that says only how the aggregator is. So does an error without a reason that is known."""
 
+WAITED_OUT: Final = (*PASSING, TwinError)
+"""What says nothing against this party, its kit or its ledger, and is not worth a line in the first moment: an
+aggregator that is away, or has not yet noticed that the process before this one is gone."""
+
 MISFITS: Final = (KeyMaterialError, PolicyError, SignatureError, VersionError)
 """What `Home.accept` finds: the aggregator is another one than this party's kit is for, or of another version."""
 
@@ -72,6 +79,12 @@ def is_trouble(error: BaseException) -> bool:
     """Whether an error is the aggregator's own, so that the same is to be tried again: its disk, its workers, its being
     away. What the party found out itself never is."""
     return isinstance(error, SottoError) and error.remote and (isinstance(error, TROUBLED) or type(error) is SottoError)
+
+
+def passes(error: BaseException) -> bool:
+    """Whether the same is to be tried again: trouble of the aggregator's, or for a moment of this party's own disk or
+    database, which is full or locked."""
+    return is_trouble(error) or isinstance(error, StorageFullError | UnavailableError)
 
 
 class Patience:
@@ -115,7 +128,7 @@ class Away:
         key = _key(error)
         if self._said == key:
             return False
-        if isinstance(error, PASSING) and self._said is None and now - self._since < QUIET_S:
+        if isinstance(error, WAITED_OUT) and self._said is None and now - self._since < QUIET_S:
             LOG.debug("waiting for the aggregator: %s", error)
             return False
         self._said = key
@@ -145,21 +158,28 @@ class Away:
 def _key(error: BaseException) -> tuple[str, ...]:
     """What makes it another reason: of an absence, not the words, which name ports and system errors."""
     reason = meaning(error).reason if isinstance(error, SottoError) else type(error).__name__
-    return (reason,) if isinstance(error, PASSING) else (reason, str(error))
+    return (reason,) if isinstance(error, WAITED_OUT) else (reason, str(error))
 
 
 def _level(error: BaseException) -> int:
+    if isinstance(error, StorageError) and not error.remote:
+        return logging.ERROR
     if isinstance(error, PASSING):
         return logging.INFO
-    return logging.WARNING if is_trouble(error) and not isinstance(error, LedgerError) else logging.ERROR
+    mild = isinstance(error, TwinError) or (is_trouble(error) and not isinstance(error, LedgerError))
+    return logging.WARNING if mild else logging.ERROR
 
 
 def _words(error: BaseException) -> str:
     if not isinstance(error, SottoError):
         return f"the session with the aggregator failed ({type(error).__name__}); it is tried again"
     reason = meaning(error).reason
+    if isinstance(error, TwinError):
+        return f"no work is done by this process as long as {error.message} [{reason}]"
     if isinstance(error, LedgerError):
         return f"no work is done as long as the aggregator says so: {error.message} [{reason}]"
+    if isinstance(error, StorageError) and not error.remote:
+        return f"this party stays away as long as it cannot write: {error.message} [{reason}]"
     if isinstance(error, PASSING):
         return f"waiting for the aggregator: {error.message}"
     if is_trouble(error):

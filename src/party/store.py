@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 from dataclasses import asdict, dataclass
 from enum import StrEnum
 from typing import Any, Final
@@ -131,8 +131,8 @@ class RoundMemory:
         query = select(self._table.c.content).where(self._table.c.ended == "")
         return [PartyRound.from_json(json.loads(content)) for content in connection.execute(query).scalars()]
 
-    def blobs(self, connection: Connection) -> set[str]:
-        """Digests of the blobs that rounds not yet ended may still need."""
+    def blobs(self, connection: Connection, *, among: Set[str] | None = None) -> set[str]:
+        """Digests of the blobs that rounds not yet ended may still need, whichever are asked about: there are few."""
         rows = self.open_rounds(connection)
         return {row.batch["sha256"] for row in rows if row.batch} | {row.share for row in rows if row.share}
 

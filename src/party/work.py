@@ -16,12 +16,12 @@ from numpy.typing import NDArray
 
 from ..encryption.keys import KeyShare
 from ..encryption.scheme import Layout
-from ..errors import InvalidInput
+from ..errors import InvalidInput, StateError, StorageFullError, WorkerError
 from ..jobs.executors.units import Handler, WorkContext
-from ..learning.flatten import flatten, from_safetensors, load_tensors, model_to_tensors
+from ..learning.flatten import flatten, model_to_tensors
 from ..learning.settings import LocalTraining
 from ..learning.task import chosen_options
-from ..logs import muted
+from ..logs import muted, type_and_place
 from ..privacy.clipping import clip, l2_norm
 from ..privacy.entropy import Entropy, SystemEntropy
 from ..privacy.noise import discrete_gaussian
@@ -33,9 +33,10 @@ from ..protocol.derive import adaptation_of, own_batch_cap
 from ..protocol.keyring import load_share
 from ..protocol.plan import RoundPlan, share_binding
 from ..protocol.units import Params, unit_plan, unit_processes, unit_scheme
+from .trial_work import load_plans_model, try_task
 
 if TYPE_CHECKING:
-    from ..learning.task import Task
+    from ..learning.task import Dataset, Task
 
 Result = dict[str, Any]
 
@@ -43,14 +44,18 @@ Result = dict[str, Any]
 def contribute(params: Params, context: WorkContext) -> Result:
     """Train, clip, encode, add the noise share, protect, store.
 
-    {plan, plan_digest, public, name, options, declared_rows} → the stored batch. The plaintext update or gradient sum
-    lives and dies in this function. What encryption needs beside it is prepared on idle cores while the model trains.
+    {plan, plan_digest, public, name, options, directory, declared_rows} → the stored batch. `directory` is where
+    relative paths in options start; without it, the working directory. The plaintext update or gradient sum lives and
+    dies in this function. What encryption needs beside it is prepared on idle cores while the model trains.
     """
     plan, entropy = unit_plan(params), SystemEntropy()
     scheme = unit_scheme(params, plan)
     with scheme.prepare(Layout.from_json(plan.layout), entropy=entropy) as prepared:
-        with muted():
-            values = contribution(plan, params, context, entropy=entropy)
+        try:
+            with muted():
+                values = contribution(plan, params, context, entropy=entropy)
+        except StorageFullError as error:  # raised by the task: that there is no room is said of the batch alone
+            raise WorkerError("the contribution could not be computed", private=type_and_place(error)) from error
         batch = write_batch(
             scheme,
             plan,
@@ -111,31 +116,27 @@ def _with_share(values: NDArray[np.int64], plan: RoundPlan, entropy: Entropy) ->
 def _model(plan: RoundPlan, context: WorkContext) -> tuple[Task, Any, NDArray[np.float32]]:
     """The plan's task, the global model (a torch module), and its parameters, shape (dimension,)."""
     from ..learning.task import find_task
+    from ..learning.whole import built
 
     task = find_task(plan.task)
-    model = task.build_model(plan.seed)
-    tensors = from_safetensors(context.blobs.read(plan.model_sha256))
-    load_tensors(model, tensors)
-    parameters, _ = flatten(tensors)
-    if parameters.size != plan.dimension:
-        raise InvalidInput(f"the model has {parameters.size} parameters, the plan says {plan.dimension}")
-    return task, model, parameters
+    model = built(task, plan.seed)
+    return task, model, load_plans_model(model, context.blobs.read(plan.model_sha256), plan)
 
 
 def _sampled_gradients(
     plan: RoundPlan, params: Params, context: WorkContext, *, batch_cap: int, entropy: Entropy
 ) -> NDArray[np.float64]:
     from ..learning.gradients import clipped_gradient_sum
-    from ..learning.task import loss_of
+    from ..learning.task import loss_for
 
     task, model, _ = _model(plan, context)
-    dataset = task.load_data(params["options"])
+    task, dataset = _held_rows(task, plan, params, context)
     chosen = poisson_sample(len(dataset), sampling_rate=float(plan.local.sampling_rate), entropy=entropy)
     return clipped_gradient_sum(
         model,
         dataset,
         chosen,
-        loss=loss_of(task),
+        loss=loss_for(task, model, dataset),
         max_grad_norm=float(plan.local.max_grad_norm),
         padded_to=batch_cap,
     )
@@ -143,7 +144,7 @@ def _sampled_gradients(
 
 def _train(plan: RoundPlan, params: Params, context: WorkContext, entropy: Entropy) -> NDArray[np.float32]:
     from ..learning.dpsgd import train_dpsgd
-    from ..learning.task import loss_of
+    from ..learning.task import loss_for
 
     task, model, before = _model(plan, context)
     local = plan.local
@@ -155,10 +156,44 @@ def _train(plan: RoundPlan, params: Params, context: WorkContext, entropy: Entro
         noise_multiplier=float(local.noise_multiplier),
         declared_rows=int(params["declared_rows"]),
     )
-    dataset = task.load_data(params["options"])
-    train_dpsgd(model, dataset, loss=loss_of(task), config=config, entropy=entropy)
+    task, dataset = _held_rows(task, plan, params, context)
+    train_dpsgd(model, dataset, loss=loss_for(task, model, dataset), config=config, entropy=entropy)
     after, _ = flatten(model_to_tensors(model))
     return after - before
+
+
+def _held_rows(task: Task, plan: RoundPlan, params: Params, context: WorkContext) -> tuple[Task, Dataset]:
+    """The party's rows, and the instance of the task that loaded them. Raises WorkerError as `_rows`."""
+    from .rows import held_rows
+
+    return held_rows(
+        task,
+        name=plan.task,
+        options=params["options"],
+        directory=Path(params.get("directory", ".")).absolute(),
+        job=plan.job_id,
+        kept=context.kept,
+        load=lambda: _rows(task, params, name=plan.task),
+    )
+
+
+def _rows(task: Task, params: Params, *, name: str) -> Dataset:
+    """The party's rows.
+
+    Raises:
+        WorkerError: they cannot be loaded; `private` says why, as far as that depends on no row.
+    """
+    from ..learning.loading import starting_from, why_not_loaded
+
+    options, directory = params["options"], params.get("directory", ".")
+    try:
+        with starting_from(directory):
+            return task.load_data(options)
+    except MemoryError:
+        raise
+    except BaseException as error:  # of the task's own code, which may raise anything
+        why = why_not_loaded(error, task=name, options=options, directory=directory)
+        raise WorkerError("the rows could not be loaded", private=why) from None
 
 
 def dataset_options(own: Mapping[str, Any], plan: RoundPlan) -> dict[str, Any]:
@@ -175,6 +210,28 @@ def dataset_options(own: Mapping[str, Any], plan: RoundPlan) -> dict[str, Any]:
     if not isinstance(asked, dict):
         raise InvalidInput("the job's task options are not a JSON object")
     return chosen_options(own, asked, task=plan.task, owner="this party", key=f"datasets.{plan.task}.options")
+
+
+def check_code(params: Params, context: WorkContext) -> Result:
+    """{task} → {problem, place, said, rows}: what to say to others if the task's rows do not go with it, and to their
+    owner (empty where nothing is), and what the task says that a row looks like (`RowKind`, or null). No data is
+    touched, nor was in this worker before: a task may keep something of rows that it loaded. TaskError where the task
+    cannot be trained on whatever the rows are."""
+    from ..learning.readiness import check_code as check
+
+    if not context.untouched:
+        raise StateError("a task's code is looked at in a worker of its own")
+    found, rows = check(params["task"])
+    told = {key: found.metadata[key] if found else "" for key in ("problem", "place")}
+    return {**told, "said": found.private if found else "", "rows": rows.to_json() if rows else None}
+
+
+def check_rows(params: Params, context: WorkContext) -> Result:
+    """{task, options, directory} → what a row looks like (`RowKind`), and nothing of a row; TaskError where the rows
+    cannot be loaded, or do not go with model and loss."""
+    from ..learning.readiness import check_rows as check
+
+    return check(params["task"], params["options"], directory=params["directory"]).to_json()
 
 
 def recompute(params: Params, context: WorkContext) -> Result:
@@ -213,6 +270,9 @@ def open_share(params: Params, context: WorkContext) -> Result:
 
 HANDLERS: Final[dict[str, Handler]] = {
     "contribute": contribute,
+    "check_code": check_code,
+    "check_rows": check_rows,
     "recompute": recompute,
     "open_share": open_share,
+    "try_task": try_task,
 }

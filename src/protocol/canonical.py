@@ -53,8 +53,9 @@ def digest(value: Mapping[str, Any], *, domain: str) -> str:
     return hashlib.sha256(f"sotto/v1/{domain}\n".encode() + canonical_bytes(value)).hexdigest()
 
 
-def real(value: float) -> str:
-    """A float as statements carry it: the shortest decimal that reads back as the same double."""
+def real(value: float | str) -> str:
+    """A float, or its text (`number_or_inf`), as statements carry it: the shortest decimal that reads back as the same
+    double."""
     return repr(float(value))
 
 

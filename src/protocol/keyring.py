@@ -43,7 +43,7 @@ class Keyring:
     def load(cls, path: Path, *, insecure_small: bool = False) -> Keyring:
         """From a file of a kit; KeyMaterialError when it does not hold a key."""
         try:
-            value = json.loads(path.read_text())
+            value = json.loads(path.read_text("utf-8"))
         except (OSError, ValueError) as error:
             raise KeyMaterialError(f"{path} does not hold a public key") from error
         if not isinstance(value, dict):
@@ -79,7 +79,7 @@ class Keyring:
 def load_share(path: Path) -> KeyShare:
     """A key share from a file of a kit; KeyMaterialError when it does not hold one."""
     try:
-        return KeyShare.from_json(json.loads(path.read_text()))
+        return KeyShare.from_json(json.loads(path.read_text("utf-8")))
     except (OSError, ValueError) as error:
         raise KeyMaterialError(f"{path} does not hold a key share") from error
 
@@ -87,6 +87,6 @@ def load_share(path: Path) -> KeyShare:
 def load_private_key(path: Path, *, insecure_small: bool = False) -> PrivateKey:
     """A key pair from the state directory of custody `aggregator`; KeyMaterialError when it does not hold one."""
     try:
-        return PrivateKey.from_json(json.loads(path.read_text()), insecure_small=insecure_small)
+        return PrivateKey.from_json(json.loads(path.read_text("utf-8")), insecure_small=insecure_small)
     except (OSError, ValueError) as error:
         raise KeyMaterialError(f"{path} does not hold a key pair") from error

@@ -132,6 +132,8 @@ class RoundPlan:
         gradient_sum: of strategy fedsgd; None, and no part of the statement, under fedavg.
         adaptive_clipping: of fedavg with a clipping norm that follows the updates' norms; None, and no part of the
             statement, without.
+        not_trained: digest (hex) of what is not trained of the model (`learning.model_file.digest_of`), which everybody
+            builds by themselves; empty, and no part of the statement, where there is nothing, or it is not known.
         order: digest (hex) of the order that a scientist signed for the job; empty, and no part of the statement, where
             nobody did.
     """
@@ -164,14 +166,16 @@ class RoundPlan:
     gradient_sum: GradientSum | None = None
     adaptive_clipping: NormAdaptation | None = None
     order: str = ""
+    not_trained: str = ""
 
     def to_statement(self) -> dict[str, Any]:
         """Canonical-JSON-able."""
         statement = asdict(self)
         if self.adaptive_clipping is None:  # as plans were before there was any, or a second strategy: digests stay
             del statement["adaptive_clipping"]
-        if not self.order:
-            del statement["order"]
+        for name in ("order", "not_trained"):
+            if not statement[name]:
+                del statement[name]
         if self.gradient_sum is None:
             del statement["gradient_sum"]
             return statement
@@ -182,7 +186,7 @@ class RoundPlan:
         """Raises InvalidInput when a field is missing, unknown, or of another type."""
         try:
             content = dict(value)
-            if not _HEAD.fullmatch(content.get("order", _ANY_DIGEST)):
+            if not all(_HEAD.fullmatch(content.get(name, _ANY_DIGEST)) for name in ("order", "not_trained")):
                 raise ValueError("no digest")
             if {"strategy", "gradient_sum"} & content.keys():  # both, or (fedavg) neither
                 if content.pop("strategy") != FEDSGD:

@@ -189,7 +189,7 @@ def load_roster(path: Path) -> tuple[Signed, Roster]:
         KeyMaterialError: when the file is not a pinned roster; SignatureError when its signature does not verify.
     """
     try:
-        content = json.loads(path.read_text())
+        content = json.loads(path.read_text("utf-8"))
         signed = Signed.from_json(content["roster"])
         key = bytes.fromhex(content["operator_verify_key"])
     except (ValueError, KeyError, TypeError, InvalidInput) as error:

@@ -136,8 +136,9 @@ NOTES: Final = (
     "Relative paths start from this file's directory. SOTTO__SECTION__KEY in the environment overrides a value.",
 )
 DATASET_NOTE: Final = (
-    "The example is the demonstration's task: this party's part of the public RAND Health Insurance data. For data of",
-    "your own, register a task (entry point group sotto.tasks) and put its short name and options here.",
+    "The example is the demonstration's task: this party's part of the public RAND Health Insurance data, which",
+    "pip install 'sotto-fl[randhie]' brings. For data of your own, register a task (entry point group sotto.tasks) and",
+    "put its short name and options here.",
 )
 
 

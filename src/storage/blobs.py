@@ -14,6 +14,7 @@ import hashlib
 import os
 import re
 import secrets
+import shutil
 import threading
 import weakref
 from collections.abc import Iterable, Iterator, Set
@@ -33,7 +34,8 @@ Mark = tuple[int, int, int]
 
 _DIGEST: Final = re.compile(r"[0-9a-f]{64}")
 _TEMPORARY: Final = ".incoming-"
-_NO_ROOM: Final = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EMFILE, errno.ENFILE})
+_PASSES: Final = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EMFILE, errno.ENFILE, errno.EROFS, errno.EIO})
+"""What `StorageFullError` is raised for; `sqlite` and `postgresql` have the same in their own words."""
 _FULL_SYNC: Final = getattr(fcntl, "F_FULLFSYNC", None)  # macOS: fsync alone leaves the data in the drive's cache
 
 
@@ -155,7 +157,7 @@ class BlobWriter:
     @contextlib.contextmanager
     def _working(self) -> Iterator[None]:
         try:
-            with self._lock, _storing():
+            with self._lock, _translated("stored"):
                 if self._over:
                     raise StateError("this blob is committed or aborted already")
                 yield
@@ -189,6 +191,18 @@ class Blobs:
 
     def __init__(self, root: Path) -> None:
         self.root = root
+
+    def require_room(self, size: int) -> None:
+        """Refuse to begin what ends in a blob of `size` bytes that the file system has no room for now.
+
+        Raises:
+            StorageFullError: it has not. (A quota is met when the blob is written.)
+        """
+        with _translated("stored"):
+            directory = next(each for each in (self.root, *self.root.parents) if each.is_dir())
+            free = shutil.disk_usage(directory).free
+        if free < size:
+            raise StorageFullError(f"there is no room for a blob of {size} bytes: {free} are free")
 
     def writer(self) -> BlobWriter:
         """Begins a blob whose digest is known when it ends."""
@@ -242,7 +256,7 @@ class Blobs:
             NotFoundError: no such blob.
             StorageError: its bytes do not have the digest they are stored under.
         """
-        with self.open(sha256) as file:
+        with _translated("read"), self.open(sha256) as file:
             data = file.read()
         if hashlib.sha256(data).hexdigest() != sha256:
             raise _damaged(sha256)
@@ -255,7 +269,7 @@ class Blobs:
             NotFoundError, StorageError: as `read`.
         """
         digest, size = hashlib.sha256(), 0
-        with self.open(sha256) as file:
+        with _translated("read"), self.open(sha256) as file:
             while chunk := file.read(CHUNK_BYTES):
                 digest.update(chunk)
                 size += len(chunk)
@@ -355,13 +369,17 @@ def _locked(directory: Path, lock: int) -> Iterator[int]:
 
 
 @contextlib.contextmanager
-def _storing() -> Iterator[None]:
-    """Turns what the file system refuses into a `StorageError`; the path goes to the log only."""
+def _translated(what: str) -> Iterator[None]:
+    """Turns what the file system refuses into a `StorageError`; the path goes to the log only.
+
+    Args:
+        what: cannot be done with a blob.
+    """
     try:
         yield
     except OSError as error:
-        kind = StorageFullError if error.errno in _NO_ROOM else StorageError
-        raise kind(f"a blob cannot be stored: {error.strerror}", private=str(error)) from error
+        kind = StorageFullError if error.errno in _PASSES else StorageError
+        raise kind(f"a blob cannot be {what}: {error.strerror}", private=str(error)) from error
 
 
 def _missing(sha256: str) -> NotFoundError:

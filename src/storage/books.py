@@ -186,9 +186,10 @@ class Books:
         for key in self._charged(connection, job_id, number):
             self.store.add(connection, ledger.finalise(self.store.standing(connection), key, at=at, reason=reason))
 
-    def give_back(self, connection: Connection, job_id: str, number: int, *, at: str, reason: str) -> None:
+    def give_back(self, connection: Connection, job_id: str, number: int, *, at: str, reason: str) -> bool:
         """Give back what a round reserved, of which nothing was shown. Of more than `RETURNS_A_DAY`, or more than
-        `RETURNS_OF_A_JOB_A_DAY` of its job, it is spent instead. Raises LedgerError once it is final."""
+        `RETURNS_OF_A_JOB_A_DAY` of its job, it is spent instead, and False comes back. Raises LedgerError once it is
+        final."""
         standing = self.store.standing(connection)
         keys = standing.of_round(job_id, number)
         is_open = any(standing.charges[key].settled is None for key in keys)
@@ -197,10 +198,11 @@ class Books:
         ):
             self.spend(connection, job_id, number, at=at, reason="not given back: too many rounds were, today")
             self.release(connection, job_id, number, figures={"shown": "nothing"}, at=at)  # a reset ends it
-            return
+            return False
         for key in keys:
             entry = ledger.give_back(self.store.standing(connection), key, at=at, reason=reason[:LONGEST_TEXT])
             self.store.add(connection, entry)
+        return True
 
     def release(self, connection: Connection, job_id: str, number: int, *, figures: Mapping[str, str], at: str) -> None:
         """Enter what was shown of a round. Raises LedgerError unless it is final, NotFoundError if never charged."""

@@ -15,7 +15,7 @@ import contextlib
 import logging
 from collections import Counter
 from collections.abc import Iterable, Iterator, Set
-from typing import Protocol
+from typing import Final, Protocol
 
 from sqlalchemy import Connection
 
@@ -25,12 +25,15 @@ from .database import Database
 
 LOG = logging.getLogger("sotto.storage")
 
+FEW: Final = 64
+"""Blobs that are asked about by name; of more, all that are needed are read instead."""
+
 
 class Names(Protocol):
     """Which blobs rows name, by SHA-256 (hex)."""
 
-    def blobs(self, connection: Connection) -> Set[str]:
-        """All that are needed."""
+    def blobs(self, connection: Connection, *, among: Set[str] | None = None) -> Set[str]:
+        """All that are needed, or at least those of these: so that who asks about a few reads about a few."""
         ...
 
 
@@ -76,13 +79,21 @@ class BlobUses:
     def using(self, *digests: str) -> Iterator[None]:
         """While somebody works with blobs that no row may name; from before they are fetched, or while they are sure to
         be there. What they let go at the end is removed, as soon as nobody else needs it."""
-        self._used.update(digests)
+        self.hold(*digests)
         try:
             yield
         finally:
-            self._used.subtract(digests)
-            self._used += Counter()  # drops what is at 0
-            self.let_go(digests)
+            self.release(*digests)
+
+    def hold(self, *digests: str) -> None:
+        """The beginning of `using`, for whoever does not know yet when it ends: `release` is the end, once."""
+        self._used.update(digests)
+
+    def release(self, *digests: str) -> None:
+        """The end of what `hold` began."""
+        self._used.subtract(digests)
+        self._used += Counter()  # drops what is at 0
+        self.let_go(digests)
 
     async def collect(self) -> int:
         """Before anybody stores: whatever no row names. Returns how many files went."""
@@ -122,7 +133,7 @@ class BlobUses:
     def _remove(self, connection: Connection, seen: dict[str, Mark]) -> int:
         if not seen:
             return 0
-        named = self._names.blobs(connection)
+        named = self._names.blobs(connection, among=seen.keys() if len(seen) <= FEW else None)
         return sum(self._blobs.remove(sha256, mark) for sha256, mark in seen.items() if sha256 not in named)
 
 

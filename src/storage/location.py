@@ -37,7 +37,7 @@ def database_location(
 
 def _with_password(url: str, password_file: Path) -> URL:
     try:
-        return make_url(url).set(password=password_file.read_text().strip())
+        return make_url(url).set(password=password_file.read_text("utf-8").strip())
     except (ArgumentError, ValueError):
         raise ConfigError("database.url cannot be read; it looks like postgresql+psycopg://user@host/name") from None
     except OSError as error:

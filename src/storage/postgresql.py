@@ -76,7 +76,8 @@ _SESSION: Final = (
 # https://www.postgresql.org/docs/current/errcodes-appendix.html
 _GAVE_UP: Final = {"40001": "another transaction", "40P01": "a deadlock", "55P03": "a lock", "57014": "a time limit"}
 """Failures that say nothing about the data: the same work may succeed later."""
-_DISK_FULL: Final = "53100"
+_CANNOT_WRITE: Final = frozenset({"53100", "58030", "25006"})
+"""A full disk, one that fails, a server that is read-only (a standby, say)."""
 
 _HOLDER: Final = """
 SELECT a.application_name, l.pid FROM pg_locks AS l LEFT JOIN pg_stat_activity AS a USING (pid)
@@ -302,7 +303,7 @@ class PostgresqlAdapter:
                 private=f"{url}: {cause}",
                 committed="no",
             )
-        kind = StorageFullError if state == _DISK_FULL else StorageError
+        kind = StorageFullError if state in _CANNOT_WRITE else StorageError
         return kind(f"the database {self.name} failed: {cause}", private=url)
 
 

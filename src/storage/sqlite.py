@@ -21,7 +21,7 @@ from sqlalchemy import URL, Connection, Engine, event
 from sqlalchemy.exc import DatabaseError, IntegrityError
 from sqlalchemy.pool import StaticPool
 
-from ..errors import ConflictError, NotFoundError, StorageError, StorageFullError
+from ..errors import ConflictError, NotFoundError, SottoError, StorageError, StorageFullError, UnavailableError
 from ..files import open_private, open_state_directory
 from .schema import Schema
 
@@ -112,16 +112,37 @@ class SqliteAdapter:
 
     @contextlib.contextmanager
     def _translated(self) -> Iterator[None]:
-        """Turns failures of the database itself into `StorageError`; a violated constraint is the caller's business."""
+        """Turns failures of the database itself into `StorageError`, and into `UnavailableError` while another process
+        holds it; a violated constraint is the caller's business."""
         try:
             yield
         except IntegrityError:
             raise
         except (DatabaseError, sqlite3.DatabaseError) as error:
             cause = error.orig if isinstance(error, DatabaseError) else error
-            full = getattr(cause, "sqlite_errorcode", None) == sqlite3.SQLITE_FULL
-            kind = StorageFullError if full else StorageError
+            code = getattr(cause, "sqlite_errorcode", sqlite3.SQLITE_ERROR)
+            kind = (
+                StorageError if code in _LASTING else _KINDS.get(code & 0xFF, StorageError)
+            )  # without what extends it
             raise kind(f"the database {self.name} failed: {cause}", private=str(self._path)) from error
+
+
+_KINDS: Final[dict[int, type[SottoError]]] = {
+    sqlite3.SQLITE_FULL: StorageFullError,
+    sqlite3.SQLITE_READONLY: StorageFullError,
+    sqlite3.SQLITE_IOERR: StorageFullError,  # also a quota that is used up
+    sqlite3.SQLITE_BUSY: UnavailableError,
+    sqlite3.SQLITE_LOCKED: UnavailableError,
+}
+_LASTING: Final = frozenset(
+    {
+        sqlite3.SQLITE_READONLY_DBMOVED,
+        sqlite3.SQLITE_IOERR_SHORT_READ,
+        sqlite3.SQLITE_IOERR_CORRUPTFS,
+        sqlite3.SQLITE_IOERR_DATA,
+    }
+)
+"""Of these kinds what says that the file is another one, or damaged."""
 
 
 def back_up(connection: Connection, suffix: str) -> Path:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
+from pathlib import Path
 
 import pytest
 import sqlalchemy
@@ -16,6 +17,8 @@ from src.privacy.entropy import DeterministicEntropy
 from src.protocol.keyring import Keyring
 from src.protocol.roster import Member, Roster, sign_roster
 from src.protocol.signing import SigningKey
+
+from .played import Place
 
 P = 0xE3B9FF6586D70C163EC926DDEAD91F6B011B351FBF8CDA056459F50D3E9BA993
 Q = 0xFAAA49171DF29F6E64818C4F9C0526B6962FD595EF4A54FC599214270537BE5B
@@ -86,3 +89,13 @@ def engine() -> Iterator[Engine]:
     engine = sqlalchemy.create_engine("sqlite://", poolclass=StaticPool)
     yield engine
     engine.dispose()
+
+
+@pytest.fixture
+async def place(federation: Federation, tmp_path: Path) -> AsyncIterator[Place]:
+    """A coordinator whose workers, parties and clock are played."""
+    place = Place(federation, tmp_path)
+    await place.database.open()
+    yield place
+    await place.coordinator.stop()
+    await place.database.close()

@@ -18,6 +18,7 @@ from src.aggregator.computations import Computations
 from src.aggregator.coordinator import Coordinator
 from src.aggregator.federation import Federation
 from src.aggregator.pipeline import AggregatorPipeline
+from src.aggregator.results import Results
 from src.aggregator.round_row import (
     Batch,
     BatchStored,
@@ -76,7 +77,7 @@ class Played:
         failures: what is raised next, by unit.
         hanging: units that do not end by themselves.
         ended: how often a unit that hung was cancelled.
-        opened: what opening an aggregate gives besides a model.
+        opened: what opening an aggregate gives besides a model; evaluated: what measuring one gives besides an AUC.
     """
 
     def __init__(self) -> None:
@@ -85,6 +86,7 @@ class Played:
         self.hanging: set[str] = set()
         self.ended: Counter[str] = Counter()
         self.opened: dict[str, Any] = {}
+        self.evaluated: dict[str, Any] = {}
         self.let_go = asyncio.Event()
 
     async def _play(self, name: str) -> None:
@@ -103,6 +105,8 @@ class Played:
         await self._play(name)
         if name == "open_aggregate":
             return {"model_sha256": digest("model"), "model_bytes": 1, "state_sha256": "", **self.opened}
+        if name == "evaluate_model":
+            return {"rows": "played", "without": "", "metrics": {"auc": 0.5}, **self.evaluated}
         number = f"{name} {params['plan_digest']} {self.asked[name]}"
         return {"header": "00", "sha256": digest(number), "size": 1, "root": digest(number), "proof": "00"}
 
@@ -139,20 +143,35 @@ class Place:
             limits=AggregatorLimits(),
             privacy=AggregatorPrivacy(),
             keys=SimpleNamespace(private_key=None),
+            server=SimpleNamespace(tls=None),
             evaluation={},
         )
         self.coordinator = self.another()
 
     def another(self) -> Coordinator:
         """As another process would have one, on the same database."""
+        accounts = Accounts(self.ledger, self.config.privacy, federation="demo")
+        pipeline = AggregatorPipeline(cast(Any, self.work), self.federation, self.config, self.blobs)
+        results = Results(
+            database=self.database,
+            jobs=self.store,
+            rounds=self.rounds,
+            accounts=accounts,
+            blobs=self.blobs,
+            pipeline=pipeline,
+            federation=self.federation,
+            leftovers=self.leftovers,
+            most_bytes=self.config.limits.max_stored_bytes_per_scientist,
+            clock=self.clock,
+        )
         return Coordinator(
             config=self.config,
             database=self.database,
             jobs=self.store,
             rounds=self.rounds,
-            accounts=Accounts(self.ledger, self.config.privacy, federation="demo"),
-            blobs=self.blobs,
-            pipeline=AggregatorPipeline(cast(Any, self.work), self.federation, self.config, self.blobs),
+            accounts=accounts,
+            results=results,
+            pipeline=pipeline,
             computations=cast(Computations, Runner(self.work)),
             federation=self.federation,
             sessions=Sessions(),
@@ -177,6 +196,7 @@ class Place:
     async def _quiet(self) -> None:
         """Until every task has ended or hangs."""
         hangs = {"compute": "evaluation", "make noise": "make_noise", "multiply the contributions": "fold"}
+        hangs |= {"evaluate": "evaluate_model"}
         while any(hangs.get(what) not in self.work.hanging for _, _, what in self.coordinator._tasks._running):
             await self.database.run(lambda _: None)
             await asyncio.sleep(0)

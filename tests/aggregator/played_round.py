@@ -6,6 +6,7 @@ from src.aggregator.round_row import (
     Batch,
     BatchStored,
     BudgetSpent,
+    Evaluated,
     Event,
     Failure,
     Folded,
@@ -92,6 +93,7 @@ def performed(row: RoundRow, step: Step, now: float) -> Event:
         Step.SPEND: BudgetSpent(),
         Step.ASK_SHARES: SharesAsked(signed("opening"), holders_to_ask(row, connected=frozenset(), now=now)),
         Step.RELEASE: Released({"model_sha256": "n" * 64}),
+        Step.EVALUATE: Evaluated({"auc": 0.5}),
         Step.SETTLE: Settled(),
     }
     return events[step]

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import AsyncIterator, Callable
-from pathlib import Path
+from collections.abc import Callable
 from string import ascii_lowercase
 from typing import Any
 
@@ -43,12 +42,9 @@ def twenty(key: ThresholdKey, make_roster: MakeRoster, signing_key: SigningKey) 
 
 
 @pytest.fixture
-async def place(twenty: Federation, tmp_path: Path) -> AsyncIterator[Place]:
-    place = Place(twenty, tmp_path)
-    await place.database.open()
-    yield place
-    await place.coordinator.stop()
-    await place.database.close()
+def federation(twenty: Federation) -> Federation:
+    """Of which `place` is."""
+    return twenty
 
 
 def plan_for(federation: Federation, norm: float | None = None, **privacy: Any) -> RoundPlan:

@@ -18,10 +18,12 @@ from src.aggregator.artifact import (
     MODEL_FILE,
     SCHEMA,
     UNKNOWN_PRIVACY,
+    released_model,
     statements,
     write_artifact,
 )
 from src.aggregator.federation import Federation
+from src.aggregator.pipeline import StoredModel
 from src.aggregator.planning import Model, plan_round
 from src.aggregator.round_row import RoundRow, RoundState
 from src.communication.generated import jobs_pb2
@@ -99,6 +101,7 @@ def manifest(federation: Federation, blobs: Blobs) -> MakeManifest:
         metrics: dict[str, float] | None = None,
         epsilon_party: float | str = 3.5,
         order: Signed | None = None,
+        whole: StoredModel | None = None,
     ) -> tuple[dict[str, Any], dict[str, Any]]:
         model = blobs.write(MODEL)
         result = {
@@ -125,6 +128,7 @@ def manifest(federation: Federation, blobs: Blobs) -> MakeManifest:
             job,
             spec,
             history,
+            model=whole or released_model(history)[1],
             federation=federation,
             blobs=blobs,
             ledger_head="f" * 64,
@@ -332,3 +336,25 @@ def test_a_manifest_of_fedavg_says_what_is_left_if_all_others_collude(manifest: 
     for name in ("assumption", "assumption_against_aggregator", "delta"):
         assert str(found[f"party_{name}"]) == party[name]
     assert found["epsilon_party_if_all_others_collude"] == party["epsilon_if_all_others_collude"]
+
+
+def test_a_manifest_tells_what_was_trained_of_a_model_from_the_whole(manifest: MakeManifest) -> None:
+    whole = StoredModel("ab" * 32, 999, "cd" * 32)
+    result, statement = manifest(make_spec(), whole=whole)
+    assert result["files"][0] == {"name": "model.safetensors", "bytes": 999, "sha256": "ab" * 32}
+    trained = statement["model"].pop("trained_sha256")
+    assert statement["model"] == {
+        "file": "model.safetensors",
+        "bytes": 999,
+        "sha256": "ab" * 32,
+        "not_trained_sha256": "cd" * 32,
+    }
+    assert trained == manifest(make_spec())[1]["model"]["sha256"]  # as the transcripts of rounds name it
+
+
+def test_a_manifest_says_where_the_file_is_not_the_whole_model(manifest: MakeManifest) -> None:
+    plain = manifest(make_spec())[1]
+    trained = StoredModel(plain["model"]["sha256"], plain["model"]["bytes"], without="the task is not installed")
+    statement = manifest(make_spec(), whole=trained)[1]
+    assert statement["model"] == plain["model"]
+    assert statement["statements"][-1].endswith("build_model(seed): the task is not installed")

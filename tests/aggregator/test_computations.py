@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import math
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
@@ -17,6 +18,7 @@ from src.aggregator import computations
 from src.aggregator.artifact import MANIFEST_FILE, MODEL_FILE, UNKNOWN_PRIVACY, write_artifact
 from src.aggregator.computations import Computations, Workers
 from src.aggregator.federation import Federation
+from src.aggregator.pipeline import StoredModel
 from src.aggregator.planning import Model, plan_round
 from src.aggregator.round_row import RoundRow, RoundState
 from src.aggregator.work import HANDLERS
@@ -163,7 +165,14 @@ def place(federation: Federation, trained: bytes, tmp_path: Path) -> Place:
     )
     source = make_row("t1", TRAINING)
     result = write_artifact(
-        source, TRAINING, [row], federation=federation, blobs=blobs, ledger_head="f" * 64, created_at=utc(NOW - 99)
+        source,
+        TRAINING,
+        [row],
+        model=StoredModel(model.sha256, model.size),
+        federation=federation,
+        blobs=blobs,
+        ledger_head="f" * 64,
+        created_at=utc(NOW - 99),
     )
     source = replace(source, state=JobState.SUCCEEDED, result=result)
     workspace = tmp_path / "workspace"
@@ -217,8 +226,8 @@ def test_an_evaluation_needs_a_registered_task_with_public_rows(place: Place) ->
 def test_without_torch_nothing_is_evaluated_and_everything_exported(
     place: Place, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(computations, "has_torch", lambda: False)
-    with pytest.raises(PolicyError, match="no torch"):
+    monkeypatch.setattr(computations, "why_not_evaluated", lambda: "evaluating a model needs the extra `party`")
+    with pytest.raises(PolicyError, match="evaluates nothing: evaluating a model needs the extra `party`"):
         place.check(EVALUATION)
     place.check(EXPORT)
 
@@ -297,6 +306,25 @@ def test_an_evaluation_proves_what_a_trainings_model_does_on_public_rows(place: 
     assert "public rows" in statement["data"]
     assert set(source["statements"]) < set(statement["statements"])
     assert not {"rounds", "encryption", "ledger_head"} & set(statement)
+
+
+def test_a_metric_that_is_no_finite_number_is_named_in_the_statement_and_in_the_result(
+    place: Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(RandHieTask, "metrics", lambda *_: {"auc": 0.5, "deviance": math.inf}, raising=False)
+    result = place.run(EVALUATION)
+    why = "not finite, and left out: deviance"
+    assert (result["metrics"].keys(), result["not_evaluated"]) == ({"auc", "n"}, why)
+    statement = place.fetched(result, tmp_path)
+    assert statement["evaluation"]["auc"] == "0.5"
+    assert f"not all metrics are given: {why}" in statement["statements"]
+
+
+def test_an_export_says_of_its_model_what_its_training_said(place: Place) -> None:
+    said = {"metrics": {"auc": 0.5}, "not_evaluated": "not finite, and left out: deviance"}
+    source = replace(place.source, result={**(place.source.result or {}), **said})
+    result = place.run(EXPORT, source)
+    assert {name: result[name] for name in said} == said
 
 
 def test_of_a_model_that_came_with_the_job_no_privacy_is_claimed(place: Place, tmp_path: Path) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -13,6 +12,7 @@ from src.aggregator.federation import Federation
 from src.aggregator.round_row import (
     RoundState,
 )
+from src.aggregator.sessions import AWAY_S
 from src.communication.identity import Identity
 from src.config_sections import AggregatorPrivacy
 from src.errors import (
@@ -41,15 +41,6 @@ SETTINGS = JobSettings(
 )
 
 pytestmark = pytest.mark.parametrize("federation", ["threshold"], indirect=True)
-
-
-@pytest.fixture
-async def place(federation: Federation, tmp_path: Path) -> AsyncIterator[Place]:
-    place = Place(federation, tmp_path)
-    await place.database.open()
-    yield place
-    await place.coordinator.stop()
-    await place.database.close()
 
 
 # ------------------------------------------------------------------------------------------------------------- attempts
@@ -148,6 +139,70 @@ async def test_a_step_that_no_attempt_mends_fails_the_round_and_a_spare_one_foll
     first, second = await place.round(job_id), await place.round(job_id, 2)
     assert (first.state, second.state) == (RoundState.FAILED, RoundState.TRAINING)
     assert first.reason == "could not make noise: the disk is full"
+
+
+async def test_rounds_that_fail_one_after_the_other_wait_longer_and_longer(place: Place) -> None:
+    """The second one comes at once, so that a fault of a moment that is over costs nothing; all five in no time would
+    cost the job."""
+    job_id = await place.submit(place.training(spare_rounds=5))
+    await place.turn()
+    await place.refuse(job_id, UnavailableError, "a")
+    for number, pause_s in ((2, 5.0), (3, 10.0), (4, 20.0), (5, 40.0)):
+        await place.refuse(job_id, UnavailableError, "a", number=number)
+        assert len(await place.database.run(lambda c: place.rounds.of_job(c, job_id))) == number
+        await place.turn(after_s=pause_s - 1)
+        assert len(await place.database.run(lambda c: place.rounds.of_job(c, job_id))) == number
+        await place.turn(after_s=2)
+        assert len(await place.database.run(lambda c: place.rounds.of_job(c, job_id))) == number + 1
+    await place.contribute(job_id, number=6)
+    assert (await place.job(job_id)).rounds_failed == 5
+    assert await place.state(job_id) is JobState.SUCCEEDED
+
+
+# --------------------------------------------------------------------------------------------------- who is there, when
+
+
+async def test_no_round_is_planned_while_too_few_are_there_to_open_it(place: Place) -> None:
+    sessions = place.coordinator._sessions
+    sessions._began -= 2 * AWAY_S
+    job_id = await place.submit(place.training())
+    await place.turn()
+    if place.federation.roster.threshold:
+        assert await place.database.run(lambda c: place.rounds.of_job(c, job_id)) == []
+        (doing,) = [place.coordinator.trainings.progress(job_id, rounds=1)]
+        assert doing is not None
+        needed = "2 of 3 holders of key shares are needed to open a round"
+        assert doing.stage == f"waiting for a, b, c to be connected: {needed}"
+        sessions.open("b", "b's process")
+        await place.turn()
+        assert await place.database.run(lambda c: place.rounds.of_job(c, job_id)) == []
+        sessions.open("c", "c's process")
+        await place.turn()
+    assert (await place.round(job_id)).state is RoundState.TRAINING
+
+
+async def test_a_round_has_its_time_from_when_a_quorum_can_train_it_also_after_a_restart(place: Place) -> None:
+    for name in "abc":
+        place.coordinator._sessions.open(name, f"{name}'s process")
+    job_id = await place.submit(place.training(round_timeout_s=1000.0))
+    await place.turn()
+    await place.turn(after_s=590)
+    row, trainings = await place.round(job_id), place.coordinator.trainings
+    assert not await trainings.quorum(row, "a", at_most_s=0.0)
+    assert await trainings.quorum(row, "b", at_most_s=0.0)
+    assert await trainings.quorum(row, "a", at_most_s=0.0)
+    row = await place.round(job_id)
+    assert (row.able_at, row.deadline) == (place.clock.now, place.clock.now + 1000)
+    await place.turn(after_s=590)
+    assert (await place.round(job_id)).state is RoundState.TRAINING
+    restarted = place.another().trainings
+    assert await restarted.quorum(await restarted.row(job_id, 1), "b", at_most_s=0.0)
+    await place.turn(after_s=11)
+    row = await place.round(job_id)
+    assert (row.state, row.reason.partition(" (")[0]) == (
+        RoundState.FAILED,
+        "fewer than 2 parties contributed in time",
+    )
 
 
 # ------------------------------------------------------------------------------------------------------ hopeless rounds
@@ -269,7 +324,7 @@ async def test_what_a_task_that_runs_may_have_stored_is_not_dropped(place: Place
     await place.submit()
     await place.turn()
     await place.database.run(lambda c: place.store.apply(c, job_id, Event(kind=EventKind.DELETED), now=place.clock()))
-    names = SimpleNamespace(blobs=lambda _: set(), blobs_of=lambda _, job_id: {model})
+    names = SimpleNamespace(blobs=lambda _, among: set(), blobs_of=lambda _, job_id: {model})
     place.leftovers._names = names
     dropping = asyncio.create_task(place.leftovers.drop(job_id))
     for _ in range(3):

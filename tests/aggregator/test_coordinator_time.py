@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
-from pathlib import Path
 from typing import Any
 
 import pytest
 
-from src.aggregator.federation import Federation
 from src.aggregator.round_row import (
     RootCommitted,
     RoundState,
@@ -22,15 +19,6 @@ from src.jobs.states import JobRow, JobState
 from tests.aggregator.played import EVALUATION, LEASE_S, Place
 
 pytestmark = pytest.mark.parametrize("federation", ["threshold"], indirect=True)
-
-
-@pytest.fixture
-async def place(federation: Federation, tmp_path: Path) -> AsyncIterator[Place]:
-    place = Place(federation, tmp_path)
-    await place.database.open()
-    yield place
-    await place.coordinator.stop()
-    await place.database.close()
 
 
 async def taken_by_another(place: Place, job_id: str) -> None:

@@ -2,25 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
-from pathlib import Path
-
 import pytest
 
-from src.aggregator.federation import Federation
 from src.aggregator.planning import declared_rows_of, plan_of
 from tests.aggregator.played import Place
 
 pytestmark = pytest.mark.parametrize("federation", ["threshold"], indirect=True)
-
-
-@pytest.fixture
-async def place(federation: Federation, tmp_path: Path) -> AsyncIterator[Place]:
-    place = Place(federation, tmp_path)
-    await place.database.open()
-    yield place
-    await place.coordinator.stop()
-    await place.database.close()
 
 
 @pytest.mark.parametrize("restarted", [False, True])

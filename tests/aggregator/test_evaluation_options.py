@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
@@ -11,11 +12,14 @@ from hypothesis import strategies as st
 from src.aggregator.federation import Federation
 from src.aggregator.pipeline import AggregatorPipeline
 from src.aggregator.planning import Model, plan_round
+from src.aggregator.round_row import Evaluated
+from src.aggregator.steps import RoundSteps
 from src.config import AggregatorConfig, load_aggregator_config
 from src.config_sections import AggregatorPrivacy
 from src.errors import PolicyError
 from src.jobs.spec import FederatedTrainingSpec
 from src.learning.task import chosen_options
+from src.protocol.plan import PLAN_KIND
 
 MODEL = Model("ab" * 32, 1, 60)
 OWN = {"file": "/srv/public.csv", "rows": None, "seed": 0}
@@ -70,7 +74,8 @@ async def test_what_is_open_is_the_jobs_and_the_rest_the_operators(federation: F
         ({}, {"file": OWN["file"], "seed": 0}),
     ):
         with_rows.check(training(**options))
-        assert await with_rows.evaluate(_plan(federation, options), "cd" * 32) == {"auc": 0.5}
+        found = await with_rows.evaluate("randhie", options, {"sha256": "cd" * 32}, timeout_s=1.0)
+        assert found == Evaluated({"auc": 0.5})
         assert pool.options[-1] == loaded
 
 
@@ -79,13 +84,19 @@ async def test_a_job_that_was_accepted_before_an_option_was_closed_goes_on_witho
 ) -> None:
     """Its rounds are paid for."""
     pool = Pool()
-    assert await pipeline(federation, pool, randhie=OWN).evaluate(_plan(federation, CLOSED[0]), "cd" * 32) == {}
+    steps = RoundSteps(pipeline(federation, pool, randhie=OWN), federation, clock=lambda: 0.0)
+    row = _released(federation, CLOSED[0])
+    found = await steps.evaluate(row)
+    assert isinstance(found, Evaluated)
+    assert found.metrics == {}
+    assert found.without.startswith("the job sets options")
     assert pool.options == []
     assert "is not evaluated: the job sets options" in caplog.text
+    assert (await steps.try_evaluation("j", training(**CLOSED[0]), MODEL)).startswith("the job sets options")
 
 
-def _plan(federation: Federation, options: dict[str, Any]) -> Any:
-    return plan_round(
+def _released(federation: Federation, options: dict[str, Any]) -> Any:
+    plan = plan_round(
         training(**options),
         job_id="j",
         number=1,
@@ -93,6 +104,13 @@ def _plan(federation: Federation, options: dict[str, Any]) -> Any:
         roster=federation.roster,
         scheme=federation.scheme("paillier", allow_plaintext=False),
         local_noise=1.0,
+    )
+    return SimpleNamespace(
+        plan=federation.sign(PLAN_KIND, plan.to_statement()).to_json(),
+        result={"model_sha256": "cd" * 32},
+        timeout_s=1.0,
+        number=1,
+        job_id="j",
     )
 
 

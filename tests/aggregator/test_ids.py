@@ -28,6 +28,13 @@ REQUESTS: Final = sorted(
 
 OTHERS: Final = {
     "sotto.v1.JoinRequest.DeclaredRowsEntry.key": "a task's name: Join checks all that is declared",
+    "sotto.v1.JoinRequest.TasksEntry.key": "a task's name: what is no short one is refused with its message",
+    "sotto.v1.TellReadinessRequest.TasksEntry.key": "likewise",
+    "sotto.v1.TaskReadiness.digest": "of a closed form: any other is refused",
+    "sotto.v1.TaskReadiness.problem": "likewise",
+    "sotto.v1.TaskReadiness.place": "likewise",
+    "sotto.v1.ReportFailureRequest.problem": "of a closed list, or taken for none",
+    "sotto.v1.ReportFailureRequest.place": "of a closed form, or taken for none",
     "sotto.v1.ReportFailureRequest.reason": "a party's own words, cut and printed: a failure must not go unheard",
     "sotto.v1.ReportFailureRequest.message": "likewise",
     "sotto.v1.ReportFailureRequest.stage": "likewise",
@@ -83,7 +90,8 @@ FINE: Final = {
 def fine(message: Message) -> None:
     for field in message.DESCRIPTOR.fields:
         if field.full_name in IDS and field.name in FINE:
-            setattr(message, field.name, FINE[field.name])
+            value = FINE[field.name]
+            setattr(message, field.name, str(value) if field.type == FieldDescriptor.TYPE_STRING else value)
         elif field.message_type is not None and field.message_type.full_name not in OTHERS:
             if field.is_repeated:
                 for each in getattr(message, field.name) if not field.message_type.GetOptions().map_entry else ():
@@ -111,7 +119,7 @@ ILL_FORMED: Final = (
 def test_an_id_that_is_none_is_refused_by_its_path_and_not_quoted(
     request_type: Descriptor, path: tuple[str, ...]
 ) -> None:
-    check_ids(filled(request_type, path, FINE.get(path[-1], "")))
+    check_ids(filled(request_type, path, str(FINE.get(path[-1], ""))))
     for text in ILL_FORMED:
         with pytest.raises(InvalidInput) as caught:
             check_ids(filled(request_type, path, text))

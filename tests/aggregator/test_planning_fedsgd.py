@@ -19,7 +19,7 @@ from src.aggregator.planning import (
     undeclared,
 )
 from src.aggregator.pricing import Pricing
-from src.aggregator.servicers.federation import MAX_DECLARED_ROWS, _declared_rows
+from src.aggregator.servicers.declared import MAX_DECLARED_ROWS, declared_rows
 from src.communication.generated import federation_pb2
 from src.errors import InvalidInput, LimitError, PlanError, StateError
 from src.jobs.spec import FederatedTrainingSpec
@@ -199,10 +199,10 @@ UNDECLARABLE: list[dict[str, int]] = [
 @pytest.mark.parametrize("declared", UNDECLARABLE)
 def test_what_no_party_declares_is_refused_when_it_joins(declared: dict[str, int]) -> None:
     with pytest.raises(InvalidInput) as caught:
-        _declared_rows(federation_pb2.JoinRequest(declared_rows=declared))
+        declared_rows(federation_pb2.JoinRequest(declared_rows=declared))
     assert "declared_rows" in caught.value.violations
-    assert _declared_rows(federation_pb2.JoinRequest(declared_rows={"randhie": 1})) == {"randhie": 1}
-    assert _declared_rows(federation_pb2.JoinRequest()) == {}
+    assert declared_rows(federation_pb2.JoinRequest(declared_rows={"randhie": 1})) == {"randhie": 1}
+    assert declared_rows(federation_pb2.JoinRequest()) == {}
 
 
 def test_another_number_of_rows_is_another_plan(federation: Federation) -> None:
@@ -285,6 +285,6 @@ async def test_a_job_whose_contributions_this_aggregator_would_not_take_is_refus
 
 def test_an_operator_says_how_many_rows_a_party_may_declare() -> None:
     request = federation_pb2.JoinRequest(declared_rows={"randhie": 1001})
-    assert _declared_rows(request, most=1001) == {"randhie": 1001}
+    assert declared_rows(request, most=1001) == {"randhie": 1001}
     with pytest.raises(LimitError, match=r"1001 rows are declared for task randhie; at most 1000 .*max_declared_rows"):
-        _declared_rows(request, most=1000)
+        declared_rows(request, most=1000)

@@ -17,6 +17,7 @@ from src.aggregator.round_row import (
     Event,
     ListFrozen,
     PartyFailed,
+    QuorumReached,
     Released,
     RootCommitted,
     RoundRow,
@@ -36,6 +37,8 @@ from src.aggregator.rounds import (
     advance,
     holders_to_ask,
     next_step,
+    party_states,
+    phase,
     waiting_for,
     wanted,
 )
@@ -100,6 +103,7 @@ def test_a_round_in_which_all_goes_well(noise: bool) -> None:
         Step.ASK_SHARES,
         *[Work.OPEN] * 2,
         Step.RELEASE,
+        Step.EVALUATE,
         Step.SETTLE,
     ]
     first = [] if noise else [RoundState.PLANNED]
@@ -263,6 +267,25 @@ def test_a_quorum_missed_while_training_names_the_silent_and_the_failing() -> No
     assert row.reason.startswith("fewer than 2 parties contributed in time (b: it rained [REFUSED]; c: no answer yet: ")
 
 
+def test_who_is_ready_and_waits_for_others_is_said_to_be_so_while_it_waits_and_when_it_was_in_vain() -> None:
+    """And is not waited for, as is who has said nothing yet."""
+    row, ready = play(new_row(quorum=3), until=RoundState.TRAINING), frozenset("ab")
+    assert (waiting_for(row), phase(row)) == (("a", "b", "c"), "training")
+    assert (waiting_for(row, ready), phase(row, ready)) == (
+        ("c",),
+        "2 of the 3 parties that it needs are ready",
+    )
+    assert dict(party_states(row, frozenset("ab"), ready)) == {"a": "READY", "b": "READY", "c": "AWAY"}
+    closing, said = START + COMMIT_SHARE * TIMEOUT, "ready to train, and waited for others"
+    for failed, silent in (
+        (advance(row, Tick(), closing, ready=ready), "c: no answer yet: training, or away"),
+        (advance(row, PartyFailed("c", failure(message="no budget left")), START, ready=ready), "c: no budget left "),
+    ):
+        assert failed.state is RoundState.FAILED
+        assert silent in failed.reason
+        assert failed.reason.endswith(f"; a: {said}; b: {said})")
+
+
 def test_a_latecomer_is_left_out_and_the_round_goes_on_with_the_quorum() -> None:
     row = play(new_row(), silent=frozenset("c"), until=RoundState.COLLECTING)
     assert row.state is RoundState.TRAINING
@@ -423,3 +446,71 @@ def test_who_was_asked_for_a_share_and_went_away_is_not_waited_for_while_another
     for there, step in (("abc", None), ("bc", Step.ASK_SHARES), ("b", None)):
         assert next_step(row, START, connected=frozenset(there)) is step
     assert holders_to_ask(row, connected=frozenset("bc"), now=START) == ("c",)
+
+
+# --- when a round's time begins ---------------------------------------------------------------------------------------
+
+
+def test_whoever_begins_to_train_has_all_of_the_rounds_time_however_late_the_quorum_came() -> None:
+    late = START + COMMIT_SHARE * TIMEOUT - 1
+    row = advance(play(new_row(quorum=3), until=RoundState.TRAINING), QuorumReached(late), late)
+    assert (row.began_at, row.deadline) == (late, late + TIMEOUT)
+    closing = late + COMMIT_SHARE * TIMEOUT
+    for name in ("a", "b"):
+        row = advance(row, committed(name), closing - 1)
+    assert advance(row, Tick(), closing - 1) == row
+    assert advance(row, Tick(), closing).state is RoundState.FAILED
+    row = advance(row, committed("c"), closing - 1)
+    assert row.state is RoundState.COLLECTING
+    assert play(row, now=closing, until=RoundState.RELEASED).state is RoundState.RELEASED
+
+
+def test_a_quorum_that_does_not_come_ends_the_round_and_nobody_has_begun() -> None:
+    row = play(new_row(quorum=3), until=RoundState.TRAINING)
+    closing = START + COMMIT_SHARE * TIMEOUT
+    assert advance(row, Tick(), closing - 1) == row
+    row = advance(row, Tick(), closing)
+    assert row.state is RoundState.FAILED
+    assert row.reason.startswith(
+        "nobody began: fewer than 3 parties could train it in time, or fewer than 2 that open it were connected"
+    )
+    with pytest.raises(StateError):
+        advance(row, QuorumReached(closing), closing)
+
+
+def test_a_quorum_is_reached_once_and_not_once_a_round_is_further_on() -> None:
+    row = advance(play(new_row(), until=RoundState.TRAINING), QuorumReached(START + 1), START + 1)
+    assert advance(row, QuorumReached(START + 9), START + 9) == row
+    further = play(new_row(), until=RoundState.COLLECTING)
+    assert advance(further, QuorumReached(START + 1), START + 1) == further
+
+
+# --- parties that are away --------------------------------------------------------------------------------------------
+
+
+def test_a_round_that_has_its_quorum_does_not_wait_for_who_is_away() -> None:
+    row = play(new_row(), silent=frozenset("c"), until=RoundState.COLLECTING)
+    assert advance(row, Tick(), START + 1) == row, "c is slow, for all that is known"
+    row = advance(row, Tick(frozenset("c")), START + 1)
+    assert row.state is RoundState.COLLECTING
+    row = play(row, silent=frozenset("b"), until=RoundState.AGGREGATING)
+    assert advance(row, Tick(frozenset("c")), START + 1) == row
+    two = advance(row, Tick(frozenset("bc")), START + 1)
+    assert two == row, "one delivery is no quorum: b may come back with its own"
+    assert play(row, until=RoundState.RELEASED).contributors == ("a", "aggregator", "b")
+
+
+def test_who_goes_away_before_its_upload_is_left_out_once_the_others_are_a_quorum() -> None:
+    row = play(play(new_row(), until=RoundState.COLLECTING), silent=frozenset("b"), until=RoundState.AGGREGATING)
+    row = advance(row, Tick(frozenset("b")), START + 1)
+    assert (row.state, row.contributors) == (RoundState.AGGREGATING, ("a", "aggregator", "c"))
+
+
+def test_without_a_quorum_a_round_waits_for_those_who_are_away_as_long_as_for_any() -> None:
+    row = advance(play(new_row(), until=RoundState.TRAINING), committed("a"), START)
+    away = Tick(frozenset("bc"))
+    closing = START + COMMIT_SHARE * TIMEOUT
+    assert advance(row, away, closing - 1) == row
+    back = advance(row, committed("b"), closing - 1)
+    assert advance(back, Tick(frozenset("c")), closing - 1).state is RoundState.COLLECTING
+    assert advance(row, away, closing).state is RoundState.FAILED

@@ -48,7 +48,19 @@ from tests.aggregator.played_round import (
 )
 
 NAMES = ("a", "b", "c", "d", "e")
-KEPT = ("state", "roots", "batches", "frozen_list", "aggregate", "spent", "opening", "asked", "result", "settled")
+KEPT = (
+    "state",
+    "roots",
+    "batches",
+    "frozen_list",
+    "aggregate",
+    "spent",
+    "opening",
+    "asked",
+    "result",
+    "evaluation",
+    "settled",
+)
 """What a row says of what has happened and stays so."""
 STAGES = st.sampled_from([Work.CONTRIBUTE, Work.REVEAL, Work.OPEN])
 
@@ -205,7 +217,7 @@ def is_legal(before: RoundState, after: RoundState) -> bool:
 def check_change(before: RoundRow, after: RoundRow) -> None:
     """What no event may undo."""
     assert after.state is before.state or is_legal(before.state, after.state)
-    assert not before.at_rest or replace(after, settled=before.settled) == before
+    assert not before.at_rest or replace(after, settled=before.settled, evaluation=before.evaluation) == before
     for kept in ("roots", "batches", "bytes_up"):
         assert getattr(before, kept).items() <= getattr(after, kept).items()
     for fixed in ("frozen_list", "contributors", "opening"):
@@ -247,7 +259,8 @@ def check_row(row: RoundRow) -> None:
     assert bool(row.reason) == (row.state in (RoundState.FAILED, RoundState.CANCELLED))
     if row.at_rest:
         assert waiting_for(row) == ()
-        assert next_step(row, START) is (None if row.settled else Step.SETTLE)
+        unmeasured = row.state is RoundState.RELEASED and row.evaluation is None
+        assert next_step(row, START) is (None if row.settled else Step.EVALUATE if unmeasured else Step.SETTLE)
 
 
 Rounds.TestCase.settings = settings(deadline=None, max_examples=60, stateful_step_count=35)

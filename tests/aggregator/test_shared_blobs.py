@@ -4,13 +4,11 @@ what nobody needs any more goes, also where it was wrong. A round is written as 
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import Awaitable, Callable
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 
-from src.aggregator.federation import Federation
 from src.aggregator.round_row import Batch, BatchStored, Failure, PartyFailed, RoundState, Settled, ShareStored, Work
 from src.aggregator.rounds import advance
 from src.errors import StateError
@@ -21,15 +19,6 @@ pytestmark = pytest.mark.parametrize("federation", ["threshold"], indirect=True)
 """Where the aggregator holds the key nobody sends a share."""
 
 Bytes = Callable[[Place], Awaitable[str]]
-
-
-@pytest.fixture
-async def place(federation: Federation, tmp_path: Path) -> AsyncIterator[Place]:
-    place = Place(federation, tmp_path)
-    await place.database.open()
-    yield place
-    await place.coordinator.stop()
-    await place.database.close()
 
 
 async def a_job_that_waits(place: Place) -> str:

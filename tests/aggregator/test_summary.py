@@ -9,8 +9,8 @@ import pytest
 
 from src.aggregator.federation import Federation
 from src.aggregator.planning import Model, plan_of, plan_round, round_costs
-from src.aggregator.round_row import RoundRow, RoundState
-from src.aggregator.steps import _figures, costs_of
+from src.aggregator.round_row import RoundRow, RoundState, SpentRounds
+from src.aggregator.steps import party_figures
 from src.aggregator.summary import Tally, round_summary
 from src.jobs.spec import FederatedTrainingSpec
 from src.jobs.wire import round_to_proto
@@ -93,7 +93,7 @@ def test_what_a_party_has_spent_grows_by_the_round_and_is_more_against_the_aggre
     row = replace(row, costs={name: dict(event_to_json(event)) for name, event in events.items()})
     spent = []
     for rounds in (1, 2, 3):
-        party, others, aggregator = _figures([costs_of(row)] * rounds, 1e-5)
+        party, others, aggregator = party_figures([SpentRounds(row.costs, rounds)], 1e-5)
         assert aggregator == epsilon([events["aggregator"]] * rounds, delta=1e-5)
         assert party.epsilon < aggregator < others.epsilon < float("inf")
         assert "3 carry an honest noise share" in party.assumes

@@ -4,26 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator, Callable, Iterator
-from pathlib import Path
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
 
-from src.aggregator.federation import Federation
 from src.aggregator.troubles import MOST_KNOWN, Troubles
 from src.errors import StateError, StorageError, StorageFullError
 from src.jobs.states import JobState
 from tests.aggregator.played import LEASE_S, Place
-
-
-@pytest.fixture
-async def place(federation: Federation, tmp_path: Path) -> AsyncIterator[Place]:
-    place = Place(federation, tmp_path)
-    await place.database.open()
-    yield place
-    await place.coordinator.stop()
-    await place.database.close()
 
 
 @contextlib.contextmanager
@@ -162,3 +151,21 @@ def test_a_trouble_is_said_when_it_comes_when_it_changes_and_when_it_goes(caplog
     for number in range(10 * MOST_KNOWN):
         troubles.note(f"job {number}", RuntimeError("x"))
     assert len(troubles._known) == MOST_KNOWN
+
+
+def test_what_comes_and_goes_is_a_line_a_minute(caplog: pytest.LogCaptureFixture) -> None:
+    """Room on a full disk that something else uses up again: it filled the disk with tracebacks."""
+    caplog.set_level("INFO", logger="sotto.aggregator")
+    troubles = Troubles()
+    now = [0.0]
+    troubles._seldom._clock = lambda: now[0]
+    for _ in range(120):
+        for error in (StorageFullError("full"), StorageError("disk I/O error")):
+            troubles.note("moving jobs", error)
+            troubles.over("moving jobs")
+        now[0] += 1
+    failed = [record for record in caplog.records if record.levelname == "ERROR"]
+    assert len(failed) == 4
+    assert "(and 59 times since the last line)" in failed[-1].getMessage()
+    assert len([record for record in failed if record.exc_info]) == 1
+    assert len(caplog.records) <= 8

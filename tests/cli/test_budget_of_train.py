@@ -16,6 +16,7 @@ from src.errors import CATALOGUE, BudgetError, ConflictError, InvalidInput, Ledg
 from src.privacy.accounting import epsilon
 from src.privacy.events import DpSgdSteps
 from src.protocol.signing import SigningKey
+from src.storage.books import RETURNS_OF_A_JOB_A_DAY
 from src.storage.database import Database
 from src.storage.migrations import Migrations
 
@@ -37,6 +38,30 @@ def spend(place: Path, job_id: str = "j") -> None:
     )
     purse.reserve(job_id, STEPS)
     purse.finalise({"model_sha256": "ab" * 32})
+
+
+def test_what_is_given_back_is_not_spent_and_of_too_many_a_day_it_is(place: Path) -> None:
+    def purse(job_id: str) -> LedgerPurse:
+        made = LedgerPurse(
+            place / DATABASE_FILE,
+            key=SigningKey.load(place / KEY_FILE),
+            limits=DEFAULT_LIMITS,
+            account=("example", "user:ada"),
+            user="ada",
+            stated_delta=1e-5,
+        )
+        made.reserve(job_id, STEPS)
+        return made
+
+    for _ in range(RETURNS_OF_A_JOB_A_DAY):
+        run = purse("k")
+        (charged,) = run.spent()
+        assert run.give_back("not ready")
+        (left,) = run.spent()
+        assert left.epsilon < charged.epsilon
+    run = purse("k")
+    assert not run.give_back("not ready")
+    assert run.spent() == [charged]
 
 
 @pytest.fixture

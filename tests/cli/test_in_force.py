@@ -118,7 +118,7 @@ def test_an_aggregator_s_parties_have_what_all_parties_have_and_their_own(
         in_force(limits, [], ("party", subject)) for subject in ("federation:demo", "party:a", "party:b", "party:c")
     ]
     assert said == [
-        "federation:demo (party level): 200 rounds (privacy.budget), ε 50 at δ 1e-05 (privacy.budget)",
+        "federation:demo (party level): 10000 rounds (privacy.budget), ε 50 at δ 1e-05 (privacy.budget)",
         "party:a (party level): 20 rounds (privacy.per_party), ε 8 at δ 1e-05 (privacy.parties.a)",
         "party:b (party level): 20 rounds (privacy.per_party), no limit in ε",
         "party:c (party level): 20 rounds (privacy.per_party), no limit in ε",

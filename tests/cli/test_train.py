@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import sqlite3
 import subprocess
 import sys
@@ -17,7 +18,7 @@ from sqlalchemy import MetaData
 
 from src import cli
 from src.cli.train_ledger import DEFAULT_LIMITS, LedgerPurse, default_state_dir
-from src.errors import BudgetError
+from src.errors import CATALOGUE, BudgetError, ConfigError, InvalidInput, Refused, SignatureError
 from src.privacy.entries import Entry
 from src.privacy.events import DpSgdSteps, NonPrivate
 from src.privacy.ledger import from_line
@@ -272,6 +273,25 @@ def test_what_cannot_be_done_is_refused_before_it_costs_anything(
     assert not (home / "xdg").exists()
 
 
+def test_the_job_of_the_first_design_is_taken_and_said_what_it_comes_to_where_its_noise_is_too_little(
+    train: Run, home: Path
+) -> None:
+    """With both ε and noise: what it costs, and which noise that ε takes, which then is enough."""
+    first = {"dataset": "synthetic", "task": "classification", "epochs": 1, "batch_size": 64}
+    code, said = train(
+        **first, dp={"enabled": True, "epsilon": 1.0, "delta": 1e-5, "clip": 1.0, "noise_multiplier": 1.1}
+    )
+    assert code == CATALOGUE[Refused].exit_code
+    costs, needed = re.search(r"costs epsilon ([\d.]+) at .* takes a noise_multiplier of ([\d.]+)", said).groups()  # type: ignore[union-attr]
+    assert float(costs) > 1.0
+    assert not (home / "xdg").exists()
+    enough = float(needed) * 1.001  # four digits are shown
+    code, artifact = train("--mock", **first, dp={"epsilon": 1.0, "noise_multiplier": enough})
+    assert (code, artifact["task"]) == (0, "synthetic")
+    code, said = train("--mock", **{**first, "task": "regression"})
+    assert (code, "task: dataset 'synthetic' is for task" in said) == (CATALOGUE[InvalidInput].exit_code, True)
+
+
 def test_a_user_whom_the_node_does_not_know_is_refused(train: Run, home: Path) -> None:
     code, said = train("--config", party(home), user="bob")
     assert code == 6
@@ -365,6 +385,46 @@ def test_what_is_no_artifact_does_not_verify(
 )
 def test_the_state_is_the_users_wherever_the_command_is_run(found: str, place: str) -> None:
     assert default_state_dir({"XDG_STATE_HOME": found}) == Path(place).expanduser()
+
+
+@pytest.mark.parametrize("home_is", ["a file", "nothing"])
+def test_without_a_place_for_its_state_it_says_so_and_what_to_do(
+    home_is: str, home: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A home that cannot be written to (of root neither, so it is a file), and none at all."""
+    (home / "file").write_text("")
+    job = home / "job.json"
+    job.write_text(json.dumps({"job_id": "t", "dp": {"noise_multiplier": 3.0}, "epochs": 1}))
+    monkeypatch.delenv("XDG_STATE_HOME")
+    monkeypatch.setenv("HOME", str(home / "file"))
+    if home_is == "nothing":
+
+        def nowhere() -> Path:
+            raise RuntimeError("Could not determine home directory.")  # for a uid that is in no /etc/passwd
+
+        monkeypatch.setattr(Path, "home", nowhere)
+    for line in (["train", str(job), "--user", "u"], ["train", str(job), "--user", "u", "--out", str(home / "out")]):
+        assert cli.run(line) == CATALOGUE[ConfigError].exit_code
+        said = capsys.readouterr().err
+        assert ("--state-dir" in said, "XDG_STATE_HOME" in said, "Traceback" in said) == (True, True, False)
+    for line in (["budget", "show"], ["budget", "history"], ["artifact", "verify", str(job)], ["train", "--help"]):
+        cli.run(line)
+        said = capsys.readouterr().err
+        assert ("Traceback" in said, "unexpected" in said) == (False, False)
+
+
+def test_a_state_directory_of_ones_own_holds_ledger_and_key(train: Run, home: Path) -> None:
+    place = ("--state-dir", str(home / "own"))
+    code, artifact = train(*place)
+    assert (code, artifact["job_id"]) == (0, "test_123")
+    assert {each.name for each in (home / "own").iterdir()} >= {"party.sqlite", "signing.key"}
+    assert not (home / "xdg").exists()
+    (home / "artifact.json").write_text(json.dumps(artifact))
+    assert cli.run(["artifact", "verify", str(home / "artifact.json"), *place]) == 0
+    assert cli.run(["artifact", "verify", str(home / "artifact.json")]) == CATALOGUE[SignatureError].exit_code
+    assert cli.run(["budget", "show", *place]) == 0
+    code, said = train(*place, "--config", party(home))
+    assert (code, "--state-dir" in said) == (CATALOGUE[InvalidInput].exit_code, True)
 
 
 def test_a_dataset_that_shares_a_budget_is_charged_to_it_here_too(train: Run, home: Path) -> None:

@@ -4,21 +4,26 @@ from __future__ import annotations
 
 import io
 import json
+import os
+import re
 import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 from google.protobuf import json_format
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from rich.console import Console
 
 from src import cli
-from src.cli.jobs_submit import Fetched, _make_job, fetch, print_result
+from src.cli.jobs_submit import Fetched, _finish, _make_job, fetch, print_result
 from src.cli.jobs_view import event_line, job_lines, jobs_table, live_view, result_lines, rounds_table
 from src.cli.plain import away, columns, duration, job_to_json, safe, size
 from src.cli.prose import prose
 from src.cli.status import status_lines
 from src.communication.generated import jobs_pb2
+from src.errors import JobFailed
 from src.jobs.spec import FederatedTrainingSpec
 from src.jobs.specs import load_job_file, spec_from_proto, spec_into_proto, spec_of
 
@@ -92,6 +97,25 @@ def test_a_failure_points_into_the_log() -> None:
     error = jobs_pb2.JobError(reason="WORKER_FAILED", message="it died", stage="round 1", log_reference="incident 7")
     text = "\n".join(job_lines(a_job(state=jobs_pb2.FAILED, error=error)))
     assert "WORKER_FAILED in round 1: it died; in the aggregator's log: incident 7" in text
+
+
+@pytest.mark.parametrize("as_json", [False, True])
+def test_who_waited_for_a_job_that_ended_early_hears_what_it_released(
+    capsys: pytest.CaptureFixture[str], as_json: bool
+) -> None:
+    ended = jobs_pb2.Job(job_id="j", state=jobs_pb2.FAILED, kept_rounds=[1, 2])
+    ended.error.CopyFrom(jobs_pb2.JobError(reason="DEADLINE_EXCEEDED", message="too late"))
+    for metrics, best in (({"n": 9.0, "auc": 0.5}, " (or --best auc)"), ({"n": 9.0, "mine": 0.5}, "")):
+        ended.progress.rounds.extend([jobs_pb2.RoundSummary(round=1, metrics=metrics)])
+        with pytest.raises(JobFailed):
+            _finish(ended, Path(), out=None, as_json=as_json)
+        said = " ".join(capsys.readouterr().err.split())
+        assert said == f"models can be had of round 1, 2: sotto jobs result j --round 2{best}"
+        assert said.removeprefix("models can be had ") in " ".join(" ".join(job_lines(ended)).split())
+        ended.progress.rounds.clear()
+    with pytest.raises(JobFailed):
+        _finish(jobs_pb2.Job(job_id="j", state=jobs_pb2.FAILED), Path(), out=None, as_json=as_json)
+    assert not capsys.readouterr().err
 
 
 def test_of_a_model_that_came_with_the_job_no_epsilon_is_claimed() -> None:
@@ -304,7 +328,7 @@ def test_a_signature_is_checked_where_the_configuration_pins_a_roster(tmp_path: 
 
 def test_the_json_of_a_job_holds_no_model() -> None:
     job = jobs_pb2.Job(evaluation=jobs_pb2.Evaluation(model=b"model", task="t"))
-    assert job_to_json(job)["evaluation"] == {"job_id": "", "task": "t"}
+    assert job_to_json(job)["evaluation"] == {"job_id": "", "task": "t", "round": ""}
 
 
 def test_the_json_keeps_every_name_and_value_of_the_wire() -> None:
@@ -330,23 +354,59 @@ def test_the_status_is_told_whole() -> None:
         failure_rate=0.25,
         units=[jobs_pb2.UnitStatus(name="fold", done=70, mean_s=0.0041, p50_s=0.4, p95_s=1.5, longest_s=200.0)],
     )
-    party = jobs_pb2.PartyStatus(party="a", connected=True, waiting_for="an update")
-    status = jobs_pb2.Status(federation="demo", parties=[party], workers=pool, jobs_running=2, stopping=True)
+    party = jobs_pb2.PartyStatus(party="a", connected=True, waiting_for="an update", warnings=["it ends soon"])
+    status = jobs_pb2.Status(
+        federation="demo", parties=[party], workers=pool, jobs_running=2, stopping=True, warnings=["mine, too"]
+    )
     text = "\n".join(status_lines(status))
     told = ["demo", "2 of 3 busy (1 to 4), 5 units", "70 done, 2 failed; failure rate 25.0%", "1 replaced", "stopping"]
     told += ["fold", "4.1 ms", "400 ms", "1.5 s", "3 min", "an update", "connected", "2 running, 0 waiting"]
+    told += ["warning  a: it ends soon", "warning  mine, too"]
     assert [word for word in told if word not in text] == []
     assert "parties  none" in "\n".join(status_lines(jobs_pb2.Status()))
 
 
-def test_columns_end_where_the_terminal_ends(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_table_is_cut_nowhere(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In a pipe a row is a line, however long; on a terminal the columns without room stand below."""
     rows = [("a", "1"), ("long name", "22")]
     assert columns(("name", "n"), rows, right=("n",)).splitlines()[1:] == ["a           1", "long name  22"]
     monkeypatch.setattr("sys.stdout.isatty", lambda: True, raising=False)
-    monkeypatch.setenv("COLUMNS", "10")
+    monkeypatch.setenv("COLUMNS", "12")
     monkeypatch.setenv("LINES", "5")
-    assert columns(("name", "n"), rows).splitlines()[2] == "long name"
+    assert columns(("name", "n"), rows, right=("n",)).splitlines()[2:] == ["a", "     1", "long name", "    22"]
     assert columns(("state", ""), [("FAILED", "x")]).splitlines()[1] == "\x1b[31mFAILED\x1b[0m  x"
+
+
+@given(
+    st.lists(st.lists(st.text("ab∞0.", max_size=30), min_size=9, max_size=9), min_size=1, max_size=5),
+    st.integers(1, 200),
+)
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_every_cell_is_whole_and_every_line_fits_whatever_the_terminal(
+    monkeypatch: pytest.MonkeyPatch, rows: list[list[str]], room: int
+) -> None:
+    header = [f"column {number}" for number in range(9)]
+    monkeypatch.setattr("sys.stdout.isatty", lambda: True, raising=False)
+    monkeypatch.setattr("shutil.get_terminal_size", lambda: os.terminal_size((room, 24)))
+    lines = re.sub(r"\x1b\[\d*m", "", columns(header, rows, right=header[2:])).splitlines()
+    assert [cell for row in [header, *rows] for cell in row if not any(cell in line for line in lines)] == []
+    assert all(len(line) <= max(room, 4 + max(len(cell) for row in (header, *rows) for cell in row)) for line in lines)
+
+
+def test_numbers_of_rounds_that_are_followed_live_are_whole_on_a_narrow_terminal(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    job = a_job()
+    metrics = {"accuracy": 0.6234, "auc": 0.6543, "loss": 0.7123, "n": 12345}
+    for number in range(1, 4):
+        job.progress.rounds.add(round=number, state="RELEASED", epsilon_party=1234.5, metrics=metrics, contributions=3)
+    monkeypatch.setattr("sys.stdout.isatty", lambda: True, raising=False)
+    monkeypatch.setenv("COLUMNS", "60")
+    monkeypatch.setenv("LINES", "50")
+    out = io.StringIO()
+    Console(file=out, width=60, force_terminal=True, color_system=None).print(live_view(job, []))
+    text = out.getvalue()
+    assert [word for word in ("accuracy 0.6234 auc 0.6543 loss 0.7123 n 12345", "1234") if word not in text] == []
 
 
 @pytest.mark.parametrize(

@@ -16,6 +16,7 @@ from src.communication.generated import jobs_pb2, jobs_pb2_grpc
 from src.communication.generated.common_pb2 import DataChunk
 from src.communication.grpc_server import GrpcServer
 from src.communication.identity import Identity
+from src.errors import NotFoundError
 from src.protocol.roster import Roster
 
 SERVICE = "sotto.v1.JobService"
@@ -42,6 +43,7 @@ class PlayedService(jobs_pb2_grpc.JobServiceServicer):
         self.operation = operations_pb2.Operation(name="operations/0123456789abcdef")
         self.deleted = False
         self.errors: list[Exception] = []
+        self.moved_on: dict[str, int] = {}
         self.ends_early = False
 
     async def _break(self, context: Any) -> None:
@@ -50,6 +52,8 @@ class PlayedService(jobs_pb2_grpc.JobServiceServicer):
 
     async def CreateJob(self, request: Any, context: Any) -> Any:
         self.asked.append(request)
+        if self.errors:
+            raise self.errors.pop(0)
         if self.breaks:
             await self._break(context)
         return self.operation
@@ -79,6 +83,17 @@ class PlayedService(jobs_pb2_grpc.JobServiceServicer):
         jobs = [jobs_pb2.Job(job_id=str(number)) for number in range(first, min(first + 2, 5))]
         return jobs_pb2.ListJobsResponse(jobs=jobs, next_page_token=following)
 
+    async def GetRoundResult(self, request: Any, context: Any) -> Any:
+        """The same files, of whichever round is asked for; of "last" the seventh."""
+        self.asked.append(request)
+        result = (await self.GetJob(jobs_pb2.GetJobRequest(job_id=request.job_id), context)).result
+        result.round, result.rounds_released, result.rounds_planned = (
+            int(request.round) if request.round.isdecimal() else 7,
+            7,
+            40,
+        )
+        return result
+
     async def DeleteJob(self, request: Any, context: Any) -> Any:
         raise AssertionError("not asked for here")
 
@@ -95,6 +110,13 @@ class PlayedService(jobs_pb2_grpc.JobServiceServicer):
     async def GetStatus(self, request: Any, context: Any) -> Any:
         raise AssertionError("not asked for here")
 
+    async def UploadModel(self, request_iterator: Any, context: Any) -> Any:
+        data = b"".join([chunk.data async for chunk in request_iterator])
+        self.asked.append(data)
+        if self.breaks:
+            await self._break(context)
+        return jobs_pb2.UploadModelResponse(sha256=hashlib.sha256(data).digest(), bytes=len(data))
+
     async def WatchJob(self, request: Any, context: Any) -> AsyncIterator[Any]:
         self.asked.append(request)
         first = max(1, request.after_sequence)  # the last one known once more, as after a lost acknowledgement
@@ -109,6 +131,9 @@ class PlayedService(jobs_pb2_grpc.JobServiceServicer):
 
     async def DownloadArtifact(self, request: Any, context: Any) -> AsyncIterator[Any]:
         self.asked.append(request)
+        if self.moved_on.get(request.file):
+            self.moved_on[request.file] -= 1
+            raise NotFoundError("it is another one by now: the job has moved on")
         data = self.files[request.file]
         for sent, begin in enumerate(range(request.offset, len(data), 1000)):
             if self.download_breaks and sent >= self.break_after:

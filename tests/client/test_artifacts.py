@@ -244,3 +244,66 @@ async def test_a_configuration_is_all_it_takes(house: Any, tmp_path: Path) -> No
             await client.fetch_artifact(JOB_ID, tmp_path / "out")
     with pytest.raises(ConfigError, match="no such"):
         client_module.AsyncSottoClient.from_config(tmp_path / "none.yaml")
+
+
+# --- of a released round ----------------------------------------------------------------------------------------------
+
+
+def of_round(number: int) -> dict[str, bytes]:
+    return {"model.safetensors": MODEL, "manifest.json": make_manifest(of_round={"round": number})}
+
+
+async def test_a_round_is_fetched_by_its_number_and_by_the_very_files_that_were_named(
+    house: Any, tmp_path: Path
+) -> None:
+    house.service.files = of_round(5)
+    files = await house.client().fetch_artifact(JOB_ID, tmp_path, round=5)
+    assert files["model.safetensors"].read_bytes() == MODEL
+    asked = {request.file: (request.round, request.sha256) for request in downloads(house.service.asked)}
+    assert asked == {name: ("5", hashlib.sha256(data).digest()) for name, data in of_round(5).items()}
+
+
+@pytest.mark.parametrize("meant", [{"round": "last"}, {"best": "auc"}, {"round": "7"}])
+async def test_what_was_meant_by_a_word_is_one_round_from_then_on(
+    house: Any, tmp_path: Path, meant: dict[str, str]
+) -> None:
+    house.service.files = of_round(7)
+    await house.client().fetch_artifact(JOB_ID, tmp_path, **meant)
+    assert {request.round for request in downloads(house.service.asked)} == {"7"}
+
+
+async def test_a_manifest_of_a_job_that_moves_on_is_asked_for_again(house: Any, tmp_path: Path) -> None:
+    house.service.files, house.service.moved_on = of_round(5), {"manifest.json": 3}
+    files = await house.client().fetch_artifact(JOB_ID, tmp_path, round=5)
+    assert names_in(tmp_path) == ["manifest.json", "model.safetensors"]
+    assert len(offsets(house.service.asked)) == 1  # the model is the same all the time
+    house.service.moved_on = {"manifest.json": 1000}
+    files["manifest.json"].unlink()
+    with pytest.raises(NotFoundError, match="moves on faster"):
+        await house.client().fetch_artifact(JOB_ID, tmp_path, round=5)
+
+
+async def test_the_manifest_of_another_round_is_none(house: Any, tmp_path: Path) -> None:
+    house.service.files = of_round(4)
+    with pytest.raises(SignatureError, match="the manifest is of round 4"):
+        await house.client().fetch_artifact(JOB_ID, tmp_path, round=5)
+    assert names_in(tmp_path) == []
+
+
+async def test_what_a_job_goes_on_from_is_verified_before_it_is_signed(house: Any) -> None:
+    house.service.files = of_round(5)
+    source = await house.client().continued_from(JOB_ID, round=5)
+    assert (source.job_id, source.round) == (JOB_ID, 5)
+    assert source.model_sha256 == hashlib.sha256(MODEL).hexdigest()
+    house.service.files["manifest.json"] = make_manifest(key=MALLORY, of_round={"round": 5})
+    with pytest.raises(SignatureError):
+        await house.client().continued_from(JOB_ID, round=5)
+
+
+@pytest.mark.parametrize(
+    "meant", [{"round": -1}, {"round": 0}, {"round": "x"}, {"best": "n"}, {"round": 1, "best": "auc"}]
+)
+async def test_what_is_no_round_is_not_even_asked_for(house: Any, meant: dict[str, Any]) -> None:
+    with pytest.raises(InvalidInput):
+        await house.client().result(JOB_ID, **meant)
+    assert house.service.asked == []

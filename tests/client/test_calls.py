@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import json
 import re
 import threading
@@ -18,7 +19,7 @@ from google.protobuf.timestamp_pb2 import Timestamp
 
 from src import client as client_module
 from src.client import EvaluationSpec, Export, ExportSpec, FederatedTrainingSpec, SottoClient, result_of
-from src.client_async import FIRST_PAUSE_S, NOTICED_S, Patience
+from src.client_patience import FIRST_PAUSE_S, NOTICED_S, Patience
 from src.client_signing import CLOCKS_S, ORDER_VALID_S, JobSigner
 from src.communication.generated import jobs_pb2
 from src.communication.identity import Identity
@@ -31,7 +32,9 @@ from src.errors import (
     InvalidInput,
     JobFailed,
     KeyMaterialError,
+    NotFoundError,
     StateError,
+    StorageError,
     UnavailableError,
 )
 from src.jobs.orders import check_order
@@ -357,3 +360,70 @@ def test_a_client_that_cannot_be_made_leaves_no_thread() -> None:
     with pytest.raises(ConfigError, match="loopback"):
         SottoClient("example.org:1", insecure=True)
     assert set(threading.enumerate()) <= before  # those of others may end meanwhile
+
+
+async def test_in_a_notebook_it_works_and_closes(house: Any) -> None:
+    """A cell runs in a thread whose event loop runs already; the service is served by another one."""
+
+    def cell() -> list[str]:
+        async def run() -> list[str]:
+            found = []
+            for _ in range(2):
+                with SottoClient(house.address, insecure=True, identity=ANN) as client:
+                    found.append(client.get("x").job_id)
+                    assert len(list(client.watch("x"))) == 7
+                client.close()
+            return found
+
+        return asyncio.run(run())
+
+    assert await asyncio.to_thread(cell) == ["x", "x"]
+
+
+async def test_a_client_that_cannot_be_made_says_so_in_a_notebook_too() -> None:
+    with pytest.raises(ConfigError, match="loopback"):
+        SottoClient("example.org:1", insecure=True)
+
+
+@pytest.mark.parametrize("kind", ["federated_training", "evaluation"])
+async def test_a_model_that_is_too_large_for_a_message_is_uploaded_and_named_in_what_is_signed(
+    house: Any, kind: str
+) -> None:
+    """And sent again where the aggregator has forgotten it in between; what the caller holds is not changed."""
+    model = bytes(5 << 20)
+    digest = hashlib.sha256(model).digest()
+    if kind == "federated_training":
+        job = jobs_pb2.Job(federated_training=jobs_pb2.FederatedTraining(task="t", initial_model=model))
+    else:
+        job = jobs_pb2.Job(evaluation=jobs_pb2.Evaluation(task="t", model=model))
+    house.service.errors = [NotFoundError("not here", sha256=digest.hex())]
+    key = SigningKey.from_bytes(bytes(32))
+    await house.client(signer=JobSigner("demo", "ann", key)).submit(job, "r")
+    first, refused, again, taken = house.service.asked[:4]
+    assert (first, again) == (model, model)
+    assert refused == taken
+    assert taken.ByteSize() < 10_000
+    spec = spec_from_proto(taken.job)
+    assert digest.hex() in (spec.to_json().get("initial_model_sha256"), spec.to_json().get("model_sha256"))
+    order, _ = open_order(signed_from_proto(taken.order), roster_of(key))
+    check_order(order, spec=spec, caller=ANN, request_id="r", now=time.time())
+    assert job.ByteSize() > len(model)
+
+
+async def test_a_small_model_travels_in_the_job(house: Any) -> None:
+    await house.client().submit(jobs_pb2.FederatedTraining(task="t", initial_model=b"small"))
+    assert house.service.asked[0].job.federated_training.initial_model == b"small"
+
+
+async def test_a_model_is_uploaded_from_a_file_by_either_client(house: Any, tmp_path: Path) -> None:
+    (tmp_path / "model").write_bytes(b"model")
+    digest = hashlib.sha256(b"model").hexdigest()
+    assert await house.client().upload_model(tmp_path / "model") == digest
+
+    def blocking() -> str:
+        with SottoClient(house.address, insecure=True, identity=ANN) as client:
+            return client.upload_model(b"model")
+
+    assert await asyncio.to_thread(blocking) == digest
+    with pytest.raises(StorageError, match="cannot be read"):
+        await house.client().upload_model(tmp_path / "none")

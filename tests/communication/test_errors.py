@@ -28,6 +28,8 @@ from src.errors import (
     PolicyError,
     Refused,
     SottoError,
+    StorageError,
+    StorageFullError,
     UnavailableError,
     VersionError,
 )
@@ -288,6 +290,19 @@ async def test_refusals_of_one_caller_fill_no_log_and_hide_no_other_callers(plai
         assert "causes too many lines" in stream.getvalue().splitlines()[-1]
     await ask("bob", 1)
     assert "refused for the 0th time" in stream.getvalue().splitlines()[-1]
+
+
+@pytest.mark.parametrize("cls", [StorageFullError, StorageError])
+async def test_what_passes_by_itself_is_one_line_whatever_it_fails_and_what_does_not_is_one_a_call(
+    plain: Any, scientist: grpc.aio.Channel, cls: type[SottoError], caplog: pytest.LogCaptureFixture
+) -> None:
+    stub = jobs_pb2_grpc.JobServiceStub(scientist)
+    plain.behaviour.raises(cls("no"))
+    for _ in range(5):
+        with pytest.raises(cls):
+            await stub.GetJob(jobs_pb2.GetJobRequest(), timeout=60)
+    said = [each for each in caplog.records if CATALOGUE[cls].reason in each.getMessage()]
+    assert len(said) == (1 if cls is StorageFullError else 5)
 
 
 async def test_a_long_text_of_a_caller_s_becomes_a_short_line_and_a_short_answer(

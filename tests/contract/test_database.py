@@ -17,7 +17,8 @@ import sqlalchemy
 from sqlalchemy import URL, Column, Connection, ForeignKey, Integer, MetaData, String, Table, insert, select
 from sqlalchemy.exc import DBAPIError, IntegrityError
 
-from src.errors import ConfigError, ConflictError, StateError, StorageError, UnavailableError
+from src.aggregator.troubles import Troubles
+from src.errors import ConfigError, ConflictError, SottoError, StateError, StorageError, UnavailableError
 from src.storage.database import Database, read_only
 from src.storage.postgresql import WRITER_TABLE
 from src.storage.schema import FromMetadata, Schema
@@ -399,3 +400,34 @@ def test_without_its_driver_postgresql_names_the_extra(monkeypatch: pytest.Monke
     monkeypatch.setitem(sys.modules, "psycopg", None)
     with pytest.raises(ConfigError, match=r"pip install 'sotto-fl\[postgres\]'"):
         Database("postgresql+psycopg://user@host/name", SCHEMA)
+
+
+async def test_a_restart_of_the_server_is_one_line_in_the_log_however_much_it_keeps_from_getting_on(
+    database: Database, postgresql: Postgresql, caplog: pytest.LogCaptureFixture
+) -> None:
+    """As the aggregator notes what fails in each of its turns; and one line when it is over."""
+    server, _ = postgresql
+    troubles = Troubles()
+    caplog.set_level("INFO")
+
+    async def turn() -> None:
+        for what in ("starting jobs", "moving jobs", "telling parties"):
+            try:
+                await database.run(_numbers)
+            except SottoError as error:
+                troubles.note(what, error)
+            else:
+                troubles.over(what)
+
+    _cut(postgresql)
+    server.stop()
+    try:
+        await turn()
+        await turn()
+    finally:
+        server.start()
+    assert len(caplog.text.splitlines()) == 1
+    assert "starting jobs does not get on, and is tried again: UNAVAILABLE" in caplog.text
+    await turn()
+    assert [record.message for record in caplog.records][1:] == ["telling parties gets on again"]
+    assert len(caplog.text.splitlines()) == 2

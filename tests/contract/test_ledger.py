@@ -20,7 +20,7 @@ from src.protocol.ledger import EntrySigner
 from src.protocol.signing import SigningKey
 from src.storage.checkpoints import digest_of
 from src.storage.database import Database
-from src.storage.ledger import LedgerStore
+from src.storage.ledger import TRIGGERS, LedgerStore
 from src.storage.schema import FromMetadata, Schema
 
 OpenDatabase = Callable[[Schema], Awaitable[Database]]
@@ -261,6 +261,47 @@ async def test_what_is_changed_behind_a_running_roles_back_is_named_by_its_next_
     for reading in (STORE.standing, STORE.entries, lambda c: _reserve(c, 5, **PARTY)):
         with pytest.raises(LedgerError, match=named):
             await database.run(reading)
+
+
+async def test_a_change_is_noticed_at_once_though_the_triggers_are_back_in_force(
+    database: Database, database_url: URL
+) -> None:
+    """Whoever switches them off and on again leaves no row of the ledger that says so."""
+    await database.run(STORE.standing)
+    engine = sqlalchemy.create_engine(database_url)
+    name = database_url.get_backend_name()
+    with engine.begin() as connection:
+        switch = {
+            "postgresql": [f"ALTER TABLE ledger {each} TRIGGER USER" for each in ("DISABLE", "ENABLE")],
+            "sqlite": ["DROP TRIGGER ledger_no_update", TRIGGERS["sqlite"][0]],
+        }[name]
+        connection.exec_driver_sql(switch[0])
+        connection.execute(text("UPDATE ledger SET digest = 'x' WHERE sequence = 1"))
+        connection.exec_driver_sql(switch[1])
+    engine.dispose()
+    with pytest.raises(LedgerError, match="entry 1"):
+        await database.run(STORE.standing)
+
+
+async def test_no_reading_of_a_ledger_that_nobody_else_wrote_asks_about_all_its_rows(database: Database) -> None:
+    """Neither for the rows nor for who wrote them: the engine itself would read them all."""
+    await database.run(STORE.standing)
+    asked: list[str] = []
+
+    def reading(connection: Connection) -> None:
+        def note(_connection: object, _cursor: object, statement: str, *_: object) -> None:
+            asked.append(statement)
+
+        sqlalchemy.event.listen(connection, "before_cursor_execute", note)
+        try:
+            STORE.standing(connection)
+        finally:
+            sqlalchemy.event.remove(connection, "before_cursor_execute", note)
+
+    await database.run(reading)
+    of_the_table = [each for each in asked if "FROM ledger" in each.replace("\n", "")]
+    assert len(of_the_table) == 1
+    assert "sequence >= " in of_the_table[0]
 
 
 async def test_what_another_process_adds_is_verified_and_goes_on(database: Database, database_url: URL) -> None:

@@ -81,7 +81,7 @@ async def test_a_stop_is_not_lost_when_the_stream_breaks_at_the_same_time(moment
         database=cast(Database, SimpleNamespace(run=no_rounds)),
         memory=cast(RoundMemory, SimpleNamespace(open_rounds=None)),
         accounts=cast(PartyAccounts, SimpleNamespace(aggregator_head=None)),
-        worker=cast(RoundWorker, None),
+        worker=cast(RoundWorker, SimpleNamespace(check_room=lambda: None)),
         dial=lambda: cast(grpc.aio.Channel, channel),
     )
     task = asyncio.create_task(node.run())
@@ -101,7 +101,8 @@ def test_roles_that_are_told_to_stop_end_with_0_in_the_middle_of_a_round_and_lea
         job_id = pair.submit()
         federation.reached(job_id, lambda row: row.state == "TRAINING", "the parties train")
         family = [each for name in (AGGREGATOR, "a", "b") for each in processes.all_of(name)]
-        assert len(family) == 3 + 3 + 4  # a role, its zygote, its workers: one a party, two for the aggregator
+        # A role, its zygote, its workers: one a party, two for the aggregator; and perhaps one that tries a task.
+        assert len(family) >= 3 + 3 + 4
         stopping = [processes.running.pop(name) for name in ("b", "a", AGGREGATOR)]
         for process in stopping:  # all at once, as a machine that goes down does it
             process.send_signal(signal.SIGTERM)

@@ -101,7 +101,7 @@ def test_the_aggregator_starts_without_anything_and_makes_its_keys(classic: Clas
     log = classic.processes.log("aggregator").read_text()
     assert "this process holds the key and can read every update" in log
     assert "INSECURE: no TLS" in log
-    assert "party-level budget: 200 rounds, no limit in ε\n" in log
+    assert "party-level budget: 10000 rounds, no limit in ε\n" in log
 
 
 def test_three_parties_join_and_finish_a_job_whose_manifest_says_that_the_aggregator_can_read(

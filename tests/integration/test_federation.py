@@ -17,6 +17,7 @@ from src.communication.generated import jobs_pb2
 from src.encryption.packing import pack
 from src.encryption.scheme import Layout, LayoutRequest, SystemEntropy
 from src.errors import BudgetError, ConflictError, TooFewSharesError
+from src.jobs.spec import LocalTraining
 from src.learning.flatten import from_safetensors
 from src.privacy.accounting import epsilon
 from src.privacy.ledger import Entry
@@ -296,8 +297,16 @@ def test_a_job_that_would_overspend_the_round_budget_is_refused_at_submission(ru
     assert not [job for job in running.client.list() if job.federated_training.rounds == 500]
 
 
+def test_a_job_that_no_row_of_a_party_can_ever_pay_is_refused_at_submission(running: Any) -> None:
+    running.succeed(running.submit())  # with which c tells what it allows
+    with pytest.raises(BudgetError, match="c lets a row spend ε = 40 in all, of which this job needs"):
+        running.submit(epsilon=100.0)
+
+
 def test_a_job_beyond_one_partys_budget_fails_and_names_that_party(running: Any) -> None:
-    job_id = running.submit(epsilon=100.0)
+    """At another δ than the budget's, which nobody but the party can compare."""
+    local = LocalTraining(steps=5, sampling_rate=0.1, learning_rate=1.5, epsilon=100.0, delta=1e-6)
+    job_id = running.submit(local_training=local)
     job = running.end(job_id)
     assert job.state == jobs_pb2.FAILED
     assert "c: the epsilon budget at example level" in job.error.message

@@ -309,8 +309,8 @@ def test_the_simulation_computes_the_same_models_to_the_last_bit(
         entropy.turns.pop(0)  # the last that a party draws in a round
         return noise
 
-    def keep(_task: Any, tensors: Any, _rows: Dataset) -> dict[str, float]:
-        models.append(flatten(tensors)[0])
+    def keep(_task: Any, model: Any, _rows: Dataset) -> dict[str, float]:
+        models.append(flatten(model_to_tensors(model))[0])
         return {}
 
     monkeypatch.setattr(simulation, "discrete_gaussian", draw)

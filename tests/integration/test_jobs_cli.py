@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import io
 import json
 import subprocess
@@ -84,6 +85,21 @@ async def test_a_scientist_needs_only_the_command_line(job_house: Any, sotto: Co
     assert "signed by the aggregator, checked with" in out
 
 
+async def test_what_is_said_of_a_job_s_parties_is_warned_of_and_stays_in_its_history(
+    job_house: Any, sotto: CommandLine
+) -> None:
+    """So that whatever client submits it can see it: in the job's first event."""
+    _, _, err = await sotto("submit", "--task", "randhie", "--rounds", "1")
+    assert "warning" not in err
+    job_house.coordinator.said = ("not connected when it was submitted: b, c", "a has no ε left for a row")
+    code, out, err = await sotto("submit", "--task", "randhie", "--rounds", "1")
+    said = "not connected when it was submitted: b, c; a has no ε left for a row"
+    assert (code, f"warning: {said}" in " ".join(err.split())) == (0, True)
+    job_house.permit(2)
+    code, out, _ = await sotto("watch", out.strip())
+    assert f"submitted; {said}" in out.splitlines()[0]
+
+
 async def test_a_trusted_aggregator_is_one_option(job_house: Any, sotto: CommandLine) -> None:
     """Which says who draws the noise, too."""
     code, out, err = await sotto(
@@ -124,6 +140,9 @@ async def test_exit_codes_are_the_catalogues(job_house: Any, sotto: CommandLine,
     job_house.permit(1)
     code, _, err = await sotto("wait", failing)
     assert (code, "party a refuses [BUDGET_EXCEEDED]" in err) == (13, True)
+    for form in ((), ("--json",), ("--after", "2")):
+        code, out, err = await sotto("watch", failing, *form)
+        assert (code, "party a refuses [BUDGET_EXCEEDED]" in err, "FAILED" in out) == (13, True, True)
     code, out, _ = await sotto("show", failing)
     assert (code, "BUDGET_EXCEEDED in round 1: party a refuses (parties: a)" in out) == (0, True)
     assert (await sotto("show", "none"))[0] == 7
@@ -203,6 +222,24 @@ async def test_a_job_that_is_tried_again_shows_it(job_house: Any, sotto: Command
         assert (code, out.splitlines()[-1].split()[4]) == (0, "SUCCEEDED")
 
 
+async def test_watching_a_job_that_is_cancelled_ends_as_waiting_for_it(
+    job_house: Any, sotto: CommandLine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In a pipe and on a terminal."""
+    _, out, _ = await sotto("submit", "--task", "randhie", "--rounds", "2")
+    job_id = out.strip()
+    await sotto("cancel", job_id)
+    job_house.permit(2)
+    waited, _, _ = await sotto("wait", job_id, "--timeout", "20")
+    code, _, err = await sotto("watch", job_id)
+    assert (code, "was cancelled" in err) == (waited, True)
+    assert waited not in (0, 1)
+    monkeypatch.setattr("sys.stdout", Terminal())
+    monkeypatch.setenv("TERM", "xterm")
+    line = ["jobs", "watch", job_id, "--config", str(sotto.config)]
+    assert await asyncio.to_thread(cli.run, line) == waited
+
+
 async def test_the_status_is_a_page_for_people_and_an_object_for_machines(sotto: CommandLine) -> None:
     code, out, _ = await sotto("status")
     assert (code, "2 of 3 busy (1 to 4), 5 units waiting" in out, "connected" in out) == (0, True, True)
@@ -279,6 +316,8 @@ USAGE: dict[str, list[str]] = {
     "no such state": ["list", "--state", "DONE"],
     "no jobs": ["list", "--limit", "0"],
     "nothing to submit": ["submit"],
+    "a model to start from that is not there": ["submit", "--task", "t", "--initial-model", "none"],
+    "two models to start from": ["submit", "--task", "t", "--initial-model", __file__, "--build-initial-model"],
 }
 
 
@@ -310,6 +349,7 @@ async def test_a_file_of_an_evaluation_takes_no_options_of_a_training(sotto: Com
     (tmp_path / "job.yaml").write_text("priority: high\nevaluation: {job_id: abc}\n")
     assert (await sotto("submit", str(tmp_path / "job.yaml"), "--rounds", "3"))[0] == 2
     assert (await sotto("submit", str(tmp_path / "job.yaml"), "--build-initial-model"))[0] == 2
+    assert (await sotto("submit", str(tmp_path / "job.yaml"), "--initial-model", __file__))[0] == 2
     assert (await sotto("submit", str(tmp_path / "job.yaml")))[0] == 7
 
 
@@ -334,3 +374,28 @@ async def test_an_aggregator_that_is_not_there_is_told_soon(
     config.write_text("version: 1\nfederation: demo\nserver: {address: '127.0.0.1:1', insecure: true}\n")
     assert await asyncio.to_thread(cli.run, ["jobs", "list", "--config", str(config)]) == 10
     assert "127.0.0.1:1 cannot be reached" in capsys.readouterr().err
+
+
+async def test_a_model_that_is_too_large_for_a_message_comes_with_a_job_file_all_the_same(
+    job_house: Any, sotto: CommandLine, tmp_path: Path
+) -> None:
+    """It is uploaded by itself, and the job names it; said again with the digest alone it is the same specification."""
+    model = bytes(range(256)) * (20 << 10)  # 5 MiB
+    (tmp_path / "model.safetensors").write_bytes(model)
+    (tmp_path / "job.yaml").write_text("federated_training: {task: randhie, initial_model: model.safetensors}\n")
+    code, out, err = await sotto("submit", str(tmp_path / "job.yaml"), "--rounds", "1", "--json")
+    assert (code, err) == (0, "")
+    job = json.loads(out)
+    assert job["federated_training"]["initial_model_sha256"] == hashlib.sha256(model).hexdigest()
+    (tmp_path / "again.json").write_text(json.dumps({"federated_training": job["federated_training"]}))
+    code, out, _ = await sotto("submit", str(tmp_path / "again.json"), "--json")
+    assert (code, json.loads(out)["spec_digest"]) == (0, job["spec_digest"])
+    code, out, err = await sotto("evaluate", "--model", str(tmp_path / "model.safetensors"), "--task", "randhie")
+    assert (code, err) == (0, "")
+    (tmp_path / "empty").touch()
+    assert (await sotto("submit", "--task", "randhie", "--initial-model", str(tmp_path / "empty")))[0] == 2
+    given = ("--initial-model", str(tmp_path / "model.safetensors"))
+    code, out, _ = await sotto("submit", "--task", "randhie", "--rounds", "1", *given, "--json")
+    assert (code, json.loads(out)["spec_digest"]) == (0, job["spec_digest"])
+    code, _, err = await sotto("submit", "--task", "randhie", *given, "--continue", "abc")
+    assert (code, "takes the place of an initial model" in " ".join(err.split())) == (2, True)

@@ -75,10 +75,13 @@ def test_a_round_closes_with_its_quorum_and_says_for_whom_it_waited(two: Any) ->
 
 def test_a_round_without_its_quorum_fails_at_its_deadline_and_names_who_was_missing(two: Any) -> None:
     job_id = two.submit(quorum=3, round_timeout_s=SHORT_S)
+    two.reached(job_id, lambda _: two.client.get(job_id).progress.waiting_for == ["c"], "a and b are ready")
+    expected = {each.party: each.waiting_for for each in two.client.status().parties}
+    assert expected == {"a": "ready, waits for c", "b": "ready, waits for c", "c": "training"}
     job = two.end(job_id)
     assert job.state == jobs_pb2.FAILED
-    assert "fewer than 3 parties contributed in time" in job.error.message
-    assert "c: no answer yet: training, or away" in job.error.message
+    assert "nobody began: fewer than 3 parties could train it in time" in job.error.message
+    assert "c: no answer yet: training, or away; a: ready to train, and waited for others;" in job.error.message
     assert (list(job.error.parties), job.error.stage) == (["c"], "round 1")
     (row,) = two.rounds(job_id)
     assert 0.6 * SHORT_S <= row.ended_at - row.started_at < SHORT_S

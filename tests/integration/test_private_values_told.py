@@ -17,8 +17,8 @@ from src.protocol.roster import AGGREGATOR
 from .planted.search import ATTEMPTS, Planted
 
 PARTIES = ("a", "b", "c")
-FAILURES = {"fedavg": {"unreadable": "index"}, "fedsgd": {"fail": "leave"}}
-"""What happens to b when its rows are read, or in the middle of its training, by the job's strategy."""
+FAILURES = {"fedavg": {"unreadable": "index"}, "fedsgd": {"unreadable": "leave"}}
+"""What happens to b when its rows are read, by the job's strategy."""
 
 RESOLUTION_BITS = 24
 """So fine that an integer of an update has enough digits to be known again."""

@@ -13,13 +13,13 @@ import pytest
 from sqlalchemy import Connection, MetaData
 
 from src.communication.identity import Identity
-from src.errors import SottoError
+from src.errors import NotFoundError, SottoError
 from src.jobs.executors.stats import PoolStats
 from src.jobs.scheduler import Capacity
 from src.jobs.service import Activity, JobService, JobSettings, JobView, Notifier, Status
 from src.jobs.spec import FederatedTrainingSpec
 from src.jobs.specs import JobSpec
-from src.jobs.states import Event
+from src.jobs.states import Event, JobRow
 from src.jobs.store import JobStore, StoredEvent
 from src.storage.blobs import Blobs
 from src.storage.database import Database
@@ -55,6 +55,13 @@ class CountingStore(JobStore):
         return super().positions(connection, capacity)
 
 
+class PlayedResults:
+    """Of no round."""
+
+    async def of_round(self, job: JobRow, choice: str, *, as_known: str = "") -> dict[str, Any]:
+        raise NotFoundError(f"round {choice} of job {job.job_id} was not released")
+
+
 class PlayedCoordinator:
     """Accepts what its `refusal` allows, and trainings when `pricing_allowed` is set; counts how often it was woken."""
 
@@ -65,12 +72,20 @@ class PlayedCoordinator:
         self.pricing_allowed = asyncio.Event()
         self.pricing_allowed.set()
 
-    async def price(self, spec: JobSpec, *, owner: str, model: bytes = b"") -> None:
+    async def price(self, spec: JobSpec, *, owner: str, model: bytes = b"") -> tuple[str, ...]:
         self.priced.append((spec.kind, owner))
         if isinstance(spec, FederatedTrainingSpec):
             await self.pricing_allowed.wait()
         if self.refusal:
             raise self.refusal
+        return ()
+
+    async def model_bytes(self, spec: FederatedTrainingSpec, *, model: bytes = b"") -> int:
+        return 1000
+
+    @property
+    def results(self) -> PlayedResults:
+        return PlayedResults()
 
     def wake(self) -> None:
         self.woken += 1

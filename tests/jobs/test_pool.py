@@ -54,7 +54,7 @@ async def make_pool(tmp_path: Path) -> AsyncIterator[MakePool]:
         size: int = 1, handlers: str = SELFTEST, preload: tuple[str, ...] = (), **numbers: Any
     ) -> WorkerPool:
         settings = PoolSettings(**{"size": size, "min_size": size, "max_size": size, "nice": 0, **numbers})
-        directories = {"blobs_root": tmp_path / "blobs", "workspace": tmp_path / "work"}
+        directories: dict[str, Any] = {"blobs_root": tmp_path / "blobs", "workspace": tmp_path / "work"}
         pool = WorkerPool(settings, handlers=handlers, preload=preload, **directories)
         pools.append(pool)
         await pool.start()
@@ -198,6 +198,16 @@ async def test_a_worker_that_dies_fails_its_unit_and_is_replaced(make_pool: Make
     assert caught.value.private == "exit status -9"
     assert await _pid(pool) != before
     assert pool.stats().replaced == 1
+
+
+async def test_what_units_keep_lasts_as_long_as_their_worker_and_no_other_has_it(make_pool: MakePool) -> None:
+    """Nor the zygote, of which every worker would inherit it."""
+    pool = await make_pool()
+    assert [(await pool.run("count", {}))["counted"] for _ in range(3)] == [1, 2, 3]
+    assert (await pool.run("count", {}, alone=True))["counted"] == 1
+    with pytest.raises(WorkerError):
+        await pool.run("die", {})
+    assert (await pool.run("count", {}))["counted"] == 1
 
 
 async def test_a_worker_that_dies_while_idle_fails_nobody(make_pool: MakePool) -> None:

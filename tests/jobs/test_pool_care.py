@@ -45,7 +45,7 @@ async def make_pool(tmp_path: Path) -> AsyncIterator[MakePool]:
     async def make(handlers: str = SELFTEST, preload: tuple[str, ...] = (), **numbers: Any) -> WorkerPool:
         quiet = {"nice": 0, "idle_s": NEVER_S, "grow_after_s": NEVER_S, "health_interval_s": NEVER_S}
         given_numbers = PoolSettings(**{**quiet, "size": 1, "min_size": 1, **numbers})
-        directories = {"blobs_root": tmp_path / "blobs", "workspace": tmp_path / "work"}
+        directories: dict[str, Any] = {"blobs_root": tmp_path / "blobs", "workspace": tmp_path / "work"}
         pool = WorkerPool(given_numbers, handlers=handlers, preload=preload, **directories)
         pools.append(pool)
         await pool.start()

@@ -6,7 +6,7 @@ import asyncio
 import hashlib
 import time
 from dataclasses import replace
-from typing import Any
+from typing import Any, cast
 
 import pytest
 
@@ -69,12 +69,12 @@ async def test_what_a_job_stored_that_is_refused_in_the_last_moment_goes_at_once
     """Others took the last place while it was priced."""
     real = house.coordinator.price
 
-    async def slow(*args: Any, **fields: Any) -> None:
+    async def slow(*args: Any, **fields: Any) -> tuple[str, ...]:
         house.coordinator.price = real
         for number in range(3):
             await house.create(BOB if number else ANN, request_id=f"other {number}")
         await house.create(Identity("scientist", "eve"), request_id="the last place")
-        await real(*args, **fields)
+        return cast(tuple[str, ...], await real(*args, **fields))
 
     house.coordinator.price = slow
     with pytest.raises(LimitError, match="waiting"):
@@ -84,7 +84,7 @@ async def test_what_a_job_stored_that_is_refused_in_the_last_moment_goes_at_once
 
 
 async def test_what_a_database_did_not_take_goes_at_once(house: House, monkeypatch: pytest.MonkeyPatch) -> None:
-    def broken(*_: Any) -> None:
+    def broken(*_: Any, **__: Any) -> None:
         raise StorageError("the disk is full")
 
     monkeypatch.setattr(house.store, "create", broken)

@@ -11,9 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from src.communication.generated import jobs_pb2
+from src.communication.options import MAX_MODEL_BYTES
 from src.errors import InvalidInput
 from src.jobs.spec import AdaptiveClipping, FederatedTrainingSpec, spec_to_proto
-from src.jobs.spec_base import MAX_MODEL_BYTES
 from src.jobs.specs import spec_from_proto
 
 NAN, INF = float("nan"), float("inf")

@@ -13,10 +13,10 @@ import pytest
 from pydantic import ValidationError
 
 from src.communication.generated import jobs_pb2
+from src.communication.options import MAX_MODEL_BYTES
 from src.errors import ConfigError, InvalidInput
 from src.jobs.computations import EvaluationSpec, ExportSpec
 from src.jobs.spec import FederatedTrainingSpec
-from src.jobs.spec_base import MAX_MODEL_BYTES
 from src.jobs.specs import (
     KINDS,
     JobSpec,
@@ -184,7 +184,7 @@ FILES_REFUSED: list[tuple[str, list[str]]] = [
     ("federated_training: {task: t, rounds: 0}", ["federated_training.rounds"]),
     ("federated_training: {task: t, local_training: {epsilon: four}}", ["federated_training.local_training.epsilon"]),
     (
-        f"federated_training: {{task: t, initial_model_sha256: {'0' * 63}a}}",
+        f"federated_training: {{task: t, initial_model: 'base64:bQ==', initial_model_sha256: {'0' * 63}a}}",
         ["federated_training.initial_model_sha256"],
     ),
     ("federated_training: {task: t, initial_model: none.bin}", ["federated_training.initial_model"]),
@@ -212,7 +212,7 @@ FILES_REFUSED: list[tuple[str, list[str]]] = [
     ("evaluation: {model: [1], task: t}", ["evaluation.model"]),
     ("evaluation: {model: 'base64:d2VpZ2h0cw=='}", ["evaluation.task"]),
     ("evaluation: {job_id: a, model: 'base64:d2VpZ2h0cw=='}", ["evaluation.model"]),
-    (f"evaluation: {{task: t, model_sha256: {'0' * 63}a}}", ["evaluation.model", "evaluation.model_sha256"]),
+    ("evaluation: {task: t, model_sha256: a}", ["evaluation.model"]),
     ("evaluation: {job_id: a, rows: 3}", ["evaluation.rows"]),
     ("export: {}", ["export.job_id"]),
     ("export: {job_id: a, model: m.bin}", ["export.model"]),
@@ -220,10 +220,19 @@ FILES_REFUSED: list[tuple[str, list[str]]] = [
 ]
 
 
+def test_a_file_may_name_a_model_that_the_aggregator_has_by_its_digest(tmp_path: Path) -> None:
+    path = tmp_path / "job.yaml"
+    path.write_text(f"federated_training: {{task: t, initial_model_sha256: {SHA256}}}")
+    job = load_job_file(path)
+    assert (job.federated_training.initial_model_sha256.hex(), job.federated_training.initial_model) == (SHA256, b"")
+    path.write_text(f"evaluation: {{task: t, model_sha256: {SHA256}}}")
+    assert load_job_file(path).evaluation.model_sha256.hex() == SHA256
+
+
 def test_what_a_section_may_hold_is_told_in_the_words_of_the_file(tmp_path: Path) -> None:
     path = tmp_path / "job.yaml"
     path.write_text("evaluation: {job_id: a, rows: 3}")
-    with pytest.raises(InvalidInput, match=r"unknown field; allowed here: job_id, model, task$"):
+    with pytest.raises(InvalidInput, match=r"unknown field; allowed here: job_id, model, task, round$"):
         load_job_file(path)
 
 

@@ -18,6 +18,7 @@ import torch
 from numpy.typing import NDArray
 
 from src import cli
+from src.cli import audit as command
 from src.errors import CATALOGUE, ConfigError, InvalidInput, NotFoundError, Refused
 from src.learning import audit as audits
 from src.learning.audit import AuditPlan, AuditResult, Trainer, audit, claimed, noise_test, plan_audit
@@ -488,3 +489,13 @@ def test_epochs_are_steps_of_the_expected_number(capsys: pytest.CaptureFixture[s
 
 def test_epochs_without_a_usable_rate_are_refused() -> None:
     assert cli.run(["audit", "--epochs", "1", "--sampling-rate", "0", "--epsilon", "1"]) == 3
+
+
+@pytest.mark.parametrize(
+    ("steps", "said"), [(100, "about 510,000 rows are computed, one at a time: some 5 min"), (1, "")]
+)
+def test_what_takes_minutes_says_so_before(steps: int, said: str, capsys: pytest.CaptureFixture[str]) -> None:
+    command._say_how_long(plan_audit(sampling_rate=0.05, steps=steps, epsilon=1.0), rows=2000)
+    out, err = capsys.readouterr()
+    assert (out, said in " ".join(err.split())) == ("", True)
+    assert bool(err) == bool(said)

@@ -464,12 +464,12 @@ def infinite_beyond(limit: float) -> Any:
     )
 
 
-def fails_beyond(limit: float) -> Any:
+def fails_beyond(limit: float, error: type[BaseException] = IndexError) -> Any:
     """A loss that fails, for all rows at once, if one is beyond a limit."""
 
     def loss(outputs: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         if (labels > limit).any():
-            raise IndexError(f"no class {labels.max()}")
+            raise error(f"no class {labels.max()}")
         return default_loss(outputs, labels)
 
     return loss
@@ -488,6 +488,7 @@ ODD: dict[str, tuple[Build, list[float], float, Any]] = {
     "a label that is no class": (three_classes, [1, 1, 1, 1], 7, default_loss),
     "a negative label": (three_classes_normalised, [1, 1, 1, 1], -1, default_loss),
     "a loss that fails": (linear, [1, 1, 1, 1], 7, fails_beyond(5)),
+    "a loss that ends the process": (linear, [1, 1, 1, 1], 7, fails_beyond(5, SystemExit)),
     "a loss that fails, normalised": (normalised, [1, 1, 1, 1], 7, fails_beyond(5)),
 }
 

@@ -142,7 +142,7 @@ def test_central_baselines_learn() -> None:
     assert (private.sampling_rate, private.noise_multiplier) == (local.sampling_rate, local.noise_multiplier)
     plain = replace(DEMO.central_training(), steps=500)
     result = central(TASK, data, holdout=holdout, plain=plain, private=private, seed=0, entropy=source("central"))
-    start = evaluate(TASK, model_to_tensors(TASK.build_model(0)), holdout)
+    start = evaluate(TASK, TASK.build_model(0), holdout)
     assert result.central["auc"] >= 0.63
     assert result.central_dp["auc"] >= 0.62
     assert start["auc"] < 0.6
@@ -177,7 +177,7 @@ def test_a_simulated_federation_learns_and_is_repeatable() -> None:
 
 def test_party_level_noise_and_the_clipping_norm_matter() -> None:
     """Noise far above the clipping norm destroys the model, and a tiny norm keeps it where it started."""
-    start = evaluate(TASK, model_to_tensors(TASK.build_model(0)), parts(3)[1])["auc"]
+    start = evaluate(TASK, TASK.build_model(0), parts(3)[1])["auc"]
     drowned = simulated(rounds=1, party_noise_multiplier=200.0)[-1]["auc"]
     pinned = simulated(rounds=1, clipping_norm=1e-6, party_noise_multiplier=0.0)[-1]["auc"]
     assert abs(pinned - start) < 1e-3

@@ -11,10 +11,12 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from src.errors import (
     BudgetError,
     DigestError,
+    EvaluationError,
     InvalidInput,
     JobFailed,
     LimitError,
@@ -22,8 +24,9 @@ from src.errors import (
     Refused,
     SignatureError,
 )
+from src.learning import dpsgd
 from src.learning.flatten import from_safetensors
-from src.learning.standalone import Configured, Plan, Trained, find_source, plan_run, run_plan
+from src.learning.standalone import Configured, Plan, Source, Trained, find_source, plan_run, run_plan
 from src.learning.standalone_artifact import MODEL_FILE, artifact_hash, build_artifact, build_mock, verify_artifact
 from src.learning.standalone_job import TrainJob, parse_job
 from src.learning.synthetic import FEATURES, HOLDOUT_ROWS, ROWS, SyntheticTask
@@ -52,16 +55,21 @@ def plan(*, allow_without_dp: bool = False, **fields: Any) -> Plan:
 class Witness:
     """A purse that writes down in which order things happen."""
 
-    def __init__(self, log: list[str], *, refuses: bool = False) -> None:
+    def __init__(self, log: list[str], *, refuses: bool = False, keeps: bool = False) -> None:
         self.log = log
         self.events: list[Event] = []
         self._refuses = refuses
+        self._keeps = keeps
 
     def reserve(self, job_id: str, event: Event) -> None:
         self.log.append("reserve")
         if self._refuses:
             raise BudgetError("no")
         self.events.append(event)
+
+    def give_back(self, reason: str) -> bool:
+        self.log.append("given back")
+        return not self._keeps
 
     def finalise(self, figures: Mapping[str, str]) -> str:
         self.log.append("final" if "failure" not in figures else f"final: {figures['failure']}")
@@ -119,7 +127,9 @@ def test_a_noise_multiplier_that_costs_less_than_the_epsilon_asked_for_is_used_a
 
 
 def test_a_noise_multiplier_that_costs_more_than_the_epsilon_asked_for_is_refused() -> None:
-    with pytest.raises(Refused, match=r"noise_multiplier 1 costs epsilon .* more than dp.epsilon 1"):
+    with pytest.raises(
+        Refused, match=r"noise_multiplier 1 costs epsilon .* more than dp.epsilon 1, which takes a noise_multiplier of "
+    ):
         plan(dp={"epsilon": 1.0, "noise_multiplier": 1.0})
 
 
@@ -158,7 +168,7 @@ def test_a_configured_dataset_counts_the_rows_that_its_owner_declared_and_leaves
 
 
 def test_reserved_before_data_is_touched_and_final_before_the_model_is_there(log: list[str]) -> None:
-    made = plan()
+    made = plan(epochs=1)
     found = trained(made, log)
     assert log == ["reserve", "data", "final"]
     assert found.ledger_head == HEAD
@@ -171,14 +181,111 @@ def test_over_budget_no_data_is_touched(log: list[str]) -> None:
 
 
 def test_a_training_that_fails_is_charged_and_shows_nothing(log: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    def breaks(self: object, options: object) -> Dataset:
+    def breaks(*_: object, **__: object) -> None:
         raise OSError("disk")
 
-    monkeypatch.setattr(SyntheticTask, "load_data", breaks)
-    with pytest.raises(JobFailed, match="OSError at ") as caught:
+    monkeypatch.setattr(dpsgd, "train_dpsgd", breaks)
+    with pytest.raises(JobFailed, match=r"OSError.*; what it cost is charged") as caught:
         trained(plan(), log)
     assert "disk" not in caught.value.message  # it could as well be a row
-    assert log == ["reserve", "final: JOB_FAILED"]
+    assert log == ["reserve", "data", "final: JOB_FAILED"]
+
+
+class Tabular:
+    """A task of four numbers and two classes, with a fault of the caller's."""
+
+    name, description = "tabular", "made up"
+
+    def __init__(self, **faults: Any) -> None:
+        self._faults = faults
+
+    def _model(self) -> torch.nn.Module:
+        return torch.nn.Linear(4, 2)
+
+    def _rows(self, labels: Any = np.int64) -> Dataset:
+        return Dataset(np.ones((64, 4), np.float32), np.zeros(64, labels), "made up")
+
+    def build_model(self, seed: int) -> torch.nn.Module:
+        torch.manual_seed(seed)
+        model: torch.nn.Module = self._faults.get("model", self._model)()
+        return model
+
+    def load_data(self, options: Any) -> Any:
+        return self._faults.get("rows", self._rows)()
+
+    def loss(self, outputs: Any, labels: Any) -> Any:
+        reduction = self._faults.get("reduction", "none")
+        return torch.nn.functional.cross_entropy(outputs, labels, reduction=reduction)
+
+
+class WithHoldout(Tabular):
+    """Of which some rows are public."""
+
+    def load_holdout(self, options: Any) -> Any:
+        return self._rows()
+
+
+def dropping() -> torch.nn.Module:
+    return torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.Dropout(0.5), torch.nn.Linear(8, 2))
+
+
+def of_text() -> Dataset:
+    return Tabular()._rows(np.str_)
+
+
+def lost() -> Dataset:
+    raise FileNotFoundError(2, "no such file", str(Path.cwd() / "gone.csv"))
+
+
+def without_option() -> Dataset:
+    options: dict[str, str] = {}
+    options["table"]
+    raise AssertionError
+
+
+WITH_DP, BOTH = (True,), (True, False)
+NOT_CHARGED: list[tuple[dict[str, Any], tuple[bool, ...], str]] = [
+    ({"model": dropping}, WITH_DP, "random"),
+    ({"reduction": "mean"}, BOTH, "one value for each example"),
+    ({"rows": of_text}, BOTH, "labels|TypeError"),
+    ({"model": lambda: torch.nn.Linear(5, 2)}, BOTH, r"features of shape \(4,\)|RuntimeError"),
+    ({"rows": lost}, BOTH, r"options.table: /.*/gone.csv: No such file|FileNotFoundError"),
+    ({"rows": without_option}, BOTH, "options.table is not set|KeyError"),
+    ({"rows": lambda: "no rows"}, BOTH, "returns no|AttributeError"),
+]
+
+
+@pytest.mark.parametrize("kind", [Tabular, WithHoldout])
+@pytest.mark.parametrize(
+    ("faults", "private", "says"),
+    [(faults, private, says) for faults, which, says in NOT_CHARGED for private in which],
+    ids=[f"{says}, private: {private}" for _, which, says in NOT_CHARGED for private in which],
+)
+def test_what_follows_from_code_options_and_dtypes_costs_nothing(
+    faults: Any, private: bool, says: str, kind: type[Tabular]
+) -> None:
+    dp = {"noise_multiplier": 1.0, "delta": 1e-3} if private else {"enabled": False}
+    options = {"table": "gone.csv"} if faults.get("rows") is lost else {}
+    source = Source(
+        dataset="tabular", task=kind(**faults), options=options, n=64, n_is="declared", directory=Path.cwd()
+    )
+    made = plan_run(job(dataset="tabular", batch_size=8, dp=dp), source, allow_without_dp=True)
+    log: list[str] = []
+    with pytest.raises((JobFailed, InvalidInput, EvaluationError), match=says) as caught:
+        trained(made, log)
+    assert "nothing was charged" in caught.value.message
+    assert log in ([], ["reserve", "given back"])
+
+
+def test_of_too_many_that_were_given_back_it_is_said_that_this_one_is_charged(log: list[str]) -> None:
+    source = Source(dataset="tabular", task=Tabular(rows=lambda: "none"), options={}, n=64, n_is="declared")
+    made = plan_run(
+        job(dataset="tabular", batch_size=8, dp={"noise_multiplier": 1.0, "delta": 1e-3}),
+        source,
+        allow_without_dp=False,
+    )
+    with pytest.raises(JobFailed, match="it is charged"):
+        run_plan(made, purse=Witness(log, keeps=True), entropy=DeterministicEntropy(b"t", purpose="t"))
 
 
 def without_dp() -> Plan:
@@ -205,7 +312,7 @@ def test_without_dp_a_row_that_is_not_finite_is_told_of_and_costs_nothing(
         "(sotto party --check-data says more)"
     )
     log.clear()
-    assert trained(plan(), log).ledger_head == HEAD  # with DP such rows count for nothing, and nobody hears of them
+    assert trained(plan(epochs=1), log).ledger_head == HEAD  # with DP they count for nothing, and nobody hears of them
     assert log == ["reserve", "data", "final"]
 
 
@@ -230,7 +337,7 @@ def test_a_model_too_large_to_print_is_refused_before_it_costs_anything(log: lis
 
 
 def test_a_training_that_diverges_is_charged_and_shows_no_model(log: list[str]) -> None:
-    made = plan(dp={"noise_multiplier": 10_000.0, "clip": 1e6}, learning_rate=1000)
+    made = plan(dp={"noise_multiplier": 10_000.0, "clip": 1e6}, learning_rate=1000, epochs=1)
     object.__setattr__(made.local, "learning_rate", 1e38)
     with pytest.raises(JobFailed, match="diverged"):
         trained(made, log)
@@ -272,7 +379,7 @@ def test_it_learns_with_privacy_and_says_how_well_on_public_rows(log: list[str])
 @pytest.fixture(scope="module")
 def run() -> tuple[Plan, Trained]:
     """One training, for all that is done with its artifact."""
-    made = plan()
+    made = plan(epochs=1)
     return made, trained(made, [])
 
 

@@ -11,9 +11,9 @@ import torch
 from numpy.typing import NDArray
 
 from src.errors import ConfigError, InvalidInput, NotFoundError
-from src.learning import task as task_module
+from src.learning import installed
 from src.learning.evaluation import default_metrics, evaluate
-from src.learning.flatten import model_to_tensors
+from src.learning.installed import known_tasks
 from src.learning.task import (
     Dataset,
     check_options,
@@ -21,7 +21,6 @@ from src.learning.task import (
     find_task,
     finite_rows,
     holdout_of,
-    known_tasks,
     loss_of,
     metrics_of,
 )
@@ -61,14 +60,14 @@ class Full(Bare):
 
 
 def test_the_demonstrations_task_is_found_without_an_installed_distribution(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(task_module, "entry_points", lambda group: ())
+    monkeypatch.setattr(installed, "entry_points", lambda group: ())
     assert isinstance(find_task("randhie"), RandHieTask)
     assert known_tasks() == ("randhie",)
 
 
 def test_a_task_of_your_own_is_found_by_its_entry_point(monkeypatch: pytest.MonkeyPatch) -> None:
     point = EntryPoint("fractions", "fractions:Fraction", "sotto.tasks")
-    monkeypatch.setattr(task_module, "entry_points", lambda group: (point,) if group == "sotto.tasks" else ())
+    monkeypatch.setattr(installed, "entry_points", lambda group: (point,) if group == "sotto.tasks" else ())
     assert type(find_task("fractions")).__name__ == "Fraction"
     assert known_tasks() == ("fractions", "randhie")
 
@@ -89,13 +88,13 @@ def test_a_task_that_brings_its_own_keeps_it() -> None:
     rows = holdout_of(Full(), {})
     assert rows is not None
     assert loss_of(Full())(torch.tensor([[3.0]]), torch.tensor([1])).tolist() == [4.0]
-    assert evaluate(Full(), model_to_tensors(Full().build_model(0)), rows) == {"own": 1.0, "n": 4.0}
+    assert evaluate(Full(), Full().build_model(0), rows) == {"own": 1.0, "n": 4.0}
 
 
 def test_evaluate_by_hand() -> None:
     """Scores −2, −1, 1, 2 for labels 0, 1, 0, 1: three of four pairs are in order, half the signs are right."""
     task = Bare()
-    metrics = evaluate(task, model_to_tensors(task.build_model(0)), task.load_data({}))
+    metrics = evaluate(task, task.build_model(0), task.load_data({}))
     assert metrics == {"accuracy": 0.5, "auc": 0.75, "n": 4.0}
 
 

@@ -20,6 +20,7 @@ from src.learning.gradients import clipped_gradient_sum
 from src.learning.per_example import rows_that_count
 from src.learning.task import Dataset, default_loss
 from src.learning.trial import try_out
+from src.protocol.faults import PLACE, TaskProblem
 
 Build = Callable[[], nn.Module]
 
@@ -211,6 +212,14 @@ class DropsAxis(nn.Module):
         return torch.as_tensor(self.last(rows.squeeze(0)).reshape(-1) * 1.0)
 
 
+def rows_second(kind: Any) -> nn.Module:
+    return after(First(kind(3, 4)), width=8)
+
+
+def pair(value: torch.Tensor) -> Any:
+    return value, value
+
+
 def square(outputs: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     return (outputs[:, 0] - labels) ** 2
 
@@ -232,6 +241,26 @@ OTHER: dict[str, tuple[Build, Any, tuple[int, ...], Any, str]] = {
     ),
     "dropout": (
         lambda: after(nn.Linear(6, 3), nn.Dropout(0.1), width=3), default_loss, (6,), np.int64, "layer 1"
+    ),
+    "dropout, with what to take instead": (
+        lambda: after(nn.Linear(6, 3), nn.Dropout(0.1), width=3), default_loss, (6,), np.int64, "the noise of DP-SGD"
+    ),
+    "dropout between recurrent layers": (
+        lambda: Recurrent(partial(nn.LSTM, num_layers=2, dropout=0.1)), default_loss, (2, 3), np.int64, "layer seen"
+    ),
+    **{
+        f"{kind.__name__}, rows second": (
+            partial(rows_second, kind), default_loss, (2, 3), np.int64,
+            r"beside (it|others).*; 0.layer: rows come second unless batch_first=True",
+        )
+        for kind in (nn.RNN, nn.GRU, nn.LSTM)
+    },
+    "attention, rows second": (
+        lambda: Attends(batch_first=False), default_loss, (2, 4), np.int64, r"beside.*; seen: rows come second unless"
+    ),
+    "nothing that is trained": (lambda: nn.Flatten(), default_loss, (6,), np.int64, "no parameter that is trained"),
+    "more than one tensor": (
+        made(lambda m, x: pair(m.b(x))), default_loss, (6,), np.int64, "the model returns a tuple: let it return"
     ),
     "dropout inside attention": (
         lambda: after(nn.Unflatten(1, (3, 2)), nn.TransformerEncoderLayer(2, 1, 4, batch_first=True), width=6),
@@ -267,6 +296,64 @@ def test_what_cannot_be_trained_is_refused_in_words_that_help(what: str) -> None
     with pytest.raises(InvalidInput) as caught:
         tried(build, loss, shape=shape, labels=labels)
     assert re.search(words, caught.value.message), caught.value.message
+
+
+CLASSES = {
+    **dict.fromkeys(MIXING, TaskProblem.ROWS_MIXED),
+    "squeeze": TaskProblem.ROWS_MIXED,
+    "an axis taken for the rows": TaskProblem.ROWS_MIXED,
+    "a mean": TaskProblem.LOSS_NOT_PER_EXAMPLE,
+    "a mean that keeps an axis": TaskProblem.LOSS_NOT_PER_EXAMPLE,
+    "a loss for each output": TaskProblem.LOSS_NOT_PER_EXAMPLE,
+    "dropout": TaskProblem.RANDOM_DRAWN,
+    "dropout inside attention": TaskProblem.RANDOM_DRAWN,
+    "a loss that draws": TaskProblem.RANDOM_DRAWN,
+    "a running mean": TaskProblem.STATE_KEPT,
+    "spectral normalisation": TaskProblem.STATE_KEPT,
+    "batch normalisation": TaskProblem.LAYER_REFUSED,
+    "batch normalisation without parameters": TaskProblem.LAYER_REFUSED,
+    "a loss that fails always": TaskProblem.NOT_COMPUTABLE,
+    "no finite loss": TaskProblem.NOT_COMPUTABLE,
+    "rows of another width": TaskProblem.SHAPE_MISMATCH,
+}
+
+
+@pytest.mark.parametrize("what", CLASSES)
+def test_others_hear_a_class_of_the_list_and_a_place_in_the_tasks_file(what: str) -> None:
+    build, loss, shape, labels, _ = {**MIXING, **OTHER}[what]
+    with pytest.raises(InvalidInput) as caught:
+        tried(build, loss, shape=shape, labels=labels)
+    assert caught.value.metadata["problem"] == CLASSES[what]
+    place = caught.value.metadata["place"]
+    assert place == "" or (PLACE.fullmatch(place) and place.startswith("test_trial.py:"))
+    assert place or "test_trial.py" not in caught.value.message
+
+
+def test_labels_that_are_no_numbers_are_a_class_of_their_own() -> None:
+    with pytest.raises(InvalidInput) as caught:
+        tried(linear(), labels=np.dtype("<U3"))
+    assert caught.value.metadata["problem"] == TaskProblem.LABELS_NOT_NUMBERS
+
+
+def test_no_text_that_a_task_raises_is_taken_for_a_place() -> None:
+    def forged(outputs: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        raise IndexError("see rows.py:31337")
+
+    with pytest.raises(InvalidInput) as caught:
+        tried(linear(), forged)
+    assert caught.value.metadata["place"].startswith("test_trial.py:")
+
+
+def test_a_loss_that_takes_whole_labels_alone_is_tried_with_fractions_among_the_features() -> None:
+    """Labels may be floats for all that. Features of zeros and ones alone would not show that these are rounded."""
+
+    def mixed(outputs: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        return default_loss(outputs, labels) + (outputs - outputs.round()).mean() * 0.0 + outputs.detach().mean()
+
+    with pytest.raises(InvalidInput, match="depends on the rows beside it"):
+        tried(made(lambda m, x: m.b(x - x.round() + (x - x.round()).mean(0))), labels=np.float64)
+    with pytest.raises(InvalidInput, match="depends on the rows beside it"):
+        tried(linear(), mixed, labels=np.float64)
 
 
 @pytest.mark.parametrize("what", [*MIXING, *OTHER])
@@ -311,6 +398,17 @@ class TwoClasses(nn.Module):
         return torch.as_tensor(rows @ self.project(self.about).T)
 
 
+class First(nn.Module):
+    """Of what a layer returns, the first."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, rows: torch.Tensor) -> torch.Tensor:
+        return torch.as_tensor(self.layer(rows)[0])
+
+
 class Recurrent(nn.Module):
     def __init__(self, kind: Any) -> None:
         super().__init__()
@@ -323,9 +421,9 @@ class Recurrent(nn.Module):
 class Attends(nn.Module):
     """Attention within a row."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, batch_first: bool = True) -> None:
         super().__init__()
-        self.seen, self.last = nn.MultiheadAttention(4, 2, batch_first=True), nn.Linear(8, 2)
+        self.seen, self.last = nn.MultiheadAttention(4, 2, batch_first=batch_first), nn.Linear(8, 2)
 
     def forward(self, rows: torch.Tensor) -> torch.Tensor:
         return torch.as_tensor(self.last(self.seen(rows, rows, rows, need_weights=False)[0].flatten(1)))
@@ -365,6 +463,8 @@ RIGHT: dict[str, tuple[Build, tuple[int, ...], int]] = {
     "bilinear": (lambda: Bilinear(), (6,), 0),
     "LSTM": (lambda: Recurrent(nn.LSTM), (2, 3), 0),
     "GRU": (lambda: Recurrent(nn.GRU), (2, 3), 0),
+    "RNN of two layers": (lambda: Recurrent(partial(nn.RNN, num_layers=2)), (2, 3), 0),
+    "GRU cells in a loop": (lambda: Looped(), (2, 3), 0),
     "attention within a row": (Attends, (2, 4), 0),
     "transformer": (
         lambda: after(nn.TransformerEncoderLayer(4, 2, 8, dropout=0.0, batch_first=True), width=8), (2, 4), 0
@@ -373,6 +473,20 @@ RIGHT: dict[str, tuple[Build, tuple[int, ...], int]] = {
         lambda: after(nn.utils.parametrizations.weight_norm(nn.Linear(6, 3)), nn.Tanh(), width=3), (6,), 0
     ),
 }  # fmt: skip
+
+
+class Looped(nn.Module):
+    """A cell for each step."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.cell, self.last = nn.GRUCell(3, 4), nn.Linear(4, 2)
+
+    def forward(self, rows: torch.Tensor) -> torch.Tensor:
+        state = rows.new_zeros(len(rows), 4)
+        for step in range(rows.shape[1]):
+            state = self.cell(rows[:, step], state)
+        return torch.as_tensor(self.last(state))
 
 
 class Bilinear(nn.Module):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shutil
 import stat
@@ -17,13 +18,15 @@ import yaml
 from src.cli import app
 from src.jobs.spec import FederatedTrainingSpec
 from src.jobs.specs import load_job_file, spec_from_proto
-from src.learning.task import known_tasks
+from src.learning.installed import known_tasks
 
 ROOT = Path(__file__).resolve().parents[2]
 DOCKER = ROOT / "docker"
 DOCKERFILE = DOCKER / "Dockerfile"
 COMPOSE = DOCKER / "docker-compose.yml"
 DEV = DOCKER / "docker-compose.dev.yml"
+HOSTS = {name: DOCKER / f"{name}.yml" for name in ("aggregator", "party")}
+"""A node on a host of its own."""
 PARTIES = ("party-a", "party-b", "party-c")
 NODES = ("aggregator", *PARTIES)
 KIT_OF = {**{name: f"kit-{name}" for name in NODES}, "job": "kit-scientist"}
@@ -129,7 +132,9 @@ def test_images_start_with_commands_that_exist(stages: Stages) -> None:
 
 def test_hadolint_finds_nothing() -> None:
     hadolint = Path(sys.executable).parent / "hadolint"  # the package brings the binary
-    done = subprocess.run([hadolint, DOCKERFILE], capture_output=True, text=True, timeout=60, check=False)
+    done = subprocess.run(
+        [hadolint, DOCKERFILE, DOCKER / "task.Dockerfile"], capture_output=True, text=True, timeout=60, check=False
+    )
     assert done.stdout == ""
 
 
@@ -217,8 +222,51 @@ def test_the_job_is_one_that_the_parties_can_take() -> None:
     assert isinstance(spec, FederatedTrainingSpec)
     assert spec.task in known_tasks()
     assert spec.local_training.epsilon < 4.0, "the budget that provisioning writes"
-    assert spec.priced_rounds <= 200, "likewise"
+    assert spec.priced_rounds <= 10_000, "likewise"
     assert mounts(compose(COMPOSE)["services"]["job"])["/etc/sotto/job.yaml"] == "./job.yaml"
+
+
+# ------------------------------------------------------------------------------------------------ hosts of their own
+
+
+@pytest.mark.parametrize("name", HOSTS)
+def test_a_node_on_a_host_of_its_own_is_run_as_in_the_federation_on_one(name: str) -> None:
+    """The same command, the same things given up; kit and data from this host, read-only, and a state that stays."""
+    (service,) = compose(HOSTS[name])["services"].values()
+    other = compose(COMPOSE)["services"]["party-a" if name == "party" else name]
+    for key in ("command", "environment", "init", "read_only", "tmpfs", "cap_drop", "security_opt", "restart"):
+        assert service[key] == other[key], key
+    assert service["image"] == f"${{SOTTO_IMAGE:-{other['image']}}}"
+    assert "build" not in service
+    by_target = {
+        each.split(":")[-2] if each.endswith(":ro") else each.split(":")[-1]: each for each in service["volumes"]
+    }
+    assert set(by_target) == {"/kit", "/state", *(["/data"] if name == "party" else [])}
+    assert all(each.endswith(":ro") and each.startswith("${") for at, each in by_target.items() if at != "/state")
+    assert list(compose(HOSTS[name])["volumes"]) == ["state"]
+    assert ("ports" in service) == (name == "aggregator")
+
+
+def test_a_task_of_ones_own_is_installed_where_the_images_python_looks_and_nothing_else_changes() -> None:
+    text = (DOCKER / "task.Dockerfile").read_text()
+    assert "pip --python /opt/sotto/bin/python install" in text
+    assert "uv venv /opt/sotto" in DOCKERFILE.read_text()
+    assert [line for line in text.splitlines() if line.startswith("USER")] == ["USER 0:0", "USER 10001:10001"]
+    assert "ENTRYPOINT" not in text
+
+
+def said_in_the_documents() -> list[str]:
+    """Every command of sotto's that docs/containers.md and the Compose files' comments give a container."""
+    text = "\n".join(path.read_text() for path in (ROOT / "docs/containers.md", *HOSTS.values())).replace("\\\n", " ")
+    found = re.findall(r"run --rm (?:party|aggregator|job) ((?:party|budget|jobs|aggregator) .*)$", text, re.MULTILINE)
+    return found + re.findall(r" sotto-(?:party|aggregator) +((?:party|jobs|aggregator) .*)$", text, re.MULTILINE)
+
+
+def test_every_command_in_the_documents_exists() -> None:
+    commands = said_in_the_documents()
+    assert len(commands) >= 6
+    for command in commands:
+        parse(command.split())
 
 
 # -------------------------------------------------------------------------------------------------------- development
@@ -250,7 +298,7 @@ def test_docker_compose_accepts_the_files() -> None:
     version = [docker or "docker", "compose", "version"]
     if docker is None or subprocess.run(version, capture_output=True, timeout=30, check=False).returncode != 0:
         pytest.skip("docker compose is not installed")
-    for files in ([COMPOSE], [COMPOSE, DEV]):
+    for files in ([COMPOSE], [COMPOSE, DEV], *([file] for file in HOSTS.values())):
         arguments = [argument for file in files for argument in ("--file", str(file))]
         done = subprocess.run(
             [docker, "compose", *arguments, "config", "--quiet"],
@@ -258,5 +306,6 @@ def test_docker_compose_accepts_the_files() -> None:
             text=True,
             timeout=60,
             check=False,
+            env=os.environ | {"KIT": "/kit", "DATA": "/data"},
         )
         assert done.returncode == 0, done.stderr

@@ -197,7 +197,7 @@ def test_what_others_declare_costs_a_party_no_work(
         return np.zeros(10)
 
     dataset = Dataset(np.zeros((100, 1), np.float32), np.zeros(100, np.int64), "none")
-    task = SimpleNamespace(load_data=lambda _: dataset)
+    task = SimpleNamespace(name="none", load_data=lambda _: dataset)
     monkeypatch.setattr(gradients, "clipped_gradient_sum", sums)
     monkeypatch.setattr("src.learning.task.loss_of", lambda _: None)
     monkeypatch.setattr(work, "_model", lambda *_: (task, None, None))

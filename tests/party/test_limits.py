@@ -157,7 +157,7 @@ def test_what_users_jobs_and_the_party_have_is_intersected_too(party: Party, mak
         party.reserve(accounts, again)
     limits = party_limits(party.make_config(privacy={"budgets": {"party": {"epsilon": 2.0}}}))
     (whole,) = limits.budgets([], ("party", "federation:demo"))
-    assert (whole.max_rounds, whole.epsilon) == (200, 2.0)
+    assert (whole.max_rounds, whole.epsilon) == (10_000, 2.0)
     nothing = party_limits(party.make_config(privacy={"budgets": {"party": {"epsilon": 2.0, "max_rounds": None}}}))
     assert [each.max_rounds for each in nothing.budgets([], ("party", "federation:demo"))] == [None]
 
@@ -398,6 +398,8 @@ OPTIONS: list[tuple[dict[str, Any], dict[str, Any], str]] = [
     ({"file": "/srv/a.npz", "table": 1}, {"file": "/srv/a.npz", "table": 2}, "file (file)"),
     ({"file": "/srv/a.npz", "table": 1}, {"path": "/srv/./x/../a.npz"}, "file (file, path)"),
     ({"seed": 0}, {"seed": 0}, "options"),
+    ({"tables": {"rows": ["/srv/a.npz"]}}, {"file": "/srv/a.npz"}, "file (tables.rows.0, file)"),
+    ({"columns": {"age": "a"}}, {"columns": {"age": "a"}, "file": "x"}, ""),
     ({"file": "/srv/a.npz"}, {"file": "/srv/b.npz"}, ""),
     ({}, {}, ""),
     ({"kind": "a"}, {"kind": "a", "seed": 1}, ""),

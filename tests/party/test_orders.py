@@ -197,6 +197,10 @@ OTHERS: Final[dict[str, st.SearchStrategy[Any]]] = {
     "seed": st.integers(0, 99),
     "round_timeout_s": st.floats(1, 9999),
     "initial_model_sha256": st.sampled_from(["", "ab" * 32, "cd" * 32]),
+    "keep": st.sampled_from(["last", "every:1", "every:3", "best:auc", "best:min:x"]),
+    "continue_from.job_id": st.sampled_from(["job", "another"]),
+    "continue_from.round": st.integers(1, 9),
+    "continue_from.model_sha256": st.sampled_from(["ab" * 32, "cd" * 32]),
     "task_options": st.dictionaries(st.sampled_from(["x", "y"]), st.integers(0, 3)),
 }
 """Of every field of a specification other values."""
@@ -207,8 +211,14 @@ def test_no_field_of_a_specification_is_forgotten_here() -> None:
     assert {f"party_privacy.adaptive_clipping.{name}" for name in AdaptiveClipping.model_fields} <= set(OTHERS)
 
 
+SOURCE: Final[dict[str, Any]] = {"job_id": "job", "round": 1, "model_sha256": "ab" * 32}
+"""What a job goes on from, where one of its fields is to be another."""
+
+
 def changed(content: dict[str, Any], path: str, value: Any) -> dict[str, Any]:
     head, _, tail = path.partition(".")
+    if head == "continue_from":
+        return {**content, head: {**SOURCE, tail: value}}
     return {**content, head: changed(content.get(head) or {}, tail, value) if tail else value}
 
 
@@ -261,9 +271,9 @@ PLAN_FIELDS: Final[dict[str, Any]] = {
     "federation": "other",
     "order": "0" * 64,
 }
-FREE: Final = {"job_id", "round", "model_sha256", "model_bytes", "dimension", "noise.noise_multiplier"}
-"""What no order says: they are checked elsewhere (round and job against the book of orders, the model by the worker,
-the noise by what it costs)."""
+FREE: Final = {"job_id", "round", "model_sha256", "model_bytes", "dimension", "not_trained", "noise.noise_multiplier"}
+"""What no order says: they are checked elsewhere (round and job against the book of orders, the model and what is not
+trained of it by the worker, the noise by what it costs)."""
 
 
 @pytest.mark.parametrize("field", [each.name for each in fields(RoundPlan)])
@@ -290,6 +300,24 @@ def _another(name: str) -> Any:
     """Of a part's field; noise that is next to nothing."""
     texts = {"noise_by": "parties", "share_sigma2": "1/2", "aggregator_sigma2": "1/2", "noise_multiplier": "0.01"}
     return 7 if name in ("steps", "bound") else texts.get(name, "0.015625")
+
+
+def test_a_job_that_goes_on_starts_from_the_model_that_was_signed(case: MakeCase) -> None:
+    """What the aggregator says that the earlier round was is nothing to a party: the digest is the scientist's word."""
+    signed = Model(SOURCE["model_sha256"], 100, 10)
+    found = case("fedavg", continue_from=SOURCE)
+    plan = make_plan(found.spec, found.roster, found.scheme, found.plan.order, model=signed)
+    ordered = found.check(plan)
+    assert ordered is not None
+    assert ordered.spec.continue_from is not None
+    with pytest.raises(PlanError, match="does not start from the model that ann ordered"):
+        found.check(replace(plan, model_sha256="cd" * 32))
+    later = make_plan(found.spec, found.roster, found.scheme, found.plan.order, number=2)
+    assert found.check(later) is not None  # from what was released since
+    other = make_spec("fedavg", initial_model_sha256=SOURCE["model_sha256"])
+    another = make_plan(other, found.roster, found.scheme, found.plan.order, model=signed)
+    with pytest.raises(PlanError, match="spec_digest"):  # a job that goes on is no other job
+        found.check(another)
 
 
 def test_another_strategy_than_was_ordered_is_refused(case: MakeCase) -> None:

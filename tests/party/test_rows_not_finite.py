@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from src import cli
-from src.errors import ConfigError
+from src.errors import ConfigError, InvalidInput
 from src.jobs.executors.units import WorkContext
 from src.learning import task as task_module
 from src.learning.flatten import model_to_tensors, to_safetensors
@@ -129,6 +129,74 @@ def test_the_owner_is_told_that_the_tasks_model_does_not_take_the_rows(
         printed = capsys.readouterr().out
         assert printed.startswith("randhie: 60 rows (5000 declared) cannot be trained on: InvalidInput: "), printed
         assert text in printed
+
+
+class Plain(Wards):
+    """With the default loss."""
+
+    def __getattribute__(self, name: str) -> object:
+        if name == "loss":
+            raise AttributeError(name)
+        return super().__getattribute__(name)
+
+
+LABELS = {
+    "from 1": (
+        np.arange(ROWS) % 2 + 1,
+        f"30 of 60 rows (5000 declared) {NOTHING} a label is no class of the model (30): 1, 3, 5, 7, 9, 11, 13, 15, "
+        "17, 19, … (labels are 0 or 1; found 1 and 2: labels seem to start at 1; take labels - 1)",
+    ),
+    "a code for unknown": (
+        np.where(np.arange(ROWS) == 8, 999, np.arange(ROWS) % 2),
+        f"1 of 60 rows (5000 declared) {NOTHING} a label is no class of the model (1): 8 (labels are 0 or 1; found "
+        "0, 1 and 999: if one of these stands for unknown, leave its rows out, or as they are, to count for nothing)",
+    ),
+    "a score": (
+        np.arange(ROWS) * 1.5,
+        "60 rows (5000 declared) cannot be trained on: InvalidInput: labels of one output are floats, and the default "
+        "loss is for classes: for a regression, give the task a loss of its own; for classes, bring whole numbers, 0 "
+        "and 1 (labels.astype(np.int64))",
+    ),
+}
+
+
+@pytest.mark.parametrize("what", LABELS)
+def test_the_owner_is_told_what_labels_look_like_that_are_no_classes(
+    what: str, wards: type[Wards], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    labels, line = LABELS[what]
+    features = np.ones((ROWS, COLUMNS), np.float32)
+    monkeypatch.setattr(Plain, "load_data", lambda self, options: Dataset(features, labels, "x"))
+    monkeypatch.setattr(check, "find_task", lambda name: Plain())
+    assert cli.run(["party", "--config", str(ROOT / "config/party.yaml"), "--check-data"]) == 4
+    assert capsys.readouterr().out == f"randhie: {line}\n"
+
+
+@pytest.mark.parametrize("strategy", ["fedavg", "fedsgd"])
+@pytest.mark.parametrize("what", LABELS)
+def test_a_party_contributes_whatever_its_labels_are_and_no_regression_without_a_loss(
+    strategy: str,
+    what: str,
+    wards: type[Wards],
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    make_plan: Callable[..., RoundPlan],
+    make_sum_plan: Callable[..., RoundPlan],
+) -> None:
+    labels, _ = LABELS[what]
+    features = np.ones((ROWS, COLUMNS), np.float32)
+    monkeypatch.setattr(Plain, "load_data", lambda self, options: Dataset(features, labels, "x"))
+    monkeypatch.setattr(task_module, "find_task", lambda name: Plain())
+    context = WorkContext(Blobs(tmp_path / "blobs"), tmp_path)
+    model = context.blobs.write(to_safetensors(model_to_tensors(Wards().build_model(0))))
+    plan = (make_plan if strategy == "fedavg" else make_sum_plan)(model_sha256=model.sha256)
+    entropy = DeterministicEntropy(bytes(32), purpose="labels")
+    params = {"options": {}, "declared_rows": ROWS}
+    if labels.dtype.kind == "f":
+        with pytest.raises(InvalidInput, match="for a regression, give the task a loss of its own"):
+            contribution(plan, params, context, entropy=entropy)
+    else:
+        assert contribution(plan, params, context, entropy=entropy).shape == (10,)
 
 
 def test_the_owner_is_told_why_rows_cannot_be_loaded(

@@ -96,7 +96,7 @@ def _with(statement: dict[str, Any], path: str, value: Any) -> dict[str, Any]:
 def _paths() -> list[str]:
     parts = {"local": LocalPlan, "noise": NoiseSpec}
     # What only some plans have is below, in test_gradient_sum.py and in test_adaptive_clipping.py.
-    optional = {"gradient_sum", "adaptive_clipping", "order"}
+    optional = {"gradient_sum", "adaptive_clipping", "order", "not_trained"}
     whole = [each.name for each in fields(RoundPlan) if each.name not in {*parts, *optional}]
     return whole + [f"{part}.{each.name}" for part, cls in parts.items() for each in fields(cls)]
 
@@ -128,15 +128,19 @@ def test_a_plan_without_a_field_or_with_another_type_in_it_is_refused(plan: Roun
             RoundPlan.from_statement(each)
 
 
-def test_a_plan_names_the_order_that_its_job_rests_on_or_none(plan: RoundPlan) -> None:
+@pytest.mark.parametrize("name", ["order", "not_trained"])
+def test_a_plan_names_the_order_that_its_job_rests_on_and_the_rest_of_its_model_or_none(
+    plan: RoundPlan, name: str
+) -> None:
     """Without one its statement is what it was before there were any."""
-    ordered = replace(plan, order="6" * 64)
-    assert "order" not in plan.to_statement()
-    assert ordered.to_statement() == {**plan.to_statement(), "order": "6" * 64}
-    assert RoundPlan.from_statement(ordered.to_statement()) == ordered
+    changes: dict[str, Any] = {name: "6" * 64}
+    naming = replace(plan, **changes)
+    assert name not in plan.to_statement()
+    assert naming.to_statement() == {**plan.to_statement(), name: "6" * 64}
+    assert RoundPlan.from_statement(naming.to_statement()) == naming
     for wrong in ("", "6" * 63, "6" * 65, "A" * 64, "6" * 64 + "\n", None, 6, True, ["6" * 64]):
         with pytest.raises(InvalidInput, match="malformed"):
-            RoundPlan.from_statement({**plan.to_statement(), "order": wrong})
+            RoundPlan.from_statement({**plan.to_statement(), name: wrong})
 
 
 def test_unknown_fields_are_refused(plan: RoundPlan) -> None:

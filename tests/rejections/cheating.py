@@ -10,16 +10,18 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any, Final, cast
 
+import grpc
 import numpy as np
 from sqlalchemy import MetaData
 
 from src.aggregator.planning import Model, plan_round
 from src.communication.generated import common_pb2, federation_pb2, federation_pb2_grpc, jobs_pb2
 from src.communication.grpc_client import connect
+from src.communication.identity import Identity
 from src.communication.messages import signed_from_proto, signed_to_proto
 from src.communication.streams import send_bytes
 from src.communication.tls import TlsFiles
-from src.config import load_party_config
+from src.config import PartyConfig, load_party_config
 from src.encryption.paillier_scheme import PaillierScheme
 from src.encryption.scheme import Layout
 from src.errors import WorkerError
@@ -140,6 +142,7 @@ class CheatingAggregator(federation_pb2_grpc.FederationServiceServicer):
         self.served: dict[str, bytes] = {}
         self.received: list[Answer] = []
         self.told: list[str] = []
+        self.reports: list[federation_pb2.ReportFailureRequest] = []
         self.answers: asyncio.Queue[Answer] = asyncio.Queue()
         self._work: asyncio.Queue[federation_pb2.Assignment | None] = asyncio.Queue()
         self.gates: dict[str, asyncio.Event] = {}
@@ -149,6 +152,7 @@ class CheatingAggregator(federation_pb2_grpc.FederationServiceServicer):
         self.party_ledger: list[federation_pb2.LedgerHead] = []
         self.told_by: dict[str, Signed] = {}
         self.settled: Callable[[], Awaitable[None]] | None = None
+        self.quorum: Callable[[Any], Awaitable[None]] | None = None
 
     # --- what a sees of it --------------------------------------------------------------------------------------------
 
@@ -178,6 +182,12 @@ class CheatingAggregator(federation_pb2_grpc.FederationServiceServicer):
         async for chunk in send_bytes(self.model):
             yield chunk
 
+    async def AwaitQuorum(self, request: Any, context: Any) -> federation_pb2.AwaitQuorumResponse:
+        await self._let_through("quorum")
+        if self.quorum is not None:
+            await self.quorum(context)
+        return federation_pb2.AwaitQuorumResponse(reached=True)
+
     async def CommitRoot(self, request: Any, context: Any) -> federation_pb2.CommitRootResponse:
         signed = signed_from_proto(request.root)
         self.told_by[request.round.job_id] = signed
@@ -203,8 +213,12 @@ class CheatingAggregator(federation_pb2_grpc.FederationServiceServicer):
 
     async def ReportFailure(self, request: Any, context: Any) -> federation_pb2.ReportFailureResponse:
         self.told.append(request.message)
+        self.reports.append(request)
         self._came("failure", (request.stage, request.reason))
         return federation_pb2.ReportFailureResponse()
+
+    async def TellReadiness(self, request: Any, context: Any) -> federation_pb2.TellReadinessResponse:
+        return federation_pb2.TellReadinessResponse()
 
     async def _let_through(self, what: str) -> None:
         """What a asks for waits as long as there is a gate that is not open: the model, or a contributor's batch."""
@@ -378,7 +392,7 @@ def root_statement(round_: Round, name: str, batch: StoredBatch) -> dict[str, An
 
 
 class Pool:
-    """Party a's units of work, run at once in this process; training is a random vector, so that no torch is needed."""
+    """A party's units of work, run at once in this process; training is a random vector, so that no torch is needed."""
 
     def __init__(self, blobs: Blobs) -> None:
         self._blobs = blobs
@@ -387,12 +401,18 @@ class Pool:
         self.gates: dict[str, asyncio.Event] = {}
         """By unit, or unit and job ("contribute of job"): what is begun waits for it."""
         self.begun: list[str] = []
+        self.tried: list[dict[str, Any]] = []
+        self.found: dict[str, Any] = {"problem": "", "place": "", "detail": "", "confined": True}
+        """By the trial of a task, on public rows."""
 
     def cores_for_a_unit(self) -> int:
         """One: batches here are small."""
         return 1
 
-    async def run(self, name: str, params: Mapping[str, Any]) -> dict[str, Any]:
+    async def run(self, name: str, params: Mapping[str, Any], **how: Any) -> dict[str, Any]:
+        if name == "try_task":
+            assert how["alone"], "a trial is made in a worker of its own"
+            return await self._try(params)
         self.begun.append(name)
         data = json.loads(json.dumps(params))
         statement = parse_canonical(data["plan"].encode())
@@ -409,17 +429,26 @@ class Pool:
         keyring = Keyring.from_json(json.loads(data["public"]), insecure_small=True)
         values = np.random.default_rng(7).integers(-50, 50, DIMENSION)
         round_ = Round(plan, Signed(data["plan"].encode(), AGGREGATOR, b""))
-        return stored(cast(PaillierScheme, keyring.scheme("paillier")), round_, "a", values, self._blobs).to_json()
+        scheme = cast(PaillierScheme, keyring.scheme("paillier"))
+        return stored(scheme, round_, str(data["name"]), values, self._blobs).to_json()
+
+    async def _try(self, params: Mapping[str, Any]) -> dict[str, Any]:
+        assert set(params) == {"plan", "rows"}, "a trial is told nothing of the data but what a row looks like"
+        self.tried.append(dict(params))
+        if "try_task" in self.gates:
+            await self.gates["try_task"].wait()
+        if self.dies_at == "try_task":
+            raise self.error or WorkerError("unit try_task was killed")
+        return self.found
 
 
-class PartyA:
+class PartyNode:
     """The real node on a state directory that outlives it."""
 
-    def __init__(self, kits: Path, state: Path, address: str) -> None:
-        config = load_party_config(kits / "party-a" / "party.yaml", environ={})
-        self.config = config.model_copy(update={"state_dir": state})
+    def __init__(self, config: PartyConfig, address: str) -> None:
+        self.config = config
         self._address = address
-        self.blobs = Blobs(state / "blobs")
+        self.blobs = Blobs(config.state_dir / "blobs")
 
     async def start(self) -> None:
         metadata = MetaData()
@@ -438,18 +467,25 @@ class PartyA:
             blobs=self.blobs,
             pool=cast(Any, self.pool),
         )
-        tls = self.config.server.tls
-        assert tls is not None
-        files = TlsFiles(tls.certificate, tls.key, tls.ca)
         self._node = Node(
             home=home,
             database=self._database,
             memory=memory,
             accounts=accounts,
             worker=self.worker,
-            dial=lambda: connect(self._address, tls=files),
+            dial=self._dial,
         )
         self._task = asyncio.create_task(self._node.run())
+
+    def _dial(self) -> grpc.aio.Channel:
+        tls = self.config.server.tls
+        files = TlsFiles(tls.certificate, tls.key, tls.ca) if tls else None
+        return connect(
+            self._address,
+            tls=files,
+            insecure=self.config.server.insecure,
+            identity=Identity("party", self.config.name),
+        )
 
     async def charges(self) -> list[str]:
         """What became of everything that was charged: "reserved", "final" or "returned"."""
@@ -473,6 +509,14 @@ class PartyA:
         await asyncio.gather(self._task, return_exceptions=True)
         await self.worker.stop()
         await self._database.close()
+
+
+class PartyA(PartyNode):
+    """a, by its kit."""
+
+    def __init__(self, kits: Path, state: Path, address: str) -> None:
+        config = load_party_config(kits / "party-a" / "party.yaml", environ={})
+        super().__init__(config.model_copy(update={"state_dir": state}), address)
 
 
 @dataclass(frozen=True)

@@ -122,6 +122,10 @@ class World:
     def DownloadModel(self, _request: Any) -> AsyncIterator[common_pb2.DataChunk]:
         return self._model()
 
+    async def AwaitQuorum(self, _request: Any) -> federation_pb2.AwaitQuorumResponse:
+        await self.gates.wait()
+        return federation_pb2.AwaitQuorumResponse(reached=True)
+
     async def CommitRoot(self, request: federation_pb2.CommitRootRequest) -> None:
         number = request.round.round
         self.told.add(number)
@@ -186,9 +190,9 @@ class World:
         world, pool = self, Pool(self.blobs)
         run = pool.run
 
-        async def gated(name: str, params: Any) -> dict[str, Any]:
+        async def gated(name: str, params: Any, **how: Any) -> dict[str, Any]:
             await world.gates.wait()
-            return await run(name, params)
+            return await run(name, params, **how)
 
         pool.run = gated  # type: ignore[method-assign]
         self.worker = RoundWorker(

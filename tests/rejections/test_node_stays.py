@@ -10,12 +10,14 @@ import shutil
 from collections.abc import AsyncIterator, Awaitable, Callable
 from datetime import UTC, datetime
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, Final
 
 import grpc
 import pytest
 
 from src.aggregator.servicers.federation import ROLES, SERVICE
+from src.communication import validity
 from src.communication.generated import federation_pb2, federation_pb2_grpc
 from src.communication.grpc_server import GrpcServer
 from src.communication.tls import TlsFiles
@@ -28,11 +30,13 @@ from src.errors import (
     SignatureError,
     SottoError,
     StorageError,
+    StorageFullError,
     UnavailableError,
     VersionError,
 )
 from src.party import home as home_module
 from src.party import standing
+from src.party.rounds import ROOM_BYTES, RoundWorker
 from src.party.standing import TROUBLED, Away, Patience, is_trouble
 from src.protocol.plan import PROTOCOL_VERSION
 from src.storage.heads import HEADS_KEPT
@@ -90,6 +94,9 @@ class Failing(CheatingAggregator):
         await self._fail("DownloadModel", context)
         async for chunk in super().DownloadModel(request, context):
             yield chunk
+
+    async def AwaitQuorum(self, request: Any, context: Any) -> federation_pb2.AwaitQuorumResponse:
+        return federation_pb2.AwaitQuorumResponse(reached=True)
 
     async def CommitRoot(self, request: Any, context: Any) -> federation_pb2.CommitRootResponse:
         await self._fail("CommitRoot", context)
@@ -330,10 +337,11 @@ async def test_a_certificate_that_has_expired_ends_the_node_whatever_is_in_the_w
     await again(a)
     await until(lambda: them.calls.count("Join") > 5)
     assert not a._task.done()
-    monkeypatch.setattr(home_module, "expired", lambda pem, now: datetime(2026, 1, 2, tzinfo=UTC))
+    monkeypatch.setattr(validity, "clock", lambda: datetime(2050, 1, 2, tzinfo=UTC))
     found = await ending(a)
     assert isinstance(found, ConfigError)
-    assert "expired on 2026-01-02" in str(found)
+    assert "the certificate of party/a of demo held until" in str(found)
+    assert "this machine's clock says 2050-01-02 00:00 UTC" in str(found)
 
 
 async def test_a_kit_whose_files_are_being_replaced_is_looked_at_twice(
@@ -383,6 +391,50 @@ async def test_a_party_whose_own_disk_fails_for_a_moment_goes_on(
     answer = await them.ask_contribute(them.plan(2))
     assert answer.kind == "root"
     assert not a._task.done()
+
+
+async def test_a_party_that_cannot_write_stays_away_until_it_can_and_says_so_once(
+    them: Failing, a: PartyA, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    await met(them, a)
+    tries: list[int] = []
+
+    def full(_: object) -> None:
+        tries.append(len(tries))
+        if len(tries) <= 5:
+            raise StorageFullError("a blob cannot be stored: No space left on device")
+
+    monkeypatch.setattr(RoundWorker, "check_room", full)
+    before = len(them.joined)
+    await again(a)
+    assert (await them.ask_contribute(them.plan(2))).kind == "root"
+    assert (len(tries), len(them.joined)) == (6, before + 1)
+    assert caplog.text.count("stays away as long as it cannot write") <= 1
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        StorageFullError("the database party.sqlite failed: database or disk is full"),
+        UnavailableError("the database party.sqlite failed: database is locked"),
+    ],
+    ids=["full", "locked by another process"],
+)
+async def test_a_round_whose_work_meets_a_disk_that_fails_for_a_moment_is_done_after_it(
+    them: Failing, a: PartyA, monkeypatch: pytest.MonkeyPatch, error: SottoError
+) -> None:
+    """It was reported as failed, and the next one met the same: all spare rounds went in half a second."""
+    await met(them, a)
+    begin, times = RoundWorker._begin, iter(range(4))
+
+    def full(self: RoundWorker, *args: Any) -> Any:
+        if next(times, None) is not None:
+            raise error
+        return begin(self, *args)
+
+    monkeypatch.setattr(RoundWorker, "_begin", full)
+    assert (await them.ask_contribute(them.plan(2))).kind == "root"
+    assert them.came("failure") == []
 
 
 # --- the work of a round ----------------------------------------------------------------------------------------------
@@ -545,3 +597,21 @@ def test_trouble_is_the_aggregator_s_and_never_what_the_party_found_itself() -> 
         "UNAVAILABLE",
         "WORKER_FAILED",
     }
+
+
+async def test_without_room_for_an_update_nothing_is_computed_and_nothing_paid_until_there_is(
+    them: Failing, a: PartyA, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each round was charged, and failed as its update was written: all spare rounds went in seconds."""
+    await met(them, a)
+    paid, begun, refused = len(await a.charges()), list(a.pool.begun), []
+
+    def usage(_path: object) -> SimpleNamespace:
+        refused.append(list(a.pool.begun))
+        return SimpleNamespace(free=ROOM_BYTES if len(refused) < 4 else 10 * ROOM_BYTES)
+
+    monkeypatch.setattr("shutil.disk_usage", usage)
+    assert (await them.ask_contribute(them.plan(2))).kind == "root"
+    assert them.came("failure") == []
+    assert refused == [begun] * 4
+    assert (await a.charges())[paid:] == ["final", "final"]

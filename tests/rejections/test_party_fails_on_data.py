@@ -53,11 +53,19 @@ async def test_one_text_for_whatever_fails_on_data_and_nothing_is_given_back(
 
 
 async def test_what_fails_before_data_is_touched_says_why_and_is_given_back(meeting: Meeting) -> None:
-    round_ = meeting.them.plan()
+    await meeting.committed()  # so that the task is tried already: else nothing is reserved as long as it is not
+    round_ = meeting.them.plan(2)
     meeting.them.model = to_safetensors({"w": np.ones(DIMENSION, np.float32)})
     assert await meeting.them.ask_contribute(round_) == Answer("failure", ("contribute", "DIGEST_MISMATCH"))
     assert meeting.them.told != [NO_CONTRIBUTION]
-    assert await meeting.a.charges() == ["returned", "returned"]
+    assert await meeting.a.charges() == ["final", "final", "returned", "returned"]
+
+
+async def test_as_long_as_the_task_cannot_be_tried_nothing_is_charged_at_all(meeting: Meeting) -> None:
+    round_ = meeting.them.plan()
+    meeting.them.model = to_safetensors({"w": np.ones(DIMENSION, np.float32)})
+    assert await meeting.them.ask_contribute(round_) == Answer("failure", ("contribute", "DIGEST_MISMATCH"))
+    assert await meeting.a.charges() == []
 
 
 async def test_a_failure_that_cannot_be_entered_is_no_refusal(meeting: Meeting) -> None:
@@ -69,6 +77,7 @@ async def test_a_failure_that_cannot_be_entered_is_no_refusal(meeting: Meeting) 
 
     worker = RoundWorker.__new__(RoundWorker)
     worker._database = Full()  # type: ignore[assignment]  # all that is asked of it here
+    worker._readiness = None
     row = PartyRound(job_id="j", number=1, stage=Stage.RESERVED, plan="0" * 64)
     with pytest.raises(UnavailableError):
-        await worker._failed_on_data(row, WorkerError("it died"))
+        await worker._failed_on_data(row, WorkerError("it died"), task="t")

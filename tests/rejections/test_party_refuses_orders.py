@@ -16,6 +16,7 @@ from typing import Any, Final
 import pytest
 
 from src.jobs.spec import FederatedTrainingSpec, LocalTraining, PartyPrivacy
+from src.party.openings import LATE_ROUND_TIMEOUTS
 from src.protocol.order import order_time
 from src.protocol.plan import PLAN_KIND
 from src.protocol.roster import AGGREGATOR
@@ -204,7 +205,8 @@ def of_others(cheat: str) -> Cheat:
             statement = {name: value for name, value in _read(order).items() if name != "kind"}
             order = them.key.sign("order", statement, signer="scientist")
         if cheat == "expired":
-            order = them.order(OF_OTHERS, expires_at=order_time(time.time() - OF_OTHERS.round_timeout_s - 60))
+            late_s = LATE_ROUND_TIMEOUTS * OF_OTHERS.round_timeout_s
+            order = them.order(OF_OTHERS, expires_at=order_time(time.time() - late_s - 60))
         if cheat == "altered":
             return them.plan(spec=OF_OTHERS, order=them.order(OF_OTHERS.model_copy(update={"seed": 9})))
         round_ = them.plan(spec=OF_OTHERS, order=order)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
 import stat
@@ -17,7 +18,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from src.errors import DigestError, InvalidInput, NotFoundError, SottoError, StateError, StorageError
+from src.errors import DigestError, InvalidInput, NotFoundError, SottoError, StateError, StorageError, StorageFullError
 from src.storage import blobs as blobs_module
 from src.storage.blobs import BlobRef, Blobs
 
@@ -109,6 +110,26 @@ def test_a_store_that_cannot_be_written_says_so_without_its_path(tmp_path: Path)
     with pytest.raises(StorageError) as caught:
         Blobs(tmp_path / "file" / "blobs").write(b"x")
     assert str(tmp_path) not in caught.value.message
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EMFILE, errno.EROFS, errno.EIO])
+@pytest.mark.parametrize("name", ["fsync", "open"])
+def test_what_somebody_may_mend_under_it_passes_and_is_named(
+    blobs: Blobs, monkeypatch: pytest.MonkeyPatch, name: str, number: int
+) -> None:
+    def fails(*_: Any, **__: Any) -> int:
+        raise OSError(number, os.strerror(number))
+
+    with monkeypatch.context() as broken:
+        broken.setattr(os, name, fails)
+        with pytest.raises(StorageFullError, match=os.strerror(number)):
+            blobs.write(b"x")
+    kept = blobs.write(b"x")
+    with monkeypatch.context() as broken:
+        broken.setattr(Blobs, "open", fails)
+        with pytest.raises(StorageFullError, match=f"read: {os.strerror(number)}"):
+            blobs.read(kept.sha256)
+    assert blobs.read(kept.sha256) == b"x"
 
 
 def test_a_writer_killed_before_its_commit_leaves_no_blob_and_its_remains_are_collected(blobs: Blobs) -> None:

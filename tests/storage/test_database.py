@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import resource
+import sqlite3
 import stat
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -11,7 +13,7 @@ import sqlalchemy
 from sqlalchemy import URL, Column, Connection, ForeignKey, Integer, MetaData, Table, insert, select
 from sqlalchemy.exc import IntegrityError
 
-from src.errors import ConflictError, NotFoundError, StorageError
+from src.errors import ConflictError, NotFoundError, SottoError, StorageError, StorageFullError, UnavailableError
 from src.storage.database import Database, read_only
 from src.storage.schema import FromMetadata
 
@@ -50,6 +52,58 @@ async def test_the_write_lock_is_taken_at_begin_not_at_the_first_write(database:
         other.dispose()
 
     await database.run(look)
+
+
+async def test_while_another_process_holds_it_it_is_away_and_not_broken(database: Database, path: Path) -> None:
+    """What is away is waited for; a round that met what is broken was lost."""
+    await database.run(lambda connection: connection.exec_driver_sql("PRAGMA busy_timeout=0"))
+    other = sqlalchemy.create_engine(f"sqlite:///{path}")
+    with other.connect() as outsider:
+        outsider.exec_driver_sql("BEGIN IMMEDIATE")
+        with pytest.raises(UnavailableError, match="database is locked"):
+            await database.run(lambda connection: _add(1, connection))
+    other.dispose()
+    await database.run(lambda connection: _add(1, connection))
+
+
+async def test_a_file_that_cannot_grow_for_a_moment_is_written_to_after_it(database: Database, path: Path) -> None:
+    """As of a quota that is used up, or a disk that fails: SQLite calls all of them an I/O error."""
+    await database.run(lambda connection: _add(1, connection))
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1, limits[1]))
+    try:
+        with pytest.raises(StorageFullError, match="disk I/O error"):
+            await database.run(lambda connection: _add(2, connection))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    await database.run(lambda connection: _add(3, connection))
+    assert await database.run(_numbers) == [1, 3]
+
+
+@pytest.mark.parametrize(
+    ("code", "kind"),
+    [
+        (sqlite3.SQLITE_FULL, StorageFullError),
+        (sqlite3.SQLITE_READONLY, StorageFullError),
+        (sqlite3.SQLITE_IOERR_FSYNC, StorageFullError),
+        (sqlite3.SQLITE_READONLY_DBMOVED, StorageError),
+        (sqlite3.SQLITE_IOERR_SHORT_READ, StorageError),
+        (sqlite3.SQLITE_IOERR_CORRUPTFS, StorageError),
+        (sqlite3.SQLITE_CORRUPT, StorageError),
+        (sqlite3.SQLITE_BUSY, UnavailableError),
+    ],
+)
+async def test_what_passes_is_told_from_a_file_that_is_damaged_or_another_one(
+    database: Database, code: int, kind: type[SottoError]
+) -> None:
+    def fail(_: Connection) -> None:
+        error = sqlite3.OperationalError("no")
+        error.sqlite_errorcode = code
+        raise error
+
+    with pytest.raises(kind) as caught:
+        await database.run(fail)
+    assert type(caught.value) is kind
 
 
 async def test_pragmas_hold(database: Database) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Set
 from pathlib import Path
 
 import pytest
@@ -27,7 +27,7 @@ class Room:
         self.broken = False
         self.leftovers = Leftovers(self.database, self.disk, self)
 
-    def blobs(self, _: Connection) -> set[str]:
+    def blobs(self, _: Connection, *, among: Set[str] | None = None) -> set[str]:
         if self.broken:
             raise StorageError("the disk is full")
         return self.named

@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import os
 import sys
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Set
 from pathlib import Path
 
 import pytest
@@ -32,7 +32,7 @@ class Room:
         self.broken = 0
         self.uses = BlobUses(self.database, self.disk, self)
 
-    def blobs(self, _: Connection) -> set[str]:
+    def blobs(self, _: Connection, *, among: Set[str] | None = None) -> set[str]:
         if self.broken:
             self.broken -= 1
             raise StorageError("the disk is full")

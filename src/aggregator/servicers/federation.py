@@ -12,10 +12,18 @@ from functools import partial
 from typing import Any, Final
 
 from ... import __version__
+from ...communication.connections import host_of
 from ...communication.generated import common_pb2, federation_pb2, federation_pb2_grpc
 from ...communication.identity import caller
-from ...communication.messages import heads_from_proto, heads_to_proto, signed_from_proto, signed_to_proto
+from ...communication.messages import (
+    heads_from_proto,
+    heads_to_proto,
+    signed_from_proto,
+    signed_to_proto,
+    standings_from_proto,
+)
 from ...communication.streams import receive_pieces, send_blob
+from ...communication.validity import certificate_of
 from ...config import AggregatorConfig
 from ...encryption.batch import LARGEST_HEADER_BYTES
 from ...errors import (
@@ -29,9 +37,9 @@ from ...errors import (
     SignatureError,
     SottoError,
     StateError,
+    TwinError,
     VersionError,
 )
-from ...jobs.spec_base import NAME_PATTERN
 from ...protocol.batches import check_batch_header
 from ...protocol.canonical import canonical_bytes
 from ...protocol.merkle import MerkleHasher
@@ -42,13 +50,13 @@ from ...storage.heads import Head
 from ...storage.leftovers import Leftovers
 from ...storage.sweeping import trying
 from ..coordinator import Coordinator
+from ..failures import failure_of
 from ..federation import Federation
 from ..pipeline import AggregatorPipeline
 from ..planning import plan_of
 from ..round_row import (
     Batch,
     BatchStored,
-    Failure,
     PartyFailed,
     RootCommitted,
     RoundRow,
@@ -59,6 +67,7 @@ from ..round_row import (
 from ..rounds import wanted
 from ..sessions import Session, Sessions
 from ..trainings import Trainings
+from .declared import declared_rows
 
 LOG = logging.getLogger("sotto.aggregator")
 
@@ -69,22 +78,21 @@ ROLES: Final[dict[str, frozenset[str]]] = {
         "Join",
         "StreamAssignments",
         "DownloadModel",
+        "AwaitQuorum",
         "CommitRoot",
         "UploadUpdate",
         "DownloadContribution",
         "UploadShares",
         "ReportFailure",
+        "TellReadiness",
     )
 }
 """Who may call which method."""
 
+QUORUM_S: Final = 20.0
+"""So long is a quorum waited for in one call."""
 SHARE_OVERHEAD_BYTES: Final = 1 << 16
 """What a share batch may hold besides its partial decryptions: header and proof."""
-LONGEST_FAILURE_TEXT: Final = 500
-MAX_DECLARED_TASKS: Final = 1000
-MAX_DECLARED_ROWS: Final = 1 << 40
-"""Far more than any party has, and small enough that a sum over all parties is exact in a float64."""
-_TASK: Final = re.compile(NAME_PATTERN)
 _ROOT: Final = re.compile(r"[0-9a-f]{64}")
 _PROOF: Final = re.compile(r"[0-9a-f]{0,8192}")  # of an 8192-bit key it has 3 212 digits
 
@@ -118,12 +126,15 @@ class FederationServicer(federation_pb2_grpc.FederationServiceServicer):
     ) -> federation_pb2.JoinResponse:
         name = caller().name
         try:
-            remembered = await self._admit(name, request)
+            remembered = await self._admit(name, request, host=host_of(context.peer()))
+        except TwinError:  # of a second process: the first one works on
+            raise
         except SottoError as error:
             if name in self._federation.roster.names:
                 lost = f"the aggregator's ledger lacks an entry that {name} knows of"
                 self._sessions.refuse(name, lost if isinstance(error, LedgerError) else error.message)
             raise
+        self._sessions.shown(name, certificate_of(context))
         LOG.info("party %s joined (Sotto %s)", name, request.software_version)
         return federation_pb2.JoinResponse(
             protocol_version=PROTOCOL_VERSION,
@@ -138,7 +149,7 @@ class FederationServicer(federation_pb2_grpc.FederationServiceServicer):
             party_ledger=heads_to_proto(remembered, await self._trainings.roots_of(name, remembered)),
         )
 
-    async def _admit(self, name: str, request: federation_pb2.JoinRequest) -> tuple[Head, ...]:
+    async def _admit(self, name: str, request: federation_pb2.JoinRequest, *, host: str) -> tuple[Head, ...]:
         """What is remembered of the party's ledger, once all that it says of itself is in order."""
         if request.protocol_version.partition(".")[0] != PROTOCOL_VERSION.partition(".")[0]:
             spoken = request.protocol_version or "none"
@@ -148,19 +159,24 @@ class FederationServicer(federation_pb2_grpc.FederationServiceServicer):
             )
         if len(request.verify_key) != 32:  # Ed25519
             raise InvalidInput("a verification key has 32 bytes", violations={"verify_key": "must have 32 bytes"})
-        declared = _declared_rows(request, most=self._config.limits.max_declared_rows)
+        standings = standings_from_proto(request.tasks)
+        declared = declared_rows(request, most=self._config.limits.max_declared_rows)
         if self._federation.pinned:
             self._check_member(name, request)
-        else:
+        if request.instance_id:
+            self._sessions.check_place(name, request.instance_id, host=host)
+        if not self._federation.pinned:
             await self._coordinator.enrol(name, request.verify_key)
         remembered = await self._coordinator.meet(name, heads_from_proto(request.aggregator_ledger))
         self._federation.declare(name, declared)
+        self._federation.readiness.tell(name, standings)
+        self._federation.disclosed.joined(name, request.instance_id)
         return remembered
 
     def _check_member(self, name: str, request: federation_pb2.JoinRequest) -> None:
         roster = self._federation.roster
         member = roster.member(name)
-        if request.key_id and request.key_id != roster.key_id:
+        if request.key_id and roster.key_id and request.key_id != roster.key_id:
             raise KeyMaterialError(
                 f"party {name} has public key {request.key_id}, this federation has {roster.key_id}: "
                 "use the kit of this deal",
@@ -185,7 +201,7 @@ class FederationServicer(federation_pb2_grpc.FederationServiceServicer):
     ) -> AsyncIterator[federation_pb2.Assignment]:
         name = caller().name
         self._federation.roster.member(name)
-        session = self._sessions.open(name, request.session_id[:64])
+        session = self._sessions.open(name, request.session_id[:64], host=host_of(context.peer()))
         try:
             rows = [await self._trainings.row(each.job_id, each.round) for each in request.in_hand[:64]]
             self._sessions.offer(name, [*rows, *self._trainings.rows()])
@@ -214,6 +230,14 @@ class FederationServicer(federation_pb2_grpc.FederationServiceServicer):
         with self._sessions.flows.open(row, _under_way):
             async for chunk in send_blob(self._blobs, row.model_sha256):
                 yield chunk
+
+    async def AwaitQuorum(  # noqa: N802
+        self, request: federation_pb2.AwaitQuorumRequest, context: Any
+    ) -> federation_pb2.AwaitQuorumResponse:
+        row = await self._row(request.round, cohort=True)
+        with self._sessions.flows.open(row, _under_way):
+            reached = await self._trainings.quorum(row, caller().name, at_most_s=QUORUM_S)
+        return federation_pb2.AwaitQuorumResponse(reached=reached)
 
     async def CommitRoot(  # noqa: N802
         self, request: federation_pb2.CommitRootRequest, context: Any
@@ -373,11 +397,19 @@ class FederationServicer(federation_pb2_grpc.FederationServiceServicer):
     ) -> federation_pb2.ReportFailureResponse:
         name = caller().name
         row = await self._row(request.round, cohort=False)
-        failure = Failure(_printable(request.stage, 20), _printable(request.reason, 40), _printable(request.message))
+        failure = failure_of(request, task=plan_of(row.plan).task)
         LOG.warning("party %s in round %d of job %s: %s", name, row.number, row.job_id, failure.message)
         with contextlib.suppress(SottoError):  # a party that has no part in the round changes nothing
             await self._trainings.happened(row.job_id, row.number, PartyFailed(name, failure))
         return federation_pb2.ReportFailureResponse()
+
+    async def TellReadiness(  # noqa: N802
+        self, request: federation_pb2.TellReadinessRequest, context: Any
+    ) -> federation_pb2.TellReadinessResponse:
+        name = self._federation.roster.member(caller().name).name
+        self._federation.readiness.tell(name, standings_from_proto(request.tasks))
+        self._coordinator.wake()
+        return federation_pb2.TellReadinessResponse()
 
     async def _row(self, name: federation_pb2.RoundName, *, cohort: bool) -> RoundRow:
         """The round, if the caller has a part in it; otherwise it does not exist for them."""
@@ -417,25 +449,6 @@ class _Counter:
             yield request.body
 
 
-def _declared_rows(request: federation_pb2.JoinRequest, *, most: int = MAX_DECLARED_ROWS) -> dict[str, int]:
-    """What a party declares, by task: it goes into plans that everybody reads.
-
-    Args:
-        most: rows that this aggregator's operator takes for a task.
-    """
-    declared = dict(request.declared_rows)
-    fine = all(_TASK.fullmatch(task) and 1 <= rows <= MAX_DECLARED_ROWS for task, rows in declared.items())
-    if not fine or len(declared) > MAX_DECLARED_TASKS:
-        text = f"at most {MAX_DECLARED_TASKS} tasks by short name, with 1 to {MAX_DECLARED_ROWS} rows each"
-        raise InvalidInput(f"a party declares {text}", violations={"declared_rows": text})
-    for task, rows in declared.items():
-        if rows > most:
-            raise LimitError(
-                f"{rows} rows are declared for task {task}; at most {most} may be (limits.max_declared_rows)"
-            )
-    return declared
-
-
 def _disclosed(request: federation_pb2.CommitRootRequest, field: str) -> float | None:
     """What a party discloses of its ε; it ends up in the job's history, which holds numbers only."""
     if not request.HasField(field):  # type: ignore[arg-type]  # one of the optional fields
@@ -444,11 +457,6 @@ def _disclosed(request: federation_pb2.CommitRootRequest, field: str) -> float |
     if not math.isfinite(value):
         raise InvalidInput("a disclosed ε is a finite number", violations={field: "must be finite"})
     return value
-
-
-def _printable(text: str, most: int = LONGEST_FAILURE_TEXT) -> str:
-    """A party's own words, as logs and errors may carry them: in one line."""
-    return "".join(each if each.isprintable() else " " for each in text[:most])
 
 
 class _LeafHasher:

@@ -14,6 +14,7 @@ from google.protobuf.descriptor import Descriptor, FieldDescriptor
 from google.protobuf.message import Message
 
 from ...errors import InvalidInput
+from ...jobs.keeping import CHOICE_PATTERN, CHOICE_WORDS
 
 MOST_ROUNDS: Final = 2**31 - 1
 """What a database's integer holds; a job has at most some thousands."""
@@ -29,6 +30,8 @@ _NAME: Final = _shaped("[A-Za-z0-9][A-Za-z0-9._-]{0,62}", "1 to 63 letters, digi
 _MAYBE_NAME: Final = _shaped("([A-Za-z0-9][A-Za-z0-9._-]{0,62})?", "at most 63 letters, digits, '.', '_', '-'")
 _FILE: Final = _shaped("[A-Za-z0-9][A-Za-z0-9._-]{0,99}", "1 to 100 letters, digits, '.', '_', '-'")
 _OPERATION: Final = _shaped("[A-Za-z0-9_/-]{0,80}", "operations/ and a job's id")
+_CHOICE: Final = _shaped(CHOICE_PATTERN, CHOICE_WORDS)
+_MAYBE_CHOICE: Final = _shaped(f"({CHOICE_PATTERN})?", f"{CHOICE_WORDS}, or nothing")
 _WORD: Final = _shaped("[A-Za-z_]{0,32}", "a word of at most 32 letters")
 _SUBJECT: Final = _shaped("[A-Za-z0-9_.:@-]{0,160}", "a kind, ':', and a name")
 _DIGEST: Final = _shaped("([0-9a-f]{64})?", "64 hex digits, or nothing")
@@ -50,6 +53,7 @@ IDS: Final[dict[str, tuple[Callable[[Any], Any], str]]] = {
     "sotto.v1.JoinRequest.software_version": _SOFTWARE,
     "sotto.v1.JoinRequest.key_id": _KEY,
     "sotto.v1.JoinRequest.roster_digest": _DIGEST,
+    "sotto.v1.JoinRequest.instance_id": _MAYBE_NAME,
     "sotto.v1.StreamAssignmentsRequest.session_id": _MAYBE_NAME,
     "sotto.v1.UpdateHeader.ledger_head": _DIGEST,
     "sotto.v1.DownloadContributionRequest.contributor": _NAME,
@@ -61,6 +65,9 @@ IDS: Final[dict[str, tuple[Callable[[Any], Any], str]]] = {
     "sotto.v1.ListJobEventsRequest.job_id": _JOB,
     "sotto.v1.DownloadArtifactRequest.job_id": _JOB,
     "sotto.v1.DownloadArtifactRequest.file": _FILE,
+    "sotto.v1.DownloadArtifactRequest.round": _MAYBE_CHOICE,
+    "sotto.v1.GetRoundResultRequest.job_id": _JOB,
+    "sotto.v1.GetRoundResultRequest.round": _CHOICE,
     "sotto.v1.GetBudgetRequest.unit": _WORD,
     "sotto.v1.GetBudgetRequest.subject": _SUBJECT,
     "sotto.v1.ListEntriesRequest.unit": _WORD,

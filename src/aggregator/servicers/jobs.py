@@ -34,7 +34,9 @@ ROLES: Final[dict[str, frozenset[str]]] = {
         "DeleteJob",
         "WatchJob",
         "ListJobEvents",
+        "GetRoundResult",
         "DownloadArtifact",
+        "UploadModel",
         "GetStatus",
     )
 }
@@ -104,7 +106,7 @@ class JobServicer(jobs_pb2_grpc.JobServiceServicer):
             page_size = len(page.jobs)  # as many as fit into a message: once more, for the token that belongs to it
 
     async def CancelJob(self, request: jobs_pb2.CancelJobRequest, context: Any) -> jobs_pb2.Job:  # noqa: N802
-        return wire.job_to_proto(await self._service.cancel(caller(), request.job_id))
+        return wire.job_to_proto(await self._service.cancel(caller(), request.job_id, keep=request.keep))
 
     async def DeleteJob(self, request: jobs_pb2.DeleteJobRequest, context: Any) -> jobs_pb2.Job:  # noqa: N802
         return wire.job_to_proto(await self._service.delete(caller(), request.job_id))
@@ -125,12 +127,28 @@ class JobServicer(jobs_pb2_grpc.JobServiceServicer):
         )
         return await in_thread_if_many(lambda found: wire.events_page(found, following), events, count=len(events))
 
+    async def GetRoundResult(  # noqa: N802
+        self, request: jobs_pb2.GetRoundResultRequest, context: Any
+    ) -> jobs_pb2.JobResult:
+        return wire.result_to_proto(await self._service.round_result(caller(), request.job_id, request.round))
+
     async def DownloadArtifact(  # noqa: N802
         self, request: jobs_pb2.DownloadArtifactRequest, context: Any
     ) -> AsyncIterator[common_pb2.DataChunk]:
-        artifact = await self._service.artifact(caller(), request.job_id, file=request.file)
+        known = request.sha256.hex()
+        artifact = await self._service.artifact(
+            caller(), request.job_id, file=request.file, choice=request.round, sha256=known
+        )
         async for chunk in send_blob(self._blobs, artifact.sha256, offset=request.offset):
             yield chunk
+
+    async def UploadModel(  # noqa: N802
+        self, request_iterator: AsyncIterator[common_pb2.DataChunk], context: Any
+    ) -> jobs_pb2.UploadModelResponse:
+        kept = await self._service.uploads.receive(str(caller()), request_iterator)
+        answer = jobs_pb2.UploadModelResponse(sha256=bytes.fromhex(kept.sha256), bytes=kept.size)
+        answer.expire_time.FromSeconds(int(kept.until))
+        return answer
 
     async def GetStatus(self, request: jobs_pb2.GetStatusRequest, context: Any) -> jobs_pb2.Status:  # noqa: N802
         return wire.status_to_proto(await self._service.status())

@@ -24,7 +24,7 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x15sotto/v1/common.proto\x12\x08sotto.v1\">\n\x06Signed\x12\x11\n\tstatement\x18\x01 \x01(\x0c\x12\x0e\n\x06signer\x18\x02 \x01(\t\x12\x11\n\tsignature\x18\x03 \x01(\x0c\"N\n\tDataChunk\x12\x0c\n\x04\x64\x61ta\x18\x01 \x01(\x0c\x12\x0e\n\x06offset\x18\x02 \x01(\x04\x12\x13\n\x0btotal_bytes\x18\x03 \x01(\x04\x12\x0e\n\x06sha256\x18\x04 \x01(\x0c\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x15sotto/v1/common.proto\x12\x08sotto.v1\">\n\x06Signed\x12\x11\n\tstatement\x18\x01 \x01(\x0c\x12\x0e\n\x06signer\x18\x02 \x01(\t\x12\x11\n\tsignature\x18\x03 \x01(\x0c\"N\n\tDataChunk\x12\x0c\n\x04\x64\x61ta\x18\x01 \x01(\x0c\x12\x0e\n\x06offset\x18\x02 \x01(\x04\x12\x13\n\x0btotal_bytes\x18\x03 \x01(\x04\x12\x0e\n\x06sha256\x18\x04 \x01(\x0c\"N\n\rTaskReadiness\x12\x0e\n\x06\x64igest\x18\x01 \x01(\t\x12\r\n\x05ready\x18\x02 \x01(\x08\x12\x0f\n\x07problem\x18\x03 \x01(\t\x12\r\n\x05place\x18\x04 \x01(\tb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -35,4 +35,6 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_SIGNED']._serialized_end=97
   _globals['_DATACHUNK']._serialized_start=99
   _globals['_DATACHUNK']._serialized_end=177
+  _globals['_TASKREADINESS']._serialized_start=179
+  _globals['_TASKREADINESS']._serialized_end=257
 # @@protoc_insertion_point(module_scope)

@@ -79,3 +79,41 @@ class DataChunk(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___DataChunk: _TypeAlias = DataChunk  # noqa: Y015
+
+@_typing.final
+class TaskReadiness(_message.Message):
+    """How it stands with a task where it is installed: at a party that lists it among its datasets, or at the aggregator."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    DIGEST_FIELD_NUMBER: _builtins.int
+    READY_FIELD_NUMBER: _builtins.int
+    PROBLEM_FIELD_NUMBER: _builtins.int
+    PLACE_FIELD_NUMBER: _builtins.int
+    digest: _builtins.str
+    """SHA-256 (64 hex digits) of the task's source text and its distribution's name and version: the same for everybody who
+    has the same code. Empty: not installed, or its source is not found.
+    """
+    ready: _builtins.bool
+    """Whether it can be trained on here. A party that is not ready is invited to no round of this task."""
+    problem: _builtins.str
+    """Why not: a class of a closed list (docs/protocol.md). None depends on a row; of data that cannot be used, for whatever
+    reason, DATA_NOT_READY is all that is said. CHECKING: it is not known yet, and the party is invited.
+    """
+    place: _builtins.str
+    """Of some classes the line in the task's file, as "triage.py:17"."""
+    def __init__(
+        self,
+        *,
+        digest: _builtins.str = ...,
+        ready: _builtins.bool = ...,
+        problem: _builtins.str = ...,
+        place: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["digest", b"digest", "place", b"place", "problem", b"problem", "ready", b"ready"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___TaskReadiness: _TypeAlias = TaskReadiness  # noqa: Y015

@@ -4,7 +4,7 @@ isort:skip_file
 What a party says to the aggregator. Parties only dial out; work comes to them over `StreamAssignments`.
 
 One round, as a party sees it:
-  Contribute  -> DownloadModel, train, protect, store, CommitRoot
+  Contribute  -> DownloadModel, try the task, AwaitQuorum, train, protect, store, CommitRoot
   Reveal      -> check the frozen list of roots, then UploadUpdate
   Open        -> DownloadContribution of every contributor, recompute the aggregate, UploadShares
   RoundEnded  -> nothing to do
@@ -51,6 +51,27 @@ class JoinRequest(_message.Message):
         def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
         def WhichOneof(self, oneof_group: _Never) -> None: ...
 
+    @_typing.final
+    class TasksEntry(_message.Message):
+        DESCRIPTOR: _descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: _builtins.int
+        VALUE_FIELD_NUMBER: _builtins.int
+        key: _builtins.str
+        @_builtins.property
+        def value(self) -> _common_pb2.TaskReadiness: ...
+        def __init__(
+            self,
+            *,
+            key: _builtins.str = ...,
+            value: _common_pb2.TaskReadiness | None = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _typing.Literal["value", b"value"]  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "value", b"value"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
     PROTOCOL_VERSION_FIELD_NUMBER: _builtins.int
     SOFTWARE_VERSION_FIELD_NUMBER: _builtins.int
     VERIFY_KEY_FIELD_NUMBER: _builtins.int
@@ -58,6 +79,8 @@ class JoinRequest(_message.Message):
     ROSTER_DIGEST_FIELD_NUMBER: _builtins.int
     DECLARED_ROWS_FIELD_NUMBER: _builtins.int
     AGGREGATOR_LEDGER_FIELD_NUMBER: _builtins.int
+    INSTANCE_ID_FIELD_NUMBER: _builtins.int
+    TASKS_FIELD_NUMBER: _builtins.int
     protocol_version: _builtins.str
     """The protocol spoken; the aggregator refuses another major number with VERSION_MISMATCH."""
     software_version: _builtins.str
@@ -66,6 +89,10 @@ class JoinRequest(_message.Message):
     key_id: _builtins.str
     """What the party's kit pins; empty where it has no kit (the classic set-up)."""
     roster_digest: _builtins.str
+    instance_id: _builtins.str
+    """Random, made at every start of the party's process and the `session_id` of its streams. While the connection of one
+    process of a party lives, every other one is refused with KIT_IN_USE: one kit is for one machine.
+    """
     @_builtins.property
     def declared_rows(self) -> _containers.ScalarMap[_builtins.str, _builtins.int]:
         """By task, the number of rows that the party's owner is willing to make public. A round of fedsgd needs it."""
@@ -75,6 +102,10 @@ class JoinRequest(_message.Message):
         """The aggregator's ledger, as the last transcripts that this party has seen give it, one a job, seen last last. The
         aggregator refuses with LEDGER_DAMAGED when its ledger never had one of these: its database was rolled back.
         """
+
+    @_builtins.property
+    def tasks(self) -> _containers.MessageMap[_builtins.str, _common_pb2.TaskReadiness]:
+        """By task, for each of the party's datasets. What changes later comes by TellReadiness."""
 
     def __init__(
         self,
@@ -86,14 +117,74 @@ class JoinRequest(_message.Message):
         roster_digest: _builtins.str = ...,
         declared_rows: _abc.Mapping[_builtins.str, _builtins.int] | None = ...,
         aggregator_ledger: _abc.Iterable[Global___LedgerHead] | None = ...,
+        instance_id: _builtins.str = ...,
+        tasks: _abc.Mapping[_builtins.str, _common_pb2.TaskReadiness] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["aggregator_ledger", b"aggregator_ledger", "declared_rows", b"declared_rows", "key_id", b"key_id", "protocol_version", b"protocol_version", "roster_digest", b"roster_digest", "software_version", b"software_version", "verify_key", b"verify_key"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["aggregator_ledger", b"aggregator_ledger", "declared_rows", b"declared_rows", "instance_id", b"instance_id", "key_id", b"key_id", "protocol_version", b"protocol_version", "roster_digest", b"roster_digest", "software_version", b"software_version", "tasks", b"tasks", "verify_key", b"verify_key"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___JoinRequest: _TypeAlias = JoinRequest  # noqa: Y015
+
+@_typing.final
+class TellReadinessRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    @_typing.final
+    class TasksEntry(_message.Message):
+        DESCRIPTOR: _descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: _builtins.int
+        VALUE_FIELD_NUMBER: _builtins.int
+        key: _builtins.str
+        @_builtins.property
+        def value(self) -> _common_pb2.TaskReadiness: ...
+        def __init__(
+            self,
+            *,
+            key: _builtins.str = ...,
+            value: _common_pb2.TaskReadiness | None = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _typing.Literal["value", b"value"]  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "value", b"value"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+    TASKS_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def tasks(self) -> _containers.MessageMap[_builtins.str, _common_pb2.TaskReadiness]:
+        """As in JoinRequest, which it replaces."""
+
+    def __init__(
+        self,
+        *,
+        tasks: _abc.Mapping[_builtins.str, _common_pb2.TaskReadiness] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["tasks", b"tasks"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___TellReadinessRequest: _TypeAlias = TellReadinessRequest  # noqa: Y015
+
+@_typing.final
+class TellReadinessResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___TellReadinessResponse: _TypeAlias = TellReadinessResponse  # noqa: Y015
 
 @_typing.final
 class LedgerHead(_message.Message):
@@ -195,7 +286,9 @@ class StreamAssignmentsRequest(_message.Message):
     LAST_SEQUENCE_FIELD_NUMBER: _builtins.int
     IN_HAND_FIELD_NUMBER: _builtins.int
     session_id: _builtins.str
-    """Changes with every start of the party's process."""
+    """Changes with every start of the party's process; see `JoinRequest.instance_id`. A newer stream of the same process
+    ends the older one.
+    """
     last_sequence: _builtins.int
     """The last assignment seen, 0 for none, and what the party is working on: for the aggregator's log and status."""
     @_builtins.property
@@ -301,6 +394,46 @@ class Heartbeat(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___Heartbeat: _TypeAlias = Heartbeat  # noqa: Y015
+
+@_typing.final
+class AwaitQuorumRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ROUND_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def round(self) -> Global___RoundName: ...
+    def __init__(
+        self,
+        *,
+        round: Global___RoundName | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["round", b"round"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["round", b"round"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___AwaitQuorumRequest: _TypeAlias = AwaitQuorumRequest  # noqa: Y015
+
+@_typing.final
+class AwaitQuorumResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    REACHED_FIELD_NUMBER: _builtins.int
+    reached: _builtins.bool
+    """Whether enough parties can train the round. The answer comes within half a minute: if it is no, ask again."""
+    def __init__(
+        self,
+        *,
+        reached: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["reached", b"reached"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___AwaitQuorumResponse: _TypeAlias = AwaitQuorumResponse  # noqa: Y015
 
 @_typing.final
 class Contribute(_message.Message):
@@ -691,11 +824,19 @@ class ReportFailureRequest(_message.Message):
     REASON_FIELD_NUMBER: _builtins.int
     MESSAGE_FIELD_NUMBER: _builtins.int
     STAGE_FIELD_NUMBER: _builtins.int
+    PROBLEM_FIELD_NUMBER: _builtins.int
+    PLACE_FIELD_NUMBER: _builtins.int
     reason: _builtins.str
     """A reason of the error catalogue, e.g. BUDGET_EXCEEDED, and its public text."""
     message: _builtins.str
     stage: _builtins.str
     """The stage it happened in: contribute, reveal or open."""
+    problem: _builtins.str
+    """Where `reason` is TASK_NOT_READY: why the task cannot be trained at the party, a class of a closed list (see
+    docs/protocol.md), found before anything was charged and on public rows alone; and a line of the task's code,
+    "triage.py:17", or empty. The aggregator shows its own words for the class, and none of `message`.
+    """
+    place: _builtins.str
     @_builtins.property
     def round(self) -> Global___RoundName: ...
     def __init__(
@@ -705,10 +846,12 @@ class ReportFailureRequest(_message.Message):
         reason: _builtins.str = ...,
         message: _builtins.str = ...,
         stage: _builtins.str = ...,
+        problem: _builtins.str = ...,
+        place: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["round", b"round"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["message", b"message", "reason", b"reason", "round", b"round", "stage", b"stage"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["message", b"message", "place", b"place", "problem", b"problem", "reason", b"reason", "round", b"round", "stage", b"stage"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

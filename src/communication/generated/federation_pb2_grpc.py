@@ -50,6 +50,11 @@ class FederationServiceStub:
                 request_serializer=sotto_dot_v1_dot_federation__pb2.DownloadModelRequest.SerializeToString,
                 response_deserializer=sotto_dot_v1_dot_common__pb2.DataChunk.FromString,
                 _registered_method=True)
+        self.AwaitQuorum = channel.unary_unary(
+                '/sotto.v1.FederationService/AwaitQuorum',
+                request_serializer=sotto_dot_v1_dot_federation__pb2.AwaitQuorumRequest.SerializeToString,
+                response_deserializer=sotto_dot_v1_dot_federation__pb2.AwaitQuorumResponse.FromString,
+                _registered_method=True)
         self.CommitRoot = channel.unary_unary(
                 '/sotto.v1.FederationService/CommitRoot',
                 request_serializer=sotto_dot_v1_dot_federation__pb2.CommitRootRequest.SerializeToString,
@@ -69,6 +74,11 @@ class FederationServiceStub:
                 '/sotto.v1.FederationService/UploadShares',
                 request_serializer=sotto_dot_v1_dot_federation__pb2.UploadSharesRequest.SerializeToString,
                 response_deserializer=sotto_dot_v1_dot_federation__pb2.UploadSharesResponse.FromString,
+                _registered_method=True)
+        self.TellReadiness = channel.unary_unary(
+                '/sotto.v1.FederationService/TellReadiness',
+                request_serializer=sotto_dot_v1_dot_federation__pb2.TellReadinessRequest.SerializeToString,
+                response_deserializer=sotto_dot_v1_dot_federation__pb2.TellReadinessResponse.FromString,
                 _registered_method=True)
         self.ReportFailure = channel.unary_unary(
                 '/sotto.v1.FederationService/ReportFailure',
@@ -102,6 +112,14 @@ class FederationServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def AwaitQuorum(self, request, context):
+        """The party has found that it can train the round, as far as that depends on no row, and is allowed to. It begins once
+        as many parties can as the round needs; until then nothing of it is charged for good.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def CommitRoot(self, request, context):
         """Commit: the signed root of the finished batch. No ciphertext has left the party yet.
         """
@@ -125,6 +143,13 @@ class FederationServiceServicer:
 
     def UploadShares(self, request_iterator, context):
         """Partial decryptions of the aggregate that the party recomputed, with their proof.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def TellReadiness(self, request, context):
+        """Which of its datasets the party is ready to train on, whenever that has changed since it joined.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -155,6 +180,11 @@ def add_FederationServiceServicer_to_server(servicer, server):
                     request_deserializer=sotto_dot_v1_dot_federation__pb2.DownloadModelRequest.FromString,
                     response_serializer=sotto_dot_v1_dot_common__pb2.DataChunk.SerializeToString,
             ),
+            'AwaitQuorum': grpc.unary_unary_rpc_method_handler(
+                    servicer.AwaitQuorum,
+                    request_deserializer=sotto_dot_v1_dot_federation__pb2.AwaitQuorumRequest.FromString,
+                    response_serializer=sotto_dot_v1_dot_federation__pb2.AwaitQuorumResponse.SerializeToString,
+            ),
             'CommitRoot': grpc.unary_unary_rpc_method_handler(
                     servicer.CommitRoot,
                     request_deserializer=sotto_dot_v1_dot_federation__pb2.CommitRootRequest.FromString,
@@ -174,6 +204,11 @@ def add_FederationServiceServicer_to_server(servicer, server):
                     servicer.UploadShares,
                     request_deserializer=sotto_dot_v1_dot_federation__pb2.UploadSharesRequest.FromString,
                     response_serializer=sotto_dot_v1_dot_federation__pb2.UploadSharesResponse.SerializeToString,
+            ),
+            'TellReadiness': grpc.unary_unary_rpc_method_handler(
+                    servicer.TellReadiness,
+                    request_deserializer=sotto_dot_v1_dot_federation__pb2.TellReadinessRequest.FromString,
+                    response_serializer=sotto_dot_v1_dot_federation__pb2.TellReadinessResponse.SerializeToString,
             ),
             'ReportFailure': grpc.unary_unary_rpc_method_handler(
                     servicer.ReportFailure,
@@ -262,6 +297,33 @@ class FederationService:
             '/sotto.v1.FederationService/DownloadModel',
             sotto_dot_v1_dot_federation__pb2.DownloadModelRequest.SerializeToString,
             sotto_dot_v1_dot_common__pb2.DataChunk.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def AwaitQuorum(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/sotto.v1.FederationService/AwaitQuorum',
+            sotto_dot_v1_dot_federation__pb2.AwaitQuorumRequest.SerializeToString,
+            sotto_dot_v1_dot_federation__pb2.AwaitQuorumResponse.FromString,
             options,
             channel_credentials,
             insecure,
@@ -370,6 +432,33 @@ class FederationService:
             '/sotto.v1.FederationService/UploadShares',
             sotto_dot_v1_dot_federation__pb2.UploadSharesRequest.SerializeToString,
             sotto_dot_v1_dot_federation__pb2.UploadSharesResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def TellReadiness(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/sotto.v1.FederationService/TellReadiness',
+            sotto_dot_v1_dot_federation__pb2.TellReadinessRequest.SerializeToString,
+            sotto_dot_v1_dot_federation__pb2.TellReadinessResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -4,7 +4,7 @@ isort:skip_file
 What a party says to the aggregator. Parties only dial out; work comes to them over `StreamAssignments`.
 
 One round, as a party sees it:
-  Contribute  -> DownloadModel, train, protect, store, CommitRoot
+  Contribute  -> DownloadModel, try the task, AwaitQuorum, train, protect, store, CommitRoot
   Reveal      -> check the frozen list of roots, then UploadUpdate
   Open        -> DownloadContribution of every contributor, recompute the aggregate, UploadShares
   RoundEnded  -> nothing to do
@@ -47,6 +47,10 @@ class FederationServiceStub:
     """
     DownloadModel: _grpc.UnaryStreamMultiCallable[_federation_pb2.DownloadModelRequest, _common_pb2.DataChunk]
     """The global model a round starts from (safetensors)."""
+    AwaitQuorum: _grpc.UnaryUnaryMultiCallable[_federation_pb2.AwaitQuorumRequest, _federation_pb2.AwaitQuorumResponse]
+    """The party has found that it can train the round, as far as that depends on no row, and is allowed to. It begins once
+    as many parties can as the round needs; until then nothing of it is charged for good.
+    """
     CommitRoot: _grpc.UnaryUnaryMultiCallable[_federation_pb2.CommitRootRequest, _federation_pb2.CommitRootResponse]
     """Commit: the signed root of the finished batch. No ciphertext has left the party yet."""
     UploadUpdate: _grpc.StreamUnaryMultiCallable[_federation_pb2.UploadUpdateRequest, _federation_pb2.UploadUpdateResponse]
@@ -55,6 +59,8 @@ class FederationServiceStub:
     """One contributor's stored batch (header, then ciphertexts), for whoever has to recompute the aggregate."""
     UploadShares: _grpc.StreamUnaryMultiCallable[_federation_pb2.UploadSharesRequest, _federation_pb2.UploadSharesResponse]
     """Partial decryptions of the aggregate that the party recomputed, with their proof."""
+    TellReadiness: _grpc.UnaryUnaryMultiCallable[_federation_pb2.TellReadinessRequest, _federation_pb2.TellReadinessResponse]
+    """Which of its datasets the party is ready to train on, whenever that has changed since it joined."""
     ReportFailure: _grpc.UnaryUnaryMultiCallable[_federation_pb2.ReportFailureRequest, _federation_pb2.ReportFailureResponse]
     """The party does not, or cannot, do what was asked: the round should not wait for it in silence."""
 
@@ -69,6 +75,10 @@ class FederationServiceAsyncStub(FederationServiceStub):
     """
     DownloadModel: _aio.UnaryStreamMultiCallable[_federation_pb2.DownloadModelRequest, _common_pb2.DataChunk]  # type: ignore[assignment]
     """The global model a round starts from (safetensors)."""
+    AwaitQuorum: _aio.UnaryUnaryMultiCallable[_federation_pb2.AwaitQuorumRequest, _federation_pb2.AwaitQuorumResponse]  # type: ignore[assignment]
+    """The party has found that it can train the round, as far as that depends on no row, and is allowed to. It begins once
+    as many parties can as the round needs; until then nothing of it is charged for good.
+    """
     CommitRoot: _aio.UnaryUnaryMultiCallable[_federation_pb2.CommitRootRequest, _federation_pb2.CommitRootResponse]  # type: ignore[assignment]
     """Commit: the signed root of the finished batch. No ciphertext has left the party yet."""
     UploadUpdate: _aio.StreamUnaryMultiCallable[_federation_pb2.UploadUpdateRequest, _federation_pb2.UploadUpdateResponse]  # type: ignore[assignment]
@@ -77,6 +87,8 @@ class FederationServiceAsyncStub(FederationServiceStub):
     """One contributor's stored batch (header, then ciphertexts), for whoever has to recompute the aggregate."""
     UploadShares: _aio.StreamUnaryMultiCallable[_federation_pb2.UploadSharesRequest, _federation_pb2.UploadSharesResponse]  # type: ignore[assignment]
     """Partial decryptions of the aggregate that the party recomputed, with their proof."""
+    TellReadiness: _aio.UnaryUnaryMultiCallable[_federation_pb2.TellReadinessRequest, _federation_pb2.TellReadinessResponse]  # type: ignore[assignment]
+    """Which of its datasets the party is ready to train on, whenever that has changed since it joined."""
     ReportFailure: _aio.UnaryUnaryMultiCallable[_federation_pb2.ReportFailureRequest, _federation_pb2.ReportFailureResponse]  # type: ignore[assignment]
     """The party does not, or cannot, do what was asked: the round should not wait for it in silence."""
 
@@ -106,6 +118,16 @@ class FederationServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_abc.Iterator[_common_pb2.DataChunk], _abc.AsyncIterator[_common_pb2.DataChunk]]:
         """The global model a round starts from (safetensors)."""
+
+    @_abc_1.abstractmethod
+    def AwaitQuorum(
+        self,
+        request: _federation_pb2.AwaitQuorumRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_federation_pb2.AwaitQuorumResponse, _abc.Awaitable[_federation_pb2.AwaitQuorumResponse]]:
+        """The party has found that it can train the round, as far as that depends on no row, and is allowed to. It begins once
+        as many parties can as the round needs; until then nothing of it is charged for good.
+        """
 
     @_abc_1.abstractmethod
     def CommitRoot(
@@ -138,6 +160,14 @@ class FederationServiceServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_federation_pb2.UploadSharesResponse, _abc.Awaitable[_federation_pb2.UploadSharesResponse]]:
         """Partial decryptions of the aggregate that the party recomputed, with their proof."""
+
+    @_abc_1.abstractmethod
+    def TellReadiness(
+        self,
+        request: _federation_pb2.TellReadinessRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_federation_pb2.TellReadinessResponse, _abc.Awaitable[_federation_pb2.TellReadinessResponse]]:
+        """Which of its datasets the party is ready to train on, whenever that has changed since it joined."""
 
     @_abc_1.abstractmethod
     def ReportFailure(

@@ -97,6 +97,7 @@ class Job(_message.Message):
     DEADLINE_FIELD_NUMBER: _builtins.int
     DELETE_TIME_FIELD_NUMBER: _builtins.int
     KIND_FIELD_NUMBER: _builtins.int
+    KEPT_ROUNDS_FIELD_NUMBER: _builtins.int
     DISPLAY_NAME_FIELD_NUMBER: _builtins.int
     PRIORITY_FIELD_NUMBER: _builtins.int
     TIMEOUT_FIELD_NUMBER: _builtins.int
@@ -141,6 +142,12 @@ class Job(_message.Message):
         """When its files were dropped (DeleteJob)."""
 
     @_builtins.property
+    def kept_rounds(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """The released rounds whose models are there to be had (GetRoundResult, Evaluation.round, ContinuedFrom). Left out of
+        listings.
+        """
+
+    @_builtins.property
     def timeout(self) -> _duration_pb2.Duration:
         """From submission to `deadline`. Unset: none for a federated training, 10 minutes for an evaluation or export. At most
         366 days.
@@ -171,6 +178,7 @@ class Job(_message.Message):
         deadline: _timestamp_pb2.Timestamp | None = ...,
         delete_time: _timestamp_pb2.Timestamp | None = ...,
         kind: _builtins.str = ...,
+        kept_rounds: _abc.Iterable[_builtins.int] | None = ...,
         display_name: _builtins.str = ...,
         priority: Global___JobPriority.ValueType = ...,
         timeout: _duration_pb2.Duration | None = ...,
@@ -180,7 +188,7 @@ class Job(_message.Message):
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["create_time", b"create_time", "deadline", b"deadline", "delete_time", b"delete_time", "end_time", b"end_time", "error", b"error", "evaluation", b"evaluation", "export", b"export", "federated_training", b"federated_training", "progress", b"progress", "result", b"result", "retry_time", b"retry_time", "spec", b"spec", "start_time", b"start_time", "timeout", b"timeout"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt", "create_time", b"create_time", "deadline", b"deadline", "delete_time", b"delete_time", "display_name", b"display_name", "end_time", b"end_time", "error", b"error", "evaluation", b"evaluation", "export", b"export", "federated_training", b"federated_training", "job_id", b"job_id", "kind", b"kind", "max_attempts", b"max_attempts", "owner", b"owner", "priority", b"priority", "progress", b"progress", "result", b"result", "retry_time", b"retry_time", "spec", b"spec", "spec_digest", b"spec_digest", "start_time", b"start_time", "state", b"state", "timeout", b"timeout"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["attempt", b"attempt", "create_time", b"create_time", "deadline", b"deadline", "delete_time", b"delete_time", "display_name", b"display_name", "end_time", b"end_time", "error", b"error", "evaluation", b"evaluation", "export", b"export", "federated_training", b"federated_training", "job_id", b"job_id", "kept_rounds", b"kept_rounds", "kind", b"kind", "max_attempts", b"max_attempts", "owner", b"owner", "priority", b"priority", "progress", b"progress", "result", b"result", "retry_time", b"retry_time", "spec", b"spec", "spec_digest", b"spec_digest", "start_time", b"start_time", "state", b"state", "timeout", b"timeout"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType_spec: _TypeAlias = _typing.Literal["federated_training", "evaluation", "export"]  # noqa: Y015
     _WhichOneofArgType_spec: _TypeAlias = _typing.Literal["spec", b"spec"]  # noqa: Y015
@@ -197,22 +205,34 @@ class Evaluation(_message.Message):
     JOB_ID_FIELD_NUMBER: _builtins.int
     MODEL_FIELD_NUMBER: _builtins.int
     TASK_FIELD_NUMBER: _builtins.int
+    MODEL_SHA256_FIELD_NUMBER: _builtins.int
+    ROUND_FIELD_NUMBER: _builtins.int
     job_id: _builtins.str
     """A federated training of the same scientist that SUCCEEDED, whose model is meant; or empty, and `model` is given."""
     model: _builtins.bytes
     """safetensors, at most 3 MiB."""
     task: _builtins.str
     """Short name of the task; empty: that of `job_id`."""
+    model_sha256: _builtins.bytes
+    """Instead of `model`: SHA-256 (32 bytes) of one that was uploaded (UploadModel), or that a job of the same scientist
+    keeps.
+    """
+    round: _builtins.str
+    """The model of a released round of `job_id`, which need not have SUCCEEDED then; as in GetRoundResultRequest. Empty:
+    its result.
+    """
     def __init__(
         self,
         *,
         job_id: _builtins.str = ...,
         model: _builtins.bytes = ...,
         task: _builtins.str = ...,
+        model_sha256: _builtins.bytes = ...,
+        round: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["job_id", b"job_id", "model", b"model", "task", b"task"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["job_id", b"job_id", "model", b"model", "model_sha256", b"model_sha256", "round", b"round", "task", b"task"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -228,19 +248,25 @@ class Export(_message.Message):
 
     JOB_ID_FIELD_NUMBER: _builtins.int
     FORMAT_FIELD_NUMBER: _builtins.int
+    ROUND_FIELD_NUMBER: _builtins.int
     job_id: _builtins.str
     """A federated training of the same scientist that SUCCEEDED."""
     format: _builtins.str
     """npz (default): NumPy's archive of named arrays."""
+    round: _builtins.str
+    """The model of a released round of `job_id`, which need not have SUCCEEDED then; as in GetRoundResultRequest. Empty:
+    its result.
+    """
     def __init__(
         self,
         *,
         job_id: _builtins.str = ...,
         format: _builtins.str = ...,
+        round: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["format", b"format", "job_id", b"job_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["format", b"format", "job_id", b"job_id", "round", b"round"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -267,6 +293,9 @@ class FederatedTraining(_message.Message):
     TASK_OPTIONS_FIELD_NUMBER: _builtins.int
     STRATEGY_FIELD_NUMBER: _builtins.int
     TRUSTED_AGGREGATOR_FIELD_NUMBER: _builtins.int
+    INITIAL_MODEL_SHA256_FIELD_NUMBER: _builtins.int
+    KEEP_FIELD_NUMBER: _builtins.int
+    CONTINUE_FROM_FIELD_NUMBER: _builtins.int
     task: _builtins.str
     """Short name of a task that the aggregator and the parties have registered."""
     rounds: _builtins.int
@@ -288,6 +317,16 @@ class FederatedTraining(_message.Message):
     """
     trusted_aggregator: _builtins.bool
     """fedsgd with `noise_by` aggregator is a trusted server: refused unless this says so."""
+    initial_model_sha256: _builtins.bytes
+    """Instead of `initial_model`: SHA-256 (32 bytes) of one that was uploaded (UploadModel), or that a job of the same
+    scientist keeps.
+    """
+    keep: _builtins.str
+    """Which models of released rounds stay at the aggregator, beside that of the last one, which always does. last
+    (default): no other. every:K: that of each K-th. best:METRIC: the best by a metric of public rows (of a metric that
+    Sotto does not know: best:max:METRIC or best:min:METRIC). They count against what a scientist may leave there
+    (limits.max_stored_bytes_per_scientist) until the job is deleted.
+    """
     @_builtins.property
     def parties(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """Parties invited (empty: all enrolled) and updates a round needs (0: all invited)."""
@@ -303,6 +342,12 @@ class FederatedTraining(_message.Message):
     @_builtins.property
     def task_options(self) -> _struct_pb2.Struct:
         """Public options of the task, passed to every party beside its own (which win)."""
+
+    @_builtins.property
+    def continue_from(self) -> Global___ContinuedFrom:
+        """Start from a released round of an earlier job of the same scientist and task, instead of `initial_model`. What is
+        charged is charged to this job; what the earlier one cost comes on top of it, and the manifest says so.
+        """
 
     def __init__(
         self,
@@ -322,16 +367,46 @@ class FederatedTraining(_message.Message):
         task_options: _struct_pb2.Struct | None = ...,
         strategy: _builtins.str = ...,
         trusted_aggregator: _builtins.bool = ...,
+        initial_model_sha256: _builtins.bytes = ...,
+        keep: _builtins.str = ...,
+        continue_from: Global___ContinuedFrom | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_spare_rounds", b"_spare_rounds", "encryption", b"encryption", "local_training", b"local_training", "party_privacy", b"party_privacy", "server_optimizer", b"server_optimizer", "spare_rounds", b"spare_rounds", "task_options", b"task_options"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_spare_rounds", b"_spare_rounds", "continue_from", b"continue_from", "encryption", b"encryption", "local_training", b"local_training", "party_privacy", b"party_privacy", "server_optimizer", b"server_optimizer", "spare_rounds", b"spare_rounds", "task_options", b"task_options"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_spare_rounds", b"_spare_rounds", "encryption", b"encryption", "initial_model", b"initial_model", "local_training", b"local_training", "parties", b"parties", "party_privacy", b"party_privacy", "quorum", b"quorum", "round_timeout_s", b"round_timeout_s", "rounds", b"rounds", "seed", b"seed", "server_optimizer", b"server_optimizer", "spare_rounds", b"spare_rounds", "strategy", b"strategy", "task", b"task", "task_options", b"task_options", "trusted_aggregator", b"trusted_aggregator"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_spare_rounds", b"_spare_rounds", "continue_from", b"continue_from", "encryption", b"encryption", "initial_model", b"initial_model", "initial_model_sha256", b"initial_model_sha256", "keep", b"keep", "local_training", b"local_training", "parties", b"parties", "party_privacy", b"party_privacy", "quorum", b"quorum", "round_timeout_s", b"round_timeout_s", "rounds", b"rounds", "seed", b"seed", "server_optimizer", b"server_optimizer", "spare_rounds", b"spare_rounds", "strategy", b"strategy", "task", b"task", "task_options", b"task_options", "trusted_aggregator", b"trusted_aggregator"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__spare_rounds: _TypeAlias = _typing.Literal["spare_rounds"]  # noqa: Y015
     _WhichOneofArgType__spare_rounds: _TypeAlias = _typing.Literal["_spare_rounds", b"_spare_rounds"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType__spare_rounds) -> _WhichOneofReturnType__spare_rounds | None: ...
 
 Global___FederatedTraining: _TypeAlias = FederatedTraining  # noqa: Y015
+
+@_typing.final
+class ContinuedFrom(_message.Message):
+    """A released round of a training, and the SHA-256 of its model (64 hex digits), as its manifest has it."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    JOB_ID_FIELD_NUMBER: _builtins.int
+    ROUND_FIELD_NUMBER: _builtins.int
+    MODEL_SHA256_FIELD_NUMBER: _builtins.int
+    job_id: _builtins.str
+    round: _builtins.int
+    model_sha256: _builtins.str
+    def __init__(
+        self,
+        *,
+        job_id: _builtins.str = ...,
+        round: _builtins.int = ...,
+        model_sha256: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["job_id", b"job_id", "model_sha256", b"model_sha256", "round", b"round"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ContinuedFrom: _TypeAlias = ContinuedFrom  # noqa: Y015
 
 @_typing.final
 class LocalTraining(_message.Message):
@@ -670,6 +745,7 @@ class RoundSummary(_message.Message):
     EPSILON_PARTY_IF_ALL_OTHERS_COLLUDE_FIELD_NUMBER: _builtins.int
     PARTY_ASSUMPTION_FIELD_NUMBER: _builtins.int
     PARTY_DELTA_FIELD_NUMBER: _builtins.int
+    NOT_EVALUATED_FIELD_NUMBER: _builtins.int
     round: _builtins.int
     state: _builtins.str
     contributions: _builtins.int
@@ -687,6 +763,10 @@ class RoundSummary(_message.Message):
     party_assumption: _builtins.str
     """What `epsilon_party` rests on."""
     party_delta: _builtins.float
+    not_evaluated: _builtins.str
+    """What is missing of the metrics, and why; empty where nothing is, or where this aggregator evaluates no model of the
+    task. The model was released all the same.
+    """
     @_builtins.property
     def metrics(self) -> _containers.ScalarMap[_builtins.str, _builtins.float]:
         """Of public or hold-out rows; empty where the job is not evaluated."""
@@ -708,10 +788,11 @@ class RoundSummary(_message.Message):
         epsilon_party_if_all_others_collude: _builtins.float | None = ...,
         party_assumption: _builtins.str = ...,
         party_delta: _builtins.float | None = ...,
+        not_evaluated: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_epsilon_party_if_all_others_collude", b"_epsilon_party_if_all_others_collude", "_party_delta", b"_party_delta", "_seconds", b"_seconds", "epsilon_party_if_all_others_collude", b"epsilon_party_if_all_others_collude", "party_delta", b"party_delta", "seconds", b"seconds"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_epsilon_party_if_all_others_collude", b"_epsilon_party_if_all_others_collude", "_party_delta", b"_party_delta", "_seconds", b"_seconds", "contributions", b"contributions", "epsilon_party", b"epsilon_party", "epsilon_party_against_aggregator", b"epsilon_party_against_aggregator", "epsilon_party_if_all_others_collude", b"epsilon_party_if_all_others_collude", "metrics", b"metrics", "parties", b"parties", "party_assumption", b"party_assumption", "party_delta", b"party_delta", "reason", b"reason", "round", b"round", "seconds", b"seconds", "state", b"state"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_epsilon_party_if_all_others_collude", b"_epsilon_party_if_all_others_collude", "_party_delta", b"_party_delta", "_seconds", b"_seconds", "contributions", b"contributions", "epsilon_party", b"epsilon_party", "epsilon_party_against_aggregator", b"epsilon_party_against_aggregator", "epsilon_party_if_all_others_collude", b"epsilon_party_if_all_others_collude", "metrics", b"metrics", "not_evaluated", b"not_evaluated", "parties", b"parties", "party_assumption", b"party_assumption", "party_delta", b"party_delta", "reason", b"reason", "round", b"round", "seconds", b"seconds", "state", b"state"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__epsilon_party_if_all_others_collude: _TypeAlias = _typing.Literal["epsilon_party_if_all_others_collude"]  # noqa: Y015
     _WhichOneofArgType__epsilon_party_if_all_others_collude: _TypeAlias = _typing.Literal["_epsilon_party_if_all_others_collude", b"_epsilon_party_if_all_others_collude"]  # noqa: Y015
@@ -808,6 +889,11 @@ class JobResult(_message.Message):
     EXAMPLE_ASSUMPTION_FIELD_NUMBER: _builtins.int
     PARTY_ASSUMPTION_FIELD_NUMBER: _builtins.int
     PARTY_ASSUMPTION_AGAINST_AGGREGATOR_FIELD_NUMBER: _builtins.int
+    NOT_EVALUATED_FIELD_NUMBER: _builtins.int
+    ROUND_FIELD_NUMBER: _builtins.int
+    ROUNDS_RELEASED_FIELD_NUMBER: _builtins.int
+    ROUNDS_PLANNED_FIELD_NUMBER: _builtins.int
+    CONTINUED_FROM_FIELD_NUMBER: _builtins.int
     epsilon_example: _builtins.float
     """Infinite where nothing protects; unset where nothing is known: of a model that came with the job."""
     epsilon_party: _builtins.float
@@ -824,10 +910,23 @@ class JobResult(_message.Message):
     """What `epsilon_example`, `epsilon_party` and `epsilon_party_against_aggregator` rest on."""
     party_assumption: _builtins.str
     party_assumption_against_aggregator: _builtins.str
+    not_evaluated: _builtins.str
+    """What is missing of the metrics, and why; empty where nothing is, or where nobody tried."""
+    round: _builtins.int
+    """Of which round of a training the model is. Whichever it is, all figures are of every round that was begun."""
+    rounds_released: _builtins.int
+    """Where it is not the last one of a training that came to its end: how many rounds were released by then, and how many
+    were asked for. Unset otherwise.
+    """
+    rounds_planned: _builtins.int
     @_builtins.property
     def files(self) -> _containers.RepeatedCompositeFieldContainer[Global___ArtifactFile]: ...
     @_builtins.property
     def metrics(self) -> _containers.ScalarMap[_builtins.str, _builtins.float]: ...
+    @_builtins.property
+    def continued_from(self) -> _containers.RepeatedCompositeFieldContainer[Global___Predecessor]:
+        """The jobs that this one continues, the nearest first. What they cost comes on top of the figures above."""
+
     def __init__(
         self,
         *,
@@ -843,10 +942,15 @@ class JobResult(_message.Message):
         example_assumption: _builtins.str = ...,
         party_assumption: _builtins.str = ...,
         party_assumption_against_aggregator: _builtins.str = ...,
+        not_evaluated: _builtins.str = ...,
+        round: _builtins.int = ...,
+        rounds_released: _builtins.int = ...,
+        rounds_planned: _builtins.int = ...,
+        continued_from: _abc.Iterable[Global___Predecessor] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_delta", b"_delta", "_epsilon_example", b"_epsilon_example", "_epsilon_example_if_all_others_collude", b"_epsilon_example_if_all_others_collude", "_epsilon_party", b"_epsilon_party", "_epsilon_party_against_aggregator", b"_epsilon_party_against_aggregator", "_epsilon_party_if_all_others_collude", b"_epsilon_party_if_all_others_collude", "_party_delta", b"_party_delta", "delta", b"delta", "epsilon_example", b"epsilon_example", "epsilon_example_if_all_others_collude", b"epsilon_example_if_all_others_collude", "epsilon_party", b"epsilon_party", "epsilon_party_against_aggregator", b"epsilon_party_against_aggregator", "epsilon_party_if_all_others_collude", b"epsilon_party_if_all_others_collude", "party_delta", b"party_delta"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_delta", b"_delta", "_epsilon_example", b"_epsilon_example", "_epsilon_example_if_all_others_collude", b"_epsilon_example_if_all_others_collude", "_epsilon_party", b"_epsilon_party", "_epsilon_party_against_aggregator", b"_epsilon_party_against_aggregator", "_epsilon_party_if_all_others_collude", b"_epsilon_party_if_all_others_collude", "_party_delta", b"_party_delta", "delta", b"delta", "epsilon_example", b"epsilon_example", "epsilon_example_if_all_others_collude", b"epsilon_example_if_all_others_collude", "epsilon_party", b"epsilon_party", "epsilon_party_against_aggregator", b"epsilon_party_against_aggregator", "epsilon_party_if_all_others_collude", b"epsilon_party_if_all_others_collude", "example_assumption", b"example_assumption", "files", b"files", "metrics", b"metrics", "party_assumption", b"party_assumption", "party_assumption_against_aggregator", b"party_assumption_against_aggregator", "party_delta", b"party_delta"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_delta", b"_delta", "_epsilon_example", b"_epsilon_example", "_epsilon_example_if_all_others_collude", b"_epsilon_example_if_all_others_collude", "_epsilon_party", b"_epsilon_party", "_epsilon_party_against_aggregator", b"_epsilon_party_against_aggregator", "_epsilon_party_if_all_others_collude", b"_epsilon_party_if_all_others_collude", "_party_delta", b"_party_delta", "continued_from", b"continued_from", "delta", b"delta", "epsilon_example", b"epsilon_example", "epsilon_example_if_all_others_collude", b"epsilon_example_if_all_others_collude", "epsilon_party", b"epsilon_party", "epsilon_party_against_aggregator", b"epsilon_party_against_aggregator", "epsilon_party_if_all_others_collude", b"epsilon_party_if_all_others_collude", "example_assumption", b"example_assumption", "files", b"files", "metrics", b"metrics", "not_evaluated", b"not_evaluated", "party_assumption", b"party_assumption", "party_assumption_against_aggregator", b"party_assumption_against_aggregator", "party_delta", b"party_delta", "round", b"round", "rounds_planned", b"rounds_planned", "rounds_released", b"rounds_released"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__delta: _TypeAlias = _typing.Literal["delta"]  # noqa: Y015
     _WhichOneofArgType__delta: _TypeAlias = _typing.Literal["_delta", b"_delta"]  # noqa: Y015
@@ -878,6 +982,45 @@ class JobResult(_message.Message):
     def WhichOneof(self, oneof_group: _WhichOneofArgType__party_delta) -> _WhichOneofReturnType__party_delta | None: ...
 
 Global___JobResult: _TypeAlias = JobResult  # noqa: Y015
+
+@_typing.final
+class Predecessor(_message.Message):
+    """A job that was continued, with what its own rounds cost, at its own deltas."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    JOB_ID_FIELD_NUMBER: _builtins.int
+    ROUND_FIELD_NUMBER: _builtins.int
+    MODEL_SHA256_FIELD_NUMBER: _builtins.int
+    EPSILON_EXAMPLE_FIELD_NUMBER: _builtins.int
+    DELTA_FIELD_NUMBER: _builtins.int
+    EPSILON_PARTY_FIELD_NUMBER: _builtins.int
+    PARTY_DELTA_FIELD_NUMBER: _builtins.int
+    job_id: _builtins.str
+    round: _builtins.int
+    model_sha256: _builtins.str
+    epsilon_example: _builtins.float
+    delta: _builtins.float
+    epsilon_party: _builtins.float
+    party_delta: _builtins.float
+    def __init__(
+        self,
+        *,
+        job_id: _builtins.str = ...,
+        round: _builtins.int = ...,
+        model_sha256: _builtins.str = ...,
+        epsilon_example: _builtins.float = ...,
+        delta: _builtins.float = ...,
+        epsilon_party: _builtins.float = ...,
+        party_delta: _builtins.float = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["delta", b"delta", "epsilon_example", b"epsilon_example", "epsilon_party", b"epsilon_party", "job_id", b"job_id", "model_sha256", b"model_sha256", "party_delta", b"party_delta", "round", b"round"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Predecessor: _TypeAlias = Predecessor  # noqa: Y015
 
 @_typing.final
 class ArtifactFile(_message.Message):
@@ -954,7 +1097,7 @@ class JobEvent(_message.Message):
     sequence: _builtins.int
     """1, 2, 3, … without gaps."""
     kind: _builtins.str
-    """submitted, started, waiting, round, retrying, resumed, expired, cancelling, cancelled, succeeded, failed, deleted"""
+    """submitted, started, waiting, warning, round, retrying, resumed, expired, cancelling, cancelled, succeeded, failed, deleted"""
     state: Global___JobState.ValueType
     message: _builtins.str
     cause: _builtins.str
@@ -1037,6 +1180,35 @@ class CreateJobRequest(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___CreateJobRequest: _TypeAlias = CreateJobRequest  # noqa: Y015
+
+@_typing.final
+class UploadModelResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    SHA256_FIELD_NUMBER: _builtins.int
+    BYTES_FIELD_NUMBER: _builtins.int
+    EXPIRE_TIME_FIELD_NUMBER: _builtins.int
+    sha256: _builtins.bytes
+    """Of what was stored."""
+    bytes: _builtins.int
+    @_builtins.property
+    def expire_time(self) -> _timestamp_pb2.Timestamp:
+        """Until then it waits for a job."""
+
+    def __init__(
+        self,
+        *,
+        sha256: _builtins.bytes = ...,
+        bytes: _builtins.int = ...,
+        expire_time: _timestamp_pb2.Timestamp | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["expire_time", b"expire_time"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["bytes", b"bytes", "expire_time", b"expire_time", "sha256", b"sha256"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___UploadModelResponse: _TypeAlias = UploadModelResponse  # noqa: Y015
 
 @_typing.final
 class GetJobRequest(_message.Message):
@@ -1128,15 +1300,21 @@ class CancelJobRequest(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     JOB_ID_FIELD_NUMBER: _builtins.int
+    KEEP_FIELD_NUMBER: _builtins.int
     job_id: _builtins.str
+    keep: _builtins.bool
+    """End in order: a round whose budget is spent already is brought to its end, and the last released round is the job's
+    result. Without a released round the job is CANCELLED all the same.
+    """
     def __init__(
         self,
         *,
         job_id: _builtins.str = ...,
+        keep: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["job_id", b"job_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["job_id", b"job_id", "keep", b"keep"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -1234,25 +1412,60 @@ class WatchJobRequest(_message.Message):
 Global___WatchJobRequest: _TypeAlias = WatchJobRequest  # noqa: Y015
 
 @_typing.final
+class GetRoundResultRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    JOB_ID_FIELD_NUMBER: _builtins.int
+    ROUND_FIELD_NUMBER: _builtins.int
+    job_id: _builtins.str
+    round: _builtins.str
+    """The number of a round as in RoundSummary.round; last: that of the last released one; best:METRIC: the best released
+    one by a metric of public rows (best:max:METRIC or best:min:METRIC of one that Sotto does not know).
+    """
+    def __init__(
+        self,
+        *,
+        job_id: _builtins.str = ...,
+        round: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["job_id", b"job_id", "round", b"round"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___GetRoundResultRequest: _TypeAlias = GetRoundResultRequest  # noqa: Y015
+
+@_typing.final
 class DownloadArtifactRequest(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     JOB_ID_FIELD_NUMBER: _builtins.int
     FILE_FIELD_NUMBER: _builtins.int
     OFFSET_FIELD_NUMBER: _builtins.int
+    ROUND_FIELD_NUMBER: _builtins.int
+    SHA256_FIELD_NUMBER: _builtins.int
     job_id: _builtins.str
     file: _builtins.str
     offset: _builtins.int
+    round: _builtins.str
+    """As in GetRoundResultRequest; empty: of the job's result."""
+    sha256: _builtins.bytes
+    """Of a round: the very file that GetRoundResult named, by its SHA-256. A manifest made since then, of a job that has
+    moved on, is another one: NOT_FOUND. Empty: as it is now.
+    """
     def __init__(
         self,
         *,
         job_id: _builtins.str = ...,
         file: _builtins.str = ...,
         offset: _builtins.int = ...,
+        round: _builtins.str = ...,
+        sha256: _builtins.bytes = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["file", b"file", "job_id", b"job_id", "offset", b"offset"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["file", b"file", "job_id", b"job_id", "offset", b"offset", "round", b"round", "sha256", b"sha256"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -1277,6 +1490,27 @@ Global___GetStatusRequest: _TypeAlias = GetStatusRequest  # noqa: Y015
 class Status(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
+    @_typing.final
+    class TasksEntry(_message.Message):
+        DESCRIPTOR: _descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: _builtins.int
+        VALUE_FIELD_NUMBER: _builtins.int
+        key: _builtins.str
+        @_builtins.property
+        def value(self) -> _common_pb2.TaskReadiness: ...
+        def __init__(
+            self,
+            *,
+            key: _builtins.str = ...,
+            value: _common_pb2.TaskReadiness | None = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _typing.Literal["value", b"value"]  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "value", b"value"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
     FEDERATION_FIELD_NUMBER: _builtins.int
     SOFTWARE_VERSION_FIELD_NUMBER: _builtins.int
     KEY_ID_FIELD_NUMBER: _builtins.int
@@ -1287,6 +1521,8 @@ class Status(_message.Message):
     JOBS_RUNNING_FIELD_NUMBER: _builtins.int
     START_TIME_FIELD_NUMBER: _builtins.int
     STOPPING_FIELD_NUMBER: _builtins.int
+    WARNINGS_FIELD_NUMBER: _builtins.int
+    TASKS_FIELD_NUMBER: _builtins.int
     federation: _builtins.str
     software_version: _builtins.str
     key_id: _builtins.str
@@ -1304,6 +1540,14 @@ class Status(_message.Message):
     def start_time(self) -> _timestamp_pb2.Timestamp:
         """Since when this process serves."""
 
+    @_builtins.property
+    def warnings(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """What its operator should look at, a sentence each: a certificate that ends soon, say."""
+
+    @_builtins.property
+    def tasks(self) -> _containers.MessageMap[_builtins.str, _common_pb2.TaskReadiness]:
+        """Tasks that are installed at the aggregator: whether it can build their models."""
+
     def __init__(
         self,
         *,
@@ -1317,10 +1561,12 @@ class Status(_message.Message):
         jobs_running: _builtins.int = ...,
         start_time: _timestamp_pb2.Timestamp | None = ...,
         stopping: _builtins.bool = ...,
+        warnings: _abc.Iterable[_builtins.str] | None = ...,
+        tasks: _abc.Mapping[_builtins.str, _common_pb2.TaskReadiness] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["start_time", b"start_time", "workers", b"workers"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["custody", b"custody", "federation", b"federation", "jobs_pending", b"jobs_pending", "jobs_running", b"jobs_running", "key_id", b"key_id", "parties", b"parties", "software_version", b"software_version", "start_time", b"start_time", "stopping", b"stopping", "workers", b"workers"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["custody", b"custody", "federation", b"federation", "jobs_pending", b"jobs_pending", "jobs_running", b"jobs_running", "key_id", b"key_id", "parties", b"parties", "software_version", b"software_version", "start_time", b"start_time", "stopping", b"stopping", "tasks", b"tasks", "warnings", b"warnings", "workers", b"workers"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -1444,23 +1690,56 @@ Global___UnitStatus: _TypeAlias = UnitStatus  # noqa: Y015
 class PartyStatus(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
+    @_typing.final
+    class TasksEntry(_message.Message):
+        DESCRIPTOR: _descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: _builtins.int
+        VALUE_FIELD_NUMBER: _builtins.int
+        key: _builtins.str
+        @_builtins.property
+        def value(self) -> _common_pb2.TaskReadiness: ...
+        def __init__(
+            self,
+            *,
+            key: _builtins.str = ...,
+            value: _common_pb2.TaskReadiness | None = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _typing.Literal["value", b"value"]  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "value", b"value"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
     PARTY_FIELD_NUMBER: _builtins.int
     CONNECTED_FIELD_NUMBER: _builtins.int
     WAITING_FOR_FIELD_NUMBER: _builtins.int
+    WARNINGS_FIELD_NUMBER: _builtins.int
+    TASKS_FIELD_NUMBER: _builtins.int
     party: _builtins.str
     connected: _builtins.bool
     waiting_for: _builtins.str
     """What is expected of it now, or why it was refused when it last joined; empty: neither."""
+    @_builtins.property
+    def warnings(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """What somebody should look at, a sentence each: a second machine that uses its kit, a certificate that ends soon."""
+
+    @_builtins.property
+    def tasks(self) -> _containers.MessageMap[_builtins.str, _common_pb2.TaskReadiness]:
+        """By task, for each of its datasets, as it last said; empty for a party that has not joined since this process serves."""
+
     def __init__(
         self,
         *,
         party: _builtins.str = ...,
         connected: _builtins.bool = ...,
         waiting_for: _builtins.str = ...,
+        warnings: _abc.Iterable[_builtins.str] | None = ...,
+        tasks: _abc.Mapping[_builtins.str, _common_pb2.TaskReadiness] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["connected", b"connected", "party", b"party", "waiting_for", b"waiting_for"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["connected", b"connected", "party", b"party", "tasks", b"tasks", "waiting_for", b"waiting_for", "warnings", b"warnings"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

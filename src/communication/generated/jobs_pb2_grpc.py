@@ -71,10 +71,20 @@ class JobServiceStub:
                 request_serializer=sotto_dot_v1_dot_jobs__pb2.ListJobEventsRequest.SerializeToString,
                 response_deserializer=sotto_dot_v1_dot_jobs__pb2.ListJobEventsResponse.FromString,
                 _registered_method=True)
+        self.GetRoundResult = channel.unary_unary(
+                '/sotto.v1.JobService/GetRoundResult',
+                request_serializer=sotto_dot_v1_dot_jobs__pb2.GetRoundResultRequest.SerializeToString,
+                response_deserializer=sotto_dot_v1_dot_jobs__pb2.JobResult.FromString,
+                _registered_method=True)
         self.DownloadArtifact = channel.unary_stream(
                 '/sotto.v1.JobService/DownloadArtifact',
                 request_serializer=sotto_dot_v1_dot_jobs__pb2.DownloadArtifactRequest.SerializeToString,
                 response_deserializer=sotto_dot_v1_dot_common__pb2.DataChunk.FromString,
+                _registered_method=True)
+        self.UploadModel = channel.stream_unary(
+                '/sotto.v1.JobService/UploadModel',
+                request_serializer=sotto_dot_v1_dot_common__pb2.DataChunk.SerializeToString,
+                response_deserializer=sotto_dot_v1_dot_jobs__pb2.UploadModelResponse.FromString,
                 _registered_method=True)
         self.GetStatus = channel.unary_unary(
                 '/sotto.v1.JobService/GetStatus',
@@ -111,7 +121,9 @@ class JobServiceServicer:
         raise NotImplementedError('Method not implemented!')
 
     def CancelJob(self, request, context):
-        """Asks a job to stop; it is CANCELLED when everything it held is let go. A job at rest stays as it is.
+        """Asks a job to stop; it is CANCELLED when everything it held is let go, or with `keep` SUCCEEDED with the model of
+        the last released round as its result, if there is one. A job at rest stays as it is. One that is being
+        cancelled without `keep` is not kept any more: WRONG_STATE.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -140,8 +152,30 @@ class JobServiceServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def GetRoundResult(self, request, context):
+        """What a released round of a training is as a result, in whatever state the job is: the model, and a manifest that
+        states what all rounds charged so far cost together, not the chosen one. NOT_FOUND: that round was not released
+        (whatever else became of it), or its model was not kept.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def DownloadArtifact(self, request, context):
-        """A file of a finished job, from `offset` on.
+        """A file of a finished job, or of a released round of any training, from `offset` on.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def UploadModel(self, request_iterator, context):
+        """Hands in a model (safetensors) before the job that is to begin with it: one that is larger than what fits into the
+        job itself, up to 256 MiB. The first chunk announces size and SHA-256 of the whole, and has offset 0; no chunk is
+        empty. The job then names it by that SHA-256 (`FederatedTraining.initial_model_sha256`, `Evaluation.model_sha256`),
+        which a signed order covers. It is kept for its scientist until `expire_time`, however many jobs begin with it; a
+        restart of the aggregator forgets it, and the job is then refused with NOT_FOUND: send it again. The same bytes sent
+        again are kept for longer. One at a time, eight that wait for jobs, and together with what the scientist's jobs keep
+        no more than `limits.max_stored_bytes_per_scientist`: otherwise RESOURCE_EXHAUSTED.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -192,10 +226,20 @@ def add_JobServiceServicer_to_server(servicer, server):
                     request_deserializer=sotto_dot_v1_dot_jobs__pb2.ListJobEventsRequest.FromString,
                     response_serializer=sotto_dot_v1_dot_jobs__pb2.ListJobEventsResponse.SerializeToString,
             ),
+            'GetRoundResult': grpc.unary_unary_rpc_method_handler(
+                    servicer.GetRoundResult,
+                    request_deserializer=sotto_dot_v1_dot_jobs__pb2.GetRoundResultRequest.FromString,
+                    response_serializer=sotto_dot_v1_dot_jobs__pb2.JobResult.SerializeToString,
+            ),
             'DownloadArtifact': grpc.unary_stream_rpc_method_handler(
                     servicer.DownloadArtifact,
                     request_deserializer=sotto_dot_v1_dot_jobs__pb2.DownloadArtifactRequest.FromString,
                     response_serializer=sotto_dot_v1_dot_common__pb2.DataChunk.SerializeToString,
+            ),
+            'UploadModel': grpc.stream_unary_rpc_method_handler(
+                    servicer.UploadModel,
+                    request_deserializer=sotto_dot_v1_dot_common__pb2.DataChunk.FromString,
+                    response_serializer=sotto_dot_v1_dot_jobs__pb2.UploadModelResponse.SerializeToString,
             ),
             'GetStatus': grpc.unary_unary_rpc_method_handler(
                     servicer.GetStatus,
@@ -403,6 +447,33 @@ class JobService:
             _registered_method=True)
 
     @staticmethod
+    def GetRoundResult(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/sotto.v1.JobService/GetRoundResult',
+            sotto_dot_v1_dot_jobs__pb2.GetRoundResultRequest.SerializeToString,
+            sotto_dot_v1_dot_jobs__pb2.JobResult.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
     def DownloadArtifact(request,
             target,
             options=(),
@@ -419,6 +490,33 @@ class JobService:
             '/sotto.v1.JobService/DownloadArtifact',
             sotto_dot_v1_dot_jobs__pb2.DownloadArtifactRequest.SerializeToString,
             sotto_dot_v1_dot_common__pb2.DataChunk.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def UploadModel(request_iterator,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.stream_unary(
+            request_iterator,
+            target,
+            '/sotto.v1.JobService/UploadModel',
+            sotto_dot_v1_dot_common__pb2.DataChunk.SerializeToString,
+            sotto_dot_v1_dot_jobs__pb2.UploadModelResponse.FromString,
             options,
             channel_credentials,
             insecure,

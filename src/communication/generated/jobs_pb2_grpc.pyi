@@ -46,7 +46,10 @@ class JobServiceStub:
     ListJobs: _grpc.UnaryUnaryMultiCallable[_jobs_pb2.ListJobsRequest, _jobs_pb2.ListJobsResponse]
     """Newest first, unless asked otherwise. The caller's own; an operator sees everybody's."""
     CancelJob: _grpc.UnaryUnaryMultiCallable[_jobs_pb2.CancelJobRequest, _jobs_pb2.Job]
-    """Asks a job to stop; it is CANCELLED when everything it held is let go. A job at rest stays as it is."""
+    """Asks a job to stop; it is CANCELLED when everything it held is let go, or with `keep` SUCCEEDED with the model of
+    the last released round as its result, if there is one. A job at rest stays as it is. One that is being
+    cancelled without `keep` is not kept any more: WRONG_STATE.
+    """
     DeleteJob: _grpc.UnaryUnaryMultiCallable[_jobs_pb2.DeleteJobRequest, _jobs_pb2.Job]
     """Drops the files of a job at rest and its operation. The job itself stays, with its history and what it spent: it
     is part of the record of the privacy budget. Once is as good as twice. A job that is not at rest: WRONG_STATE.
@@ -57,8 +60,22 @@ class JobServiceStub:
     """
     ListJobEvents: _grpc.UnaryUnaryMultiCallable[_jobs_pb2.ListJobEventsRequest, _jobs_pb2.ListJobEventsResponse]
     """The job's history so far, a page at a time, without following it."""
+    GetRoundResult: _grpc.UnaryUnaryMultiCallable[_jobs_pb2.GetRoundResultRequest, _jobs_pb2.JobResult]
+    """What a released round of a training is as a result, in whatever state the job is: the model, and a manifest that
+    states what all rounds charged so far cost together, not the chosen one. NOT_FOUND: that round was not released
+    (whatever else became of it), or its model was not kept.
+    """
     DownloadArtifact: _grpc.UnaryStreamMultiCallable[_jobs_pb2.DownloadArtifactRequest, _common_pb2.DataChunk]
-    """A file of a finished job, from `offset` on."""
+    """A file of a finished job, or of a released round of any training, from `offset` on."""
+    UploadModel: _grpc.StreamUnaryMultiCallable[_common_pb2.DataChunk, _jobs_pb2.UploadModelResponse]
+    """Hands in a model (safetensors) before the job that is to begin with it: one that is larger than what fits into the
+    job itself, up to 256 MiB. The first chunk announces size and SHA-256 of the whole, and has offset 0; no chunk is
+    empty. The job then names it by that SHA-256 (`FederatedTraining.initial_model_sha256`, `Evaluation.model_sha256`),
+    which a signed order covers. It is kept for its scientist until `expire_time`, however many jobs begin with it; a
+    restart of the aggregator forgets it, and the job is then refused with NOT_FOUND: send it again. The same bytes sent
+    again are kept for longer. One at a time, eight that wait for jobs, and together with what the scientist's jobs keep
+    no more than `limits.max_stored_bytes_per_scientist`: otherwise RESOURCE_EXHAUSTED.
+    """
     GetStatus: _grpc.UnaryUnaryMultiCallable[_jobs_pb2.GetStatusRequest, _jobs_pb2.Status]
     """How the aggregator is: parties reachable, workers, queue. Answers while every worker is busy."""
 
@@ -76,7 +93,10 @@ class JobServiceAsyncStub(JobServiceStub):
     ListJobs: _aio.UnaryUnaryMultiCallable[_jobs_pb2.ListJobsRequest, _jobs_pb2.ListJobsResponse]  # type: ignore[assignment]
     """Newest first, unless asked otherwise. The caller's own; an operator sees everybody's."""
     CancelJob: _aio.UnaryUnaryMultiCallable[_jobs_pb2.CancelJobRequest, _jobs_pb2.Job]  # type: ignore[assignment]
-    """Asks a job to stop; it is CANCELLED when everything it held is let go. A job at rest stays as it is."""
+    """Asks a job to stop; it is CANCELLED when everything it held is let go, or with `keep` SUCCEEDED with the model of
+    the last released round as its result, if there is one. A job at rest stays as it is. One that is being
+    cancelled without `keep` is not kept any more: WRONG_STATE.
+    """
     DeleteJob: _aio.UnaryUnaryMultiCallable[_jobs_pb2.DeleteJobRequest, _jobs_pb2.Job]  # type: ignore[assignment]
     """Drops the files of a job at rest and its operation. The job itself stays, with its history and what it spent: it
     is part of the record of the privacy budget. Once is as good as twice. A job that is not at rest: WRONG_STATE.
@@ -87,8 +107,22 @@ class JobServiceAsyncStub(JobServiceStub):
     """
     ListJobEvents: _aio.UnaryUnaryMultiCallable[_jobs_pb2.ListJobEventsRequest, _jobs_pb2.ListJobEventsResponse]  # type: ignore[assignment]
     """The job's history so far, a page at a time, without following it."""
+    GetRoundResult: _aio.UnaryUnaryMultiCallable[_jobs_pb2.GetRoundResultRequest, _jobs_pb2.JobResult]  # type: ignore[assignment]
+    """What a released round of a training is as a result, in whatever state the job is: the model, and a manifest that
+    states what all rounds charged so far cost together, not the chosen one. NOT_FOUND: that round was not released
+    (whatever else became of it), or its model was not kept.
+    """
     DownloadArtifact: _aio.UnaryStreamMultiCallable[_jobs_pb2.DownloadArtifactRequest, _common_pb2.DataChunk]  # type: ignore[assignment]
-    """A file of a finished job, from `offset` on."""
+    """A file of a finished job, or of a released round of any training, from `offset` on."""
+    UploadModel: _aio.StreamUnaryMultiCallable[_common_pb2.DataChunk, _jobs_pb2.UploadModelResponse]  # type: ignore[assignment]
+    """Hands in a model (safetensors) before the job that is to begin with it: one that is larger than what fits into the
+    job itself, up to 256 MiB. The first chunk announces size and SHA-256 of the whole, and has offset 0; no chunk is
+    empty. The job then names it by that SHA-256 (`FederatedTraining.initial_model_sha256`, `Evaluation.model_sha256`),
+    which a signed order covers. It is kept for its scientist until `expire_time`, however many jobs begin with it; a
+    restart of the aggregator forgets it, and the job is then refused with NOT_FOUND: send it again. The same bytes sent
+    again are kept for longer. One at a time, eight that wait for jobs, and together with what the scientist's jobs keep
+    no more than `limits.max_stored_bytes_per_scientist`: otherwise RESOURCE_EXHAUSTED.
+    """
     GetStatus: _aio.UnaryUnaryMultiCallable[_jobs_pb2.GetStatusRequest, _jobs_pb2.Status]  # type: ignore[assignment]
     """How the aggregator is: parties reachable, workers, queue. Answers while every worker is busy."""
 
@@ -127,7 +161,10 @@ class JobServiceServicer(metaclass=_abc_1.ABCMeta):
         request: _jobs_pb2.CancelJobRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_jobs_pb2.Job, _abc.Awaitable[_jobs_pb2.Job]]:
-        """Asks a job to stop; it is CANCELLED when everything it held is let go. A job at rest stays as it is."""
+        """Asks a job to stop; it is CANCELLED when everything it held is let go, or with `keep` SUCCEEDED with the model of
+        the last released round as its result, if there is one. A job at rest stays as it is. One that is being
+        cancelled without `keep` is not kept any more: WRONG_STATE.
+        """
 
     @_abc_1.abstractmethod
     def DeleteJob(
@@ -158,12 +195,38 @@ class JobServiceServicer(metaclass=_abc_1.ABCMeta):
         """The job's history so far, a page at a time, without following it."""
 
     @_abc_1.abstractmethod
+    def GetRoundResult(
+        self,
+        request: _jobs_pb2.GetRoundResultRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_jobs_pb2.JobResult, _abc.Awaitable[_jobs_pb2.JobResult]]:
+        """What a released round of a training is as a result, in whatever state the job is: the model, and a manifest that
+        states what all rounds charged so far cost together, not the chosen one. NOT_FOUND: that round was not released
+        (whatever else became of it), or its model was not kept.
+        """
+
+    @_abc_1.abstractmethod
     def DownloadArtifact(
         self,
         request: _jobs_pb2.DownloadArtifactRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_abc.Iterator[_common_pb2.DataChunk], _abc.AsyncIterator[_common_pb2.DataChunk]]:
-        """A file of a finished job, from `offset` on."""
+        """A file of a finished job, or of a released round of any training, from `offset` on."""
+
+    @_abc_1.abstractmethod
+    def UploadModel(
+        self,
+        request_iterator: _MaybeAsyncIterator[_common_pb2.DataChunk],
+        context: _ServicerContext,
+    ) -> _typing.Union[_jobs_pb2.UploadModelResponse, _abc.Awaitable[_jobs_pb2.UploadModelResponse]]:
+        """Hands in a model (safetensors) before the job that is to begin with it: one that is larger than what fits into the
+        job itself, up to 256 MiB. The first chunk announces size and SHA-256 of the whole, and has offset 0; no chunk is
+        empty. The job then names it by that SHA-256 (`FederatedTraining.initial_model_sha256`, `Evaluation.model_sha256`),
+        which a signed order covers. It is kept for its scientist until `expire_time`, however many jobs begin with it; a
+        restart of the aggregator forgets it, and the job is then refused with NOT_FOUND: send it again. The same bytes sent
+        again are kept for longer. One at a time, eight that wait for jobs, and together with what the scientist's jobs keep
+        no more than `limits.max_stored_bytes_per_scientist`: otherwise RESOURCE_EXHAUSTED.
+        """
 
     @_abc_1.abstractmethod
     def GetStatus(

@@ -93,10 +93,12 @@ class Fleet:
         self._zygote_lock = asyncio.Lock()
         self._target = settings.size
         self._workers: set[Worker] = set()  # busy, idle, or being checked
+        self._beside: set[Worker] = set()  # of these, those that are none of the `_target`
         self._busy: set[Worker] = set()
         self._idle: list[Worker] = []  # by `idle_since_s`
         self._waiting: list[_Ticket] = []  # by rank
         self._starting: set[asyncio.Task[Any]] = set()
+        self._adding: set[asyncio.Task[Worker]] = set()  # beside the others
         self._checking: set[asyncio.Task[None]] = set()
         self._ending: set[asyncio.Task[Any]] = set()
         self._closing: asyncio.Task[None] | None = None
@@ -112,8 +114,8 @@ class Fleet:
 
     @property
     def size(self) -> int:
-        """Workers now."""
-        return len(self._workers)
+        """Workers now, those beside the others not counted."""
+        return len(self._workers) - len(self._beside)
 
     @property
     def busy(self) -> int:
@@ -171,7 +173,9 @@ class Fleet:
         try:
             self._phase = _Phase.CLOSED
             self._fail_waiting(AbandonedError, "the worker pool is closed")
-            await _cancelled([*self._starting, *self._checking, *([self._keeper] if self._keeper else [])])
+            await _cancelled(
+                [*self._starting, *self._adding, *self._checking, *([self._keeper] if self._keeper else [])]
+            )
             while self._ending:
                 await asyncio.gather(*self._ending, return_exceptions=True)
             if self._zygote is not None:
@@ -179,6 +183,7 @@ class Fleet:
                 self._zygote = None
             self._idle.clear()
             self._busy.clear()
+            self._beside.clear()
             while self._workers:
                 await self._workers.pop().end()
             await asyncio.to_thread(self._sweep)
@@ -220,6 +225,25 @@ class Fleet:
                 return worker
             self.replace(worker)  # it died while it had nothing to do: no unit's fault
 
+    async def add_beside(self) -> Worker:
+        """One more worker, for one unit alone; it ends with `release` or `replace`.
+
+        Raises:
+            AbandonedError: the pool is closed.
+            WorkerError: no worker can be started.
+        """
+        if not self.serving:
+            raise AbandonedError("the worker pool is closed")
+        adding = _kept(self._adding, self._new_worker(beside=True))
+        try:
+            return await adding
+        except asyncio.CancelledError:
+            if adding.done() and not adding.cancelled() and adding.exception() is None:
+                self.release(adding.result())  # it came in the moment of cancelling
+            if _this_task().cancelling():
+                raise
+            raise AbandonedError("the worker pool is closed") from None
+
     async def _wait(self, ticket: _Ticket) -> Worker:
         insort(self._waiting, ticket, key=lambda each: each.rank)
         self._grow(time.monotonic())
@@ -238,7 +262,9 @@ class Fleet:
         self._busy.discard(worker)
         if not self.serving:
             return
-        if not worker.alive:
+        if worker in self._beside:
+            self._end(worker)
+        elif not worker.alive:
             self.replace(worker)
         elif worker.units >= self._settings.recycle_after:
             self.counts.recycled += 1
@@ -271,19 +297,19 @@ class Fleet:
         """
         if not self.serving:
             return None
-        self.counts.replaced += 1
+        self.counts.replaced += worker not in self._beside
         ending = self._end(worker)
         self._fill()
         return ending
 
     def _end(self, worker: Worker) -> asyncio.Task[int | None]:
-        self._workers.discard(worker)
-        self._busy.discard(worker)
+        for those in (self._workers, self._busy, self._beside):
+            those.discard(worker)
         return _kept(self._ending, worker.end())
 
     def _fill(self) -> None:
         """Starts the workers that are missing."""
-        for _ in range(self._target - len(self._workers) - len(self._starting)):
+        for _ in range(self._target - self.size - len(self._starting)):
             _kept(self._starting, self._add_worker())
 
     async def _add_worker(self) -> None:
@@ -303,17 +329,17 @@ class Fleet:
         _log.error("a worker cannot be started: %s", error.private)
         self._retry_s = time.monotonic() + _RETRY_S
         self._wake.set()
-        if not self._workers and not self._starting:
+        if not self.size and not self._starting:
             self._fail_waiting(WorkerError, error.message, error.private)
 
-    async def _new_worker(self) -> Worker:
+    async def _new_worker(self, *, beside: bool = False) -> Worker:
         """A worker that answers. Raises WorkerError."""
         try:
-            return await self._forked_worker()
+            return await self._forked_worker(beside=beside)
         except OSError as error:  # no more processes, no more descriptors
             raise WorkerError("a worker process cannot be started", private=str(error)) from error
 
-    async def _forked_worker(self) -> Worker:
+    async def _forked_worker(self, *, beside: bool) -> Worker:
         """Of the present zygote, or of a new one where that is gone with all of its workers."""
         for _ in range(2):
             zygote = await self._ready_zygote()
@@ -329,6 +355,8 @@ class Fleet:
                         raise WorkerError("a worker process cannot be started", private=private) from None
                     raise
                 self._workers.add(worker)
+                if beside:
+                    self._beside.add(worker)
                 self.counts.started += 1
                 return worker
         raise WorkerError("the worker processes cannot be started", private="the zygote died twice")
@@ -385,7 +413,7 @@ class Fleet:
 
     def _look_after(self, now_s: float) -> float | None:
         """Returns when there will be something to do, if nothing happens before."""
-        if len(self._workers) + len(self._starting) < self._target and now_s >= self._retry_s:
+        if self.size + len(self._starting) < self._target and now_s >= self._retry_s:
             self._fill()
         self._grow(now_s)
         self._shrink(now_s)
@@ -401,7 +429,7 @@ class Fleet:
         if self._target < settings.max_size:
             ripe = (ticket.since_s + settings.grow_after_s for ticket in self._waiting)
             due += [at_s for at_s in ripe if at_s > now_s]
-        if len(self._workers) + len(self._starting) < self._target:
+        if self.size + len(self._starting) < self._target:
             due.append(self._retry_s)
         return min(due, default=None)
 
@@ -410,8 +438,8 @@ class Fleet:
         waiting, settings = self._waiting, self._settings
         ripe = sum(ticket.urgent or now_s - ticket.since_s >= settings.grow_after_s for ticket in waiting)
         coming = len(self._starting)
-        below_size = min(len(waiting) - coming, settings.size - len(self._workers) - coming)
-        target = min(len(self._workers) + coming + max(ripe - coming, below_size), settings.max_size)
+        below_size = min(len(waiting) - coming, settings.size - self.size - coming)
+        target = min(self.size + coming + max(ripe - coming, below_size), settings.max_size)
         if target > self._target:
             self.counts.grown += target - self._target
             self._target = target

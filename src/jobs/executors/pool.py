@@ -10,10 +10,11 @@ imported again in every child, one forkserver a process that outlives the pool, 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import signal
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
 
@@ -44,6 +45,7 @@ class WorkerPool:
         blobs_root: the role's blob store.
         workspace: directory for scratch files, the pool's own; what an earlier run left there is removed.
         preload: further modules to import once in the zygote, by short name.
+        prepare: short name of a module → names for which its function `prepare` is called there after that.
     """
 
     def __init__(
@@ -54,6 +56,7 @@ class WorkerPool:
         blobs_root: Path,
         workspace: Path,
         preload: tuple[str, ...] = (),
+        prepare: Mapping[str, Sequence[str]] | None = None,
     ) -> None:
         self.settings = settings
         boot = {
@@ -63,11 +66,13 @@ class WorkerPool:
             "memory_limit_mb": settings.memory_limit_mb,
             "cpu_limit_s": settings.cpu_limit_s,
             "preload": list(preload),
+            "prepare": {name: list(arguments) for name, arguments in (prepare or {}).items()},
         }
         self._fleet = Fleet(settings, boot=boot, workspace=workspace, chore=self._report_in_time)
         self._tally = Tally()
         self._draining = False
         self._active = 0
+        self._alone = asyncio.Semaphore(1)
         self._quiet = asyncio.Event()
         self._reported = 0
         self._reported_s = 0.0
@@ -121,6 +126,7 @@ class WorkerPool:
         version: int = 1,
         timeout_s: float | None = None,
         urgent: bool = False,
+        alone: bool = False,
     ) -> dict[str, Any]:
         """Runs one unit in the next free worker and returns its result. Cancelling the caller kills the worker.
 
@@ -130,6 +136,7 @@ class WorkerPool:
             version: of the unit; the handler must have the same.
             timeout_s: how long it may compute, not counting the wait for a worker; None: as long as it likes.
             urgent: it goes before all others that wait, and does not wait to have a worker forked where one may be.
+            alone: in a worker beside the others that has computed nothing before and ends with it; one at a time.
 
         Raises:
             SottoError: whatever the handler raised, as the same class.
@@ -147,7 +154,8 @@ class WorkerPool:
         frame = encode_unit(name, params, version=version)
         self._active += 1
         try:
-            result = await self._run(name, frame, timeout_s=timeout_s, urgent=urgent)
+            async with self._alone if alone else contextlib.nullcontext():
+                result = await self._run(name, frame, timeout_s=timeout_s, urgent=urgent, alone=alone)
         except (asyncio.CancelledError, AbandonedError):
             self._tally.record(name, Outcome.CANCELLED)
             raise
@@ -163,8 +171,10 @@ class WorkerPool:
             self._fleet.nudge()
         return result
 
-    async def _run(self, name: str, frame: bytes, *, timeout_s: float | None, urgent: bool) -> dict[str, Any]:
-        worker = await self._fleet.acquire(urgent=urgent)
+    async def _run(
+        self, name: str, frame: bytes, *, timeout_s: float | None, urgent: bool, alone: bool
+    ) -> dict[str, Any]:
+        worker = await (self._fleet.add_beside() if alone else self._fleet.acquire(urgent=urgent))
         worker.units += 1
         began_s = time.monotonic()
         try:

@@ -67,7 +67,10 @@ class Zygote:
             kept.callback(os.close, watch)
             passed.callback(os.close, watched)
             fds = (theirs.fileno(), lifeline, watched)
-            arguments = [json.dumps([os.fspath(entry) for entry in sys.path]), f"{ROOT}.jobs.executors.worker"]
+            arguments = [
+                json.dumps([str(Path(entry).absolute()) for entry in sys.path]),
+                f"{ROOT}.jobs.executors.worker",
+            ]
             process = subprocess.Popen(  # noqa: S603  our own interpreter
                 [sys.executable, "-P", "-c", BOOT, *arguments, *map(str, fds)],
                 stdin=subprocess.DEVNULL,

@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Final
 
+from ...confinement import code, confine
 from ...errors import BY_REASON
 from .units import Handler, WorkContext, unit_version
 
@@ -57,6 +58,12 @@ def store(params: Mapping[str, Any], context: WorkContext) -> dict[str, Any]:
     return {"sha256": context.blobs.write(scratch.read_bytes()).sha256, "workspace": str(context.workspace)}
 
 
+def count(params: Mapping[str, Any], context: WorkContext) -> dict[str, Any]:
+    """{} → how many times this unit has been answered by this worker, by what it keeps."""
+    context.kept["counted"] = context.kept.get("counted", 0) + 1
+    return {"counted": context.kept["counted"]}
+
+
 def busy(params: Mapping[str, Any], context: WorkContext) -> dict[str, Any]:
     """{blob} → never returns; stores the text `blob` first, by which an onlooker knows that it has begun."""
     context.blobs.write(params["blob"].encode())
@@ -101,11 +108,28 @@ def die(params: Mapping[str, Any], context: WorkContext) -> dict[str, Any]:
     return {}
 
 
+def withdraw(params: Mapping[str, Any], context: WorkContext) -> dict[str, Any]:
+    """{files} → confines the process, and tells which of the files, by their paths, can be read even so."""
+    confined = confine(readable=code(), writable=[context.workspace])
+    (context.workspace / "scratch").touch()
+    readable = [file for file in params["files"] if _opens(file)]
+    return {"confined": confined, "readable": readable, "pid": os.getpid(), "untouched": context.untouched}
+
+
+def _opens(file: str) -> bool:
+    try:
+        Path(file).open("rb").close()
+    except OSError:
+        return False
+    return True
+
+
 HANDLERS: Final[dict[str, Handler]] = {
     "echo": echo,
     "echo_again": echo_again,
     "describe": describe,
     "store": store,
+    "count": count,
     "busy": busy,
     "fail": fail,
     "leave": leave,
@@ -113,4 +137,5 @@ HANDLERS: Final[dict[str, Handler]] = {
     "allocate": allocate,
     "spawn": spawn,
     "die": die,
+    "withdraw": withdraw,
 }

@@ -9,7 +9,7 @@ from __future__ import annotations
 import importlib
 import json
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType
 from typing import Any, Final, TypeAlias, TypeVar
@@ -46,11 +46,15 @@ class WorkContext:
         blobs: the role's blob store.
         workspace: a directory of this unit's own, empty at its start, removed at its end.
         memory_limit_mb: private memory that the worker may have, in MiB; None: as much as there is.
+        untouched: whether the worker has computed nothing before, as those of `WorkerPool.run(…, alone=True)`.
+        kept: what units leave here for later ones of the same worker; gone with it.
     """
 
     blobs: Blobs
     workspace: Path
     memory_limit_mb: int | None = None
+    untouched: bool = False
+    kept: dict[str, Any] = field(default_factory=dict)
 
 
 Handler: TypeAlias = Callable[[Mapping[str, Any], WorkContext], dict[str, Any]]

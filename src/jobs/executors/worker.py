@@ -24,6 +24,7 @@ import threading
 from pathlib import Path
 from typing import Any, Final, NoReturn
 
+from ...confinement import is_confined
 from ...errors import ConfigError, SottoError
 from ...files import make_private_directory
 from ...hardening import forbid_core_dumps
@@ -116,6 +117,8 @@ def _prepare(settings: dict[str, Any]) -> dict[str, Handler]:
     handlers = load_handlers(settings["handlers"])
     for name in settings["preload"]:
         import_short(name)
+    for name, arguments in settings["prepare"].items():
+        import_short(name).prepare(arguments)
     forbidden = sorted({"grpc", "sqlalchemy"} & sys.modules.keys())
     if forbidden:
         raise ImportError(f"a worker must not import {forbidden[0]}: {settings['handlers']} does")
@@ -143,8 +146,9 @@ def _threads() -> int:
 def _worker(
     channel_fd: int, lifeline_fd: int, settings: dict[str, Any], *, handlers: dict[str, Handler], workspace: Path
 ) -> NoReturn:
-    """Answers units until the socket closes. Never returns into the zygote's code."""
-    status = 1
+    """Answers units until the socket closes, or one of them has confined the process, which no other could work in.
+    Never returns into the zygote's code."""
+    status, untouched = 1, True
     try:
         with contextlib.suppress(OSError):
             os.setpgid(0, 0)
@@ -154,16 +158,21 @@ def _worker(
         threading.Thread(target=_end_with, args=(lifeline_fd,), daemon=True).start()
         _reseed()
         channel = socket.socket(fileno=channel_fd)
-        blobs = Blobs(Path(settings["blobs_root"]))
+        blobs, kept = Blobs(Path(settings["blobs_root"])), dict[str, Any]()
         while (frame := _receive(channel)) is not None:
             reply = PING
             if frame != PING:
                 _clear(workspace)
                 make_private_directory(workspace)
+                context = WorkContext(blobs, workspace, settings["memory_limit_mb"], untouched, kept)
                 with limited_cpu(settings["cpu_limit_s"]):
-                    reply = execute(frame, handlers, WorkContext(blobs, workspace, settings["memory_limit_mb"]))
-                _clear(workspace)
+                    reply = execute(frame, handlers, context)
+                untouched = False
+                if not is_confined():  # else the role removes it
+                    _clear(workspace)
             channel.sendall(LENGTH.pack(len(reply)) + reply)
+            if is_confined():
+                break
         status = 0
     except (ConnectionError, KeyboardInterrupt):
         pass

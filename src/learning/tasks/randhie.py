@@ -18,6 +18,7 @@ import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
+from importlib.resources import files
 from typing import TYPE_CHECKING, Any, Final, TypeGuard, cast
 
 import numpy as np
@@ -85,10 +86,8 @@ class RandHieTask:
     """`mdvis > 0` from nine covariates by a small neural network (177 parameters)."""
 
     name: Final = "randhie"
-
-    def preload(self) -> None:
-        """Import what loading the data needs: seconds that a warm worker need not spend again."""
-        from statsmodels.datasets import randhie  # noqa: F401
+    features_shape: Final = (len(COVARIATES),)
+    label_dtype: Final = "int64"
 
     def build_model(self, seed: int) -> torch.nn.Module:
         """9 → 16 → 1 with tanh, Xavier-uniform weights and zero biases drawn by `seed`; its output is a logit."""
@@ -223,10 +222,11 @@ def _whole(value: object) -> TypeGuard[int]:
 
 @cache
 def _file() -> _Rows:
-    from statsmodels.datasets import randhie
-
-    table = randhie.load_pandas().data
-    columns = {name: table[name].to_numpy(np.float64) for name in ("mdvis", *COVARIATES)}
+    # The file alone: importing what reads it in statsmodels brings pandas and scipy, in seconds that every worker pays.
+    with files("statsmodels").joinpath("datasets", "randhie", "randhie.csv").open(encoding="ascii") as file:
+        names = next(file).rstrip().split(",")
+        table = np.loadtxt(file, delimiter=",", dtype=np.float64)
+    columns = {name: table[:, names.index(name)] for name in ("mdvis", *COVARIATES)}
     health = np.stack([columns[name] for name in _HEALTH], axis=1)
     first = np.concatenate(([True], (health[1:] != health[:-1]).any(axis=1)))
     group = np.cumsum(first) - 1

@@ -20,6 +20,8 @@ from .aggregator import v0003 as aggregator_v0003
 from .aggregator import v0004 as aggregator_v0004
 from .aggregator import v0005 as aggregator_v0005
 from .aggregator import v0006 as aggregator_v0006
+from .aggregator import v0007 as aggregator_v0007
+from .aggregator import v0008 as aggregator_v0008
 from .party import v0001 as party_v0001
 from .party import v0002 as party_v0002
 from .party import v0003 as party_v0003
@@ -54,6 +56,8 @@ HISTORIES: Final[dict[History, tuple[Revision, ...]]] = {
             aggregator_v0004,
             aggregator_v0005,
             aggregator_v0006,
+            aggregator_v0007,
+            aggregator_v0008,
         )
     ),
     "party": tuple(cast(Revision, each) for each in (party_v0001, party_v0002, party_v0003, party_v0004, party_v0005)),
