@@ -27,6 +27,7 @@ from typing import Any, Final, Protocol
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch.utils.hooks import RemovableHandle
 
 from ..errors import InvalidInput
 from ..privacy.clipping import MIN_NORM
@@ -154,6 +155,8 @@ class ClippedSums:
         """A row's gradient, and whether it is one: where it is not, zeros."""
         try:
             found = self._alone(features, labels)
+            if found is None:  # what it took to find that out is a pass as well, as of a row that fails
+                found = self._alone(features, labels, written_out=True) or self._source.nothing()
         except (Exception, SystemExit):  # of the task's own code: which row it was must not be told by failing, nor by
             # the time
             with contextlib.suppress(Exception, SystemExit):  # the public row's, with parameters that somebody made up
@@ -163,10 +166,10 @@ class ClippedSums:
             return found, True
         return self._source.nothing(), False
 
-    def _alone(self, features: torch.Tensor, labels: torch.Tensor) -> _Row:
+    def _alone(self, features: torch.Tensor, labels: torch.Tensor, *, written_out: bool = False) -> _Row | None:
         """Of one row in tensors of its own: where it stood before is in no shape, no address and no state."""
         try:
-            return self._source.of_row(features.clone(), labels.clone())
+            return self._source.of_row(features.clone(), labels.clone(), written_out=written_out)
         finally:
             self._tensors.restore()
 
@@ -243,8 +246,8 @@ class _Row:
 class _Source(Protocol):
     """Where the gradients of single rows come from, and how they are added up."""
 
-    def of_row(self, features: torch.Tensor, labels: torch.Tensor) -> _Row:
-        """Of one row, shapes (1, …) and (1,)."""
+    def of_row(self, features: torch.Tensor, labels: torch.Tensor, *, written_out: bool) -> _Row | None:
+        """Of one row, shapes (1, …) and (1,); None: this row's has to be `written_out`."""
         ...
 
     def nothing(self) -> _Row:
@@ -271,7 +274,8 @@ class _Call:
 class _LinearLayers:
     """A row's gradient of a layer's weights is gaᵀ, for input a and output gradient g, of norm ‖g‖·‖a‖.
 
-    A `_Row` has for each layer a, shape (1, in), and g, shape (1, out).
+    A `_Row` has for each layer a, shape (1, in), and g, shape (1, out). A model may call its layers in another way for
+    some rows than for public ones: the gradient of such a row is written out, and its `_Row` is that of `_EveryLayer`.
     """
 
     def __init__(self, model: torch.nn.Module, loss: Loss, parameters: list[torch.nn.Parameter]) -> None:
@@ -279,15 +283,43 @@ class _LinearLayers:
         self._layers = _linear_layers(model) or []
         self._trained = {id(parameter) for parameter in parameters}
         self._calls: dict[torch.nn.Module, _Call] = {}
+        self._otherwise = False
+        self._handles: list[RemovableHandle] = []
+        self._whole, self._some_whole = _EveryLayer(model, loss, parameters), False
         self._kept: list[list[torch.Tensor]] = [[] for _ in range(2 * len(self._layers))]
-        for layer in self._layers:
-            layer.register_forward_hook(self._record)
-        for parameter in parameters:
+        self._attach()
+
+    def _attach(self) -> None:
+        self._handles = [layer.register_forward_hook(self._record) for layer in self._layers]
+        for parameter in self._parameters:
             parameter.requires_grad_(False)  # or their gradients would be computed too, of no use
 
-    def of_row(self, features: torch.Tensor, labels: torch.Tensor) -> _Row:
+    @contextlib.contextmanager
+    def _apart(self) -> Iterator[None]:
+        """Inside, the model is as it came."""
+        for handle in self._handles:
+            handle.remove()
+        for parameter in self._parameters:
+            parameter.requires_grad_(True)
+        try:
+            yield
+        finally:
+            self._attach()
+
+    def of_row(self, features: torch.Tensor, labels: torch.Tensor, *, written_out: bool) -> _Row | None:
+        if written_out:
+            with self._apart():
+                return self._whole.of_row(features, labels, written_out=True)
         self._calls.clear()
-        losses = checked_losses(self._loss(self._model(features), labels), 1)
+        self._otherwise = False
+        try:
+            losses = checked_losses(self._loss(self._model(features), labels), 1)
+        except Exception:
+            if self._otherwise:
+                return None
+            raise
+        if self._otherwise or len(self._calls) < len(self._layers):
+            return None
         calls = [self._calls[layer] for layer in self._layers]
         found = torch.autograd.grad(losses.sum(), [call.probe for call in calls], allow_unused=True)
         parts, squares = [], 0.0
@@ -304,6 +336,9 @@ class _LinearLayers:
         return _Row(0.0, 0.0, [torch.zeros((1, width), dtype=torch.float64) for width in widths])
 
     def add(self, row: _Row, factor: float) -> None:
+        if len(row.parts) == 1:
+            self._some_whole = True
+            return self._whole.add(row, factor)
         for number, (kept, part) in enumerate(zip(self._kept, row.parts, strict=True)):
             kept.append(part * factor if number % 2 else part)
 
@@ -315,10 +350,14 @@ class _LinearLayers:
             sums[id(layer.bias)] = scaled.sum(dim=0)
         for kept in self._kept:
             kept.clear()
-        return torch.cat([sums[id(parameter)].reshape(-1) for parameter in self._parameters])
+        total = torch.cat([sums[id(parameter)].reshape(-1) for parameter in self._parameters])
+        if self._some_whole:
+            total, self._some_whole = total + self._whole.take(), False
+        return total
 
     def _record(self, layer: torch.nn.Module, inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> torch.Tensor:
         if layer in self._calls or inputs[0].ndim != 2 or len(inputs[0]) != 1:
+            self._otherwise = True
             raise InvalidInput("a linear layer was called in another way than on public rows")
         # A copy: the model may have computed it in a space of its own, where the next row comes.
         call = self._calls[layer] = _Call(inputs[0].detach().clone(), torch.zeros_like(output, requires_grad=True))
@@ -335,7 +374,7 @@ class _EveryLayer:
         self._model, self._loss, self._parameters = model, loss, parameters
         self._total = torch.zeros(sum(parameter.numel() for parameter in parameters), dtype=torch.float64)
 
-    def of_row(self, features: torch.Tensor, labels: torch.Tensor) -> _Row:
+    def of_row(self, features: torch.Tensor, labels: torch.Tensor, *, written_out: bool) -> _Row:
         losses = checked_losses(self._loss(self._model(features), labels), 1)
         found = torch.autograd.grad(losses.sum(), self._parameters, allow_unused=True)
         parts = [

@@ -177,6 +177,64 @@ def test_whatever_is_done_to_linear_layers_the_gradient_is_torchs(name: str) -> 
     np.testing.assert_allclose(summed(model, dataset, 1e6), expected.numpy(), rtol=1e-5)
 
 
+def the_way_of_public_rows(rows: torch.Tensor) -> bool:
+    return bool(rows.abs().max() < 50)
+
+
+class Otherwise(torch.nn.Module):
+    """Calls its layers in another way for rows that no public one is like."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.middle, self.last = torch.nn.Linear(4, 4), torch.nn.Linear(4, 4), torch.nn.Linear(4, 1)
+
+    def forward(self, rows: torch.Tensor) -> torch.Tensor:
+        middle = torch.tanh(self.middle(torch.tanh(self.first(rows))))
+        return torch.as_tensor(self.last(middle if the_way_of_public_rows(rows) else self.other(rows, middle)))
+
+    def other(self, rows: torch.Tensor, middle: torch.Tensor) -> torch.Tensor:
+        return torch.as_tensor(self.middle(middle))
+
+
+class OnPairs(Otherwise):
+    def other(self, rows: torch.Tensor, middle: torch.Tensor) -> torch.Tensor:
+        return torch.as_tensor(self.middle(torch.stack([middle[0], rows[0] / 100]))).mean(0, keepdim=True)
+
+
+class Caught(Otherwise):
+    def other(self, rows: torch.Tensor, middle: torch.Tensor) -> torch.Tensor:
+        try:
+            return torch.as_tensor(self.middle(middle))
+        except Exception:
+            return middle
+
+
+class Shorter(Otherwise):
+    def forward(self, rows: torch.Tensor) -> torch.Tensor:
+        if the_way_of_public_rows(rows):
+            return super().forward(rows)
+        return torch.as_tensor(self.last(torch.tanh(self.first(rows))))
+
+
+@pytest.mark.parametrize("kind", [Otherwise, OnPairs, Caught, Shorter])
+def test_a_row_for_which_layers_are_called_otherwise_counts_with_torchs_gradient(kind: type[torch.nn.Module]) -> None:
+    features = np.random.default_rng(4).normal(size=(6, 4))
+    features[[1, 4], 0] = 70
+    dataset, model = rows_of(features, np.arange(6) % 2), kind()
+    assert chained(model)
+    assert rows_that_count(model, dataset, loss=default_loss).all()
+    twin = copy.deepcopy(model).double()
+    parameters = [parameter for _, parameter in sorted(twin.named_parameters())]
+    expected = np.zeros(sum(parameter.numel() for parameter in parameters))
+    for row, label in zip(torch.from_numpy(dataset.features).double(), torch.from_numpy(dataset.labels), strict=True):
+        loss = default_loss(twin(row[None]), label[None]).sum()
+        found = torch.autograd.grad(loss, parameters, allow_unused=True, materialize_grads=True)
+        gradient = torch.cat([each.reshape(-1) for each in found]).numpy()
+        expected += gradient * min(1.0, 0.3 / np.linalg.norm(gradient))
+    np.testing.assert_allclose(summed(model, dataset, 0.3), expected, rtol=1e-5, atol=1e-9)
+    assert np.array_equal(summed(model, dataset, 0.3), summed(model, dataset, 0.3))
+
+
 @pytest.mark.parametrize("name", sorted(CHAINS))
 @pytest.mark.parametrize("bound", [MIN_NORM, 0.3, 1e6])
 def test_both_ways_give_the_same_sum(name: str, bound: float, monkeypatch: pytest.MonkeyPatch) -> None:
