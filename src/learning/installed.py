@@ -34,6 +34,14 @@ def entry_of(name: str) -> EntryPoint | None:
     return next((point for point in entry_points(group=ENTRY_POINT_GROUP) if point.name == name), None)
 
 
+def packages_of(name: str) -> tuple[str, ...]:
+    """The distributions that register a task under this name, as "distribution (module:class)", sorted. The same one
+    that is found twice, installed and in a checkout, counts once."""
+    points = entry_points(group=ENTRY_POINT_GROUP)
+    found = {f"{point.dist.name if point.dist else '?'} ({point.value})" for point in points if point.name == name}
+    return tuple(sorted(found))
+
+
 def code_digest(name: str) -> str:
     """SHA-256 (64 hex digits) of the source text of a task's top-level package and its distribution's name and version;
     empty where it is not installed or no source of it is found.
@@ -66,6 +74,11 @@ def place_in(name: str, error: BaseException) -> str:
         if known is not None and line:
             return f"{known}:{line}"
     return ""
+
+
+def is_place_of(name: str, place: str) -> bool:
+    """Whether a "file.py:line" can be one of a task's own code: a file of its package has this name."""
+    return place.rpartition(":")[0] in {file.name for file in source_files(name).values()}
 
 
 def source_files(name: str) -> dict[str, Path]:

@@ -30,6 +30,7 @@ _OTHER_KINDS: Final = {
     "O": "turn objects into numbers in load_data: texts into classes from 0 on, numbers by labels.astype(np.int64)",
     "M": "turn dates into numbers in load_data, days since some day for example",
     "m": "turn durations into numbers in load_data, days for example",
+    "c": "take labels.real, or two targets with a loss of the task's own",
 }
 
 
@@ -51,7 +52,7 @@ def are_classes(labels: NDArray[Any], classes: int) -> NDArray[np.bool_]:
     """`is_class`, of an array."""
     import torch
 
-    return np.asarray(is_class(torch.from_numpy(labels), classes).numpy(), np.bool_)
+    return np.asarray(is_class(torch.from_numpy(labels.copy()), classes).numpy(), np.bool_)
 
 
 def complaint(labels: NDArray[Any], classes: int) -> str:

@@ -12,7 +12,8 @@ import linecache
 import os
 import re
 import traceback
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from glob import has_magic
 from pathlib import Path
 from typing import Final
 
@@ -60,12 +61,24 @@ def needs(task: str, module: str) -> str:
     return f"{task} needs the module {_short(package)}, which is not installed here"
 
 
+def texts_of(value: object, name: str = "") -> Iterator[tuple[str, str]]:
+    """What in options may name a file: texts at any depth, with where they stand, as "sites.north" or "files[2]"."""
+    if isinstance(value, str) and value:
+        yield name, value
+    elif isinstance(value, Mapping):
+        for key, each in value.items():
+            yield from texts_of(each, f"{name}.{key}" if name else str(key))
+    elif isinstance(value, list):
+        for number, each in enumerate(value):
+            yield from texts_of(each, f"{name}[{number}]")
+
+
 def _of_a_file(error: OSError, task: str, options: Options, directory: Path) -> str:
     """Where the file is one that an option names: which, and what is wrong with it."""
     if not isinstance(error.filename, str | os.PathLike):
         return ""
-    for name, value in options.items():
-        if isinstance(value, str) and value and _absolute(directory, value) == _absolute(directory, error.filename):
+    for name, value in texts_of(options):
+        if _absolute(directory, value) == _absolute(directory, error.filename):
             what = os.strerror(error.errno or 0)
             return f"datasets.{task}.options.{name}: {_absolute(directory, value)}: {what}"
     return ""
@@ -73,9 +86,9 @@ def _of_a_file(error: OSError, task: str, options: Options, directory: Path) -> 
 
 def not_there(task: str, options: Options, directory: Path) -> list[str]:
     """Options that look like files, and name none: not every library says which it looked for."""
-    texts = {name: value for name, value in options.items() if isinstance(value, str) and value}
-    paths = {name: value for name, value in texts.items() if "/" in value or Path(value).suffix}
-    named = {name: _absolute(directory, value) for name, value in paths.items() if "://" not in value}
+    paths = {name: value for name, value in texts_of(options) if "/" in value or Path(value).suffix}
+    plain = {name: value for name, value in paths.items() if "://" not in value and not has_magic(value)}
+    named = {name: _absolute(directory, value) for name, value in plain.items()}
     return [f"datasets.{task}.options.{name}: {path} is not there" for name, path in named.items() if _missing(path)]
 
 

@@ -14,10 +14,9 @@ from ..errors import InvalidInput, NotFoundError, TaskError
 from ..logs import muted, type_and_place
 from ..protocol.faults import SENTENCES, TaskProblem, sentence, task_error
 from ..text import brief
-from .flatten import model_to_tensors
-from .installed import place_in
+from .installed import is_place_of, place_in
 from .loading import CHECK_DATA, starting_from, why_not_loaded
-from .row_kind import RowKind, declared_by
+from .row_kind import RowKind, declared_by, wrongly_declared
 from .task import Dataset, Options, Task, find_task, loss_as_stated, loss_for
 
 _SEED: Final = 0
@@ -46,8 +45,8 @@ def check_code(name: str) -> tuple[TaskError | None, RowKind | None]:
         a row looks like.
 
     Raises:
-        TaskError: it is not installed, cannot be imported or built, has a layer that cannot be trained, or says that it
-            is a regression and has no loss of its own.
+        TaskError: it is not installed, cannot be imported or built, has a layer that cannot be trained, says of its
+            rows what no row is, or says that it is a regression and has no loss of its own.
     """
     try:
         task = find_task(name)
@@ -57,6 +56,8 @@ def check_code(name: str) -> tuple[TaskError | None, RowKind | None]:
     for each in found:
         if each is not None and each.metadata["problem"] == TaskProblem.LAYER_REFUSED:
             raise each
+    if wrong := wrongly_declared(task):
+        raise task_error(TaskProblem.NOT_COMPUTABLE, task=name, private=wrong)
     declared = declared_by(task)
     if declared is not None:
         try:
@@ -101,7 +102,9 @@ def load(name: str, task: Task, options: Options, *, directory: str | Path) -> D
 
 def check_loaded(name: str, task: Task, rows: Dataset) -> RowKind:
     """Try model and loss on public rows that look like these; what they look like. Raises TaskError as `check_rows`."""
-    kind = RowKind.of(rows)
+    kind, declared = RowKind.of(rows), declared_by(task)
+    if declared is not None and declared.shape != kind.shape:
+        raise _not_ready(name, f"a row's features have shape {kind.shape}, and features_shape says {declared.shape}")
     try:
         loss_for(task, _model(name, task), rows)
         refused = _refused(name, task, kind, found=True)
@@ -150,13 +153,17 @@ def _told(name: str, error: InvalidInput) -> TaskError:
     said = error.metadata.get("problem", "")  # a task may raise such an error itself
     problem = TaskProblem(said) if said in SENTENCES else TaskProblem.NOT_COMPUTABLE
     text = SENTENCES[problem] if problem is TaskProblem.LABELS_NOT_NUMBERS else error.message
-    return task_error(problem, task=name, place=error.metadata.get("place", ""), private=text)
+    place = error.metadata.get("place", "")
+    return task_error(problem, task=name, place=place if is_place_of(name, place) else "", private=text)
 
 
 def _model(name: str, task: Task) -> Any:
+    from .whole import check_copied, check_model
+
     try:
         model = task.build_model(_SEED)
-        model_to_tensors(model)
+        check_model(model)
+        check_copied(model)
     except KeyboardInterrupt:
         raise
     except BaseException as error:  # likewise

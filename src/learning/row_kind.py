@@ -9,6 +9,8 @@ from typing import Any
 
 import numpy as np
 
+from ..text import brief
+from .labels import wrong_dtype
 from .task import Dataset, Task, stated_label_dtype
 
 MAX_AXES = 8
@@ -47,6 +49,18 @@ class RowKind:
     def label_dtype(self) -> np.dtype[Any]:
         """As numpy has it."""
         return np.dtype(self.labels)
+
+
+def wrongly_declared(task: Task) -> str:
+    """What is wrong with what a task says of its rows; empty where nothing is."""
+    shape, dtype = getattr(task, "features_shape", None), getattr(task, "label_dtype", None)
+    if dtype is not None and stated_label_dtype(task) is None:
+        return f"label_dtype is {brief(repr(dtype), 80)}, and no dtype: 'int64' for classes, 'float32' for measurements"
+    if dtype is not None and (wrong := wrong_dtype(np.dtype(dtype))):
+        return f"label_dtype: {wrong}"
+    if shape is not None and dtype is not None and declared_by(task) is None:
+        return f"features_shape is {brief(repr(shape), 80)}: of one row, a tuple such as (9,)"
+    return ""
 
 
 def declared_by(task: Task) -> RowKind | None:

@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 from ..errors import ConfigError, InvalidInput, NotFoundError, PolicyError
 from ..protocol.faults import TaskProblem, task_error
 from ..text import brief
-from .installed import BUILT_IN, entry_of, known_tasks, place_in
+from .installed import BUILT_IN, entry_of, known_tasks, packages_of, place_in
 from .labels import NO_REGRESSION, is_class, wrong_dtype
 
 if TYPE_CHECKING:
@@ -109,6 +109,8 @@ def _way_out(features: NDArray[Any]) -> str:
         return "; take features.astype(np.float32), and of codes for an embedding features.long() in the model"
     if features.dtype.kind == "f":
         return "; take features.astype(np.float32)"
+    if features.dtype.kind == "c":
+        return "; complex numbers are two features each, .real and .imag"
     return "; texts and objects become numbers in load_data"
 
 
@@ -117,7 +119,8 @@ def _one_axis(labels: NDArray[Any]) -> str:
         return "; take labels[:, 0]"
     if labels.ndim > 1:
         return (
-            "; several targets of a row go among its features, whose model hands them on for a loss of the task's own"
+            "; of classes that are one-hot take labels.argmax(axis=1); several targets of a row go among its features, "
+            "whose model hands them on for a loss of the task's own"
         )
     return ""
 
@@ -127,7 +130,7 @@ class Task(Protocol):
 
     It may bring more, found by `holdout_of`, `loss_of`, `metrics_of` and `warm`:
 
-    - `load_holdout(options) -> Dataset`: public rows on which the aggregator evaluates;
+    - `load_holdout(options) -> Dataset | None`: public rows on which the aggregator evaluates;
     - `loss(outputs, labels) -> Tensor` of shape (n,): one loss for each example, never their mean, since DP-SGD clips
       each example's gradient by itself. Model and loss are computed in float64, one row at a time, and tried on public
       rows first (`trial`), alone and beside each other; of an example that is not finite, or for which the loss is not
@@ -162,12 +165,16 @@ def find_task(name: str) -> Task:
 
     Raises:
         NotFoundError: none has this name; the message lists those there are.
-        TaskError: its package cannot be imported, or the task not be made, whatever it does instead; `private` says
-            what was raised. Nothing of the package is left imported, so that what is mended is found.
+        TaskError: its package cannot be imported, or the task not be made, whatever it does instead; or several
+            packages have one of this name. `private` says what was raised. Nothing of the package is left imported, so
+            that what is mended is found.
     """
     point = None if name in BUILT_IN else entry_of(name)
     if name not in BUILT_IN and point is None:
         raise NotFoundError(f"no task is called {name!r}; known: {', '.join(known_tasks())}")
+    if len(others := packages_of(name)) > 1:
+        text = f"several packages have a task of this name: {', '.join(others)}; one of them has to go"
+        raise task_error(TaskProblem.TASK_IMPORT_FAILED, task=name, private=text)
     before = set(sys.modules)
     try:
         if point is None:
@@ -228,15 +235,15 @@ def chosen_options(own: Options, asked: Options, *, task: str, owner: str, key: 
 
 
 def holdout_of(task: Task, options: Options) -> Dataset | None:
-    """The task's public rows, or None where it has none: then a job says "not evaluated".
+    """The task's public rows, or None where it has none, or returns none: then a job says "not evaluated".
 
     Raises:
         InvalidInput: one of them is not finite, or labels are no numbers.
     """
     load = getattr(task, "load_holdout", None)
-    if load is None:
+    rows = None if load is None else cast(Dataset | None, load(options))
+    if rows is None:
         return None
-    rows = cast(Dataset, load(options))
     if wrong := wrong_dtype(rows.labels.dtype):
         raise InvalidInput(wrong)
     rows.require_finite()

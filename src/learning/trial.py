@@ -32,6 +32,7 @@ from ..errors import InvalidInput
 from ..protocol.faults import PLACE, TaskProblem
 from .kept import changed, state_of
 from .labels import wrong_dtype
+from .layers import another_dtype, refuse_layers, without_chance, without_memory
 from .public_draws import public_normals, public_uniforms
 from .task import Loss
 
@@ -42,13 +43,11 @@ TOLERANCE: Final = 1e-6
 """Relative, between what is computed of a row alone and in company: ten digits above what float64 rounds off, and far
 below what mixing rows does."""
 
-_WITHOUT_DROPOUT: Final = "leave it out, or p=0; the noise of DP-SGD keeps a model from learning by heart as well"
-
 _ROWS: Final = max(COMPANIES)
-_KINDS: Final = ("normal", "whole", "binary", "blank")
+_KINDS: Final = ("normal", "whole", "positive", "above", "binary", "blank")
 """What public rows are: features and labels any numbers (labels that are whole stay so); for a loss that takes no
-fractions, whole labels; for a model that takes none, features of zeros and ones; for one that takes not even these,
-zeros alone."""
+fractions, whole labels; for a logarithm or a root, positive features, and positive labels as well; for a model that
+takes no fractions, features of zeros and ones; for one that takes not even these, zeros alone."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,6 +116,7 @@ def try_out(
         f"model and loss cannot be computed in float64, on public rows with features of shape {shape}: "
         f"{type(failed).__name__}: {failed}",
         where=_raised_at(failed),
+        advice=another_dtype(failed),
     ) from failed
 
 
@@ -299,11 +299,11 @@ class _Trial:
         drawn = not torch.equal(before, torch.get_rng_state())
         torch.set_rng_state(before)
         if drawn:
-            named = [name for name, module in self._model.named_modules() if _drops(module)]
+            named = without_chance(self._model)
             raise _refusal(
                 TaskProblem.RANDOM_DRAWN,
                 "DP-SGD cannot train this model: it draws random numbers as it computes, as dropout does",
-                where=f" (layer {', '.join(named)}: {_WITHOUT_DROPOUT})" if named else self._somewhere(),
+                where=f" ({named})" if named else self._somewhere(),
             )
 
     @contextlib.contextmanager
@@ -318,7 +318,7 @@ class _Trial:
             raise _refusal(
                 TaskProblem.STATE_KEPT,
                 "DP-SGD cannot train this model: it keeps something of each row that it sees, as running statistics do "
-                f"(buffer {', '.join(changed[:3])}): track_running_stats=False, where that is what it is",
+                f"(buffer {', '.join(changed[:3])}): {without_memory(changed)}",
             )
 
     def _where(self, rows: tuple[torch.Tensor, torch.Tensor], which: list[int]) -> str:
@@ -367,30 +367,6 @@ def _is_finite(found: tuple[torch.Tensor, torch.Tensor]) -> bool:
     return all(bool(torch.isfinite(values).all()) for values in found)
 
 
-def refuse_layers(model: torch.nn.Module) -> None:
-    """By name, what is known to mix rows, or to keep something of them: a line of its own says what to take instead."""
-    for name, module in model.named_modules():
-        if getattr(module, "max_norm", None) is not None:
-            raise _refusal(
-                TaskProblem.LAYER_REFUSED,
-                f"DP-SGD cannot train this model: {type(module).__name__} ({name or 'the model'}) with max_norm "
-                "changes its weights by the rows that it sees, without noise; leave max_norm out",
-            )
-        if isinstance(module, torch.nn.modules.batchnorm._BatchNorm):
-            raise _refusal(
-                TaskProblem.LAYER_REFUSED,
-                f"DP-SGD cannot train this model: {type(module).__name__} ({name or 'the model'}) mixes the rows of a "
-                "batch; take GroupNorm or LayerNorm",
-            )
-
-
-def _drops(module: torch.nn.Module) -> bool:
-    """Whether a layer draws: dropout, or what has a dropout of its own (attention, recurrent layers)."""
-    own = "p" if "dropout" in type(module).__name__.lower() else "dropout"
-    share = getattr(module, own, None)
-    return isinstance(share, float) and share > 0.0
-
-
 def _public_rows(
     kind: str, shape: tuple[int, ...], label_dtype: np.dtype[Any], *, others: bool = False
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -399,14 +375,17 @@ def _public_rows(
     values, name = _ROWS * math.prod(shape), "trial/others" if others else "trial/features"
     if kind in ("normal", "whole"):
         features = public_normals(values, name)
+    elif kind in ("positive", "above"):
+        features = 0.5 + public_uniforms(values, name)
     else:
         features = np.round(public_uniforms(values, name)) * (kind == "binary")
-    labels = np.array([5, 2, 3, 4, 1] if others else [0, 1, 1, 0, 1]) * (kind != "blank")
+    labels = np.array([5, 2, 3, 4, 1] if others else [0, 1, 1, 0, 1]) * (kind != "blank") + (kind == "above")
     if label_dtype.kind == "f":
+        draws = "trial/other labels" if others else "trial/labels"
         labels = labels + (
-            public_normals(_ROWS, "trial/other labels" if others else "trial/labels")
+            public_normals(_ROWS, draws)
             if kind == "normal"
-            else np.zeros(_ROWS)
+            else 0.5 * public_uniforms(_ROWS, draws) * (kind == "above")
         )
     wide = np.float64 if label_dtype.kind == "f" else label_dtype
     return torch.from_numpy(features.reshape(_ROWS, *shape)), torch.from_numpy(labels.astype(wide))

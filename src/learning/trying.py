@@ -9,9 +9,10 @@ import torch
 
 from ..errors import InvalidInput
 from ..protocol.faults import TaskProblem
+from .layers import refuse_layers
 from .row_kind import RowKind, declared_by
 from .task import Task, loss_as_stated
-from .trial import refuse_layers, try_out
+from .trial import try_out
 
 
 def compute(task: Task, model: torch.nn.Module, rows: RowKind | None) -> None:

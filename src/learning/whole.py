@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Final
 
@@ -51,6 +52,23 @@ def check_model(model: object) -> None:
     if not trained:
         raise InvalidInput("the model has no parameter to train: all of them, if any, have requires_grad=False")
     _trained_names(model)
+
+
+def check_copied(model: torch.nn.Module) -> None:
+    """Refuse a model that cannot be copied: trials and training work on copies.
+
+    Raises:
+        InvalidInput: says what was raised by its type; its text is the task's.
+    """
+    try:
+        copy.deepcopy(model)
+    except Exception as error:  # of whatever the task put into it
+        raise InvalidInput(
+            f"the model cannot be copied ({type(error).__name__}), and is trained as a copy: it holds a tensor that "
+            "was computed as it was built, as torch.nn.utils.weight_norm leaves one (take "
+            "torch.nn.utils.parametrizations.weight_norm), or an open file or connection",
+            private=brief(error),
+        ) from error
 
 
 def _check_registered(model: torch.nn.Module) -> None:
@@ -192,7 +210,8 @@ def built(task: Task, seed: int) -> torch.nn.Module:
     """The task's model, of which `check_model` has nothing to say.
 
     Raises:
-        InvalidInput: as `check_model`; or a tensor that no file of the model would hold is another with another seed.
+        InvalidInput: as `check_model` and `check_copied`; or a tensor that no file of the model would hold is another
+            with another seed.
     """
     model = _built(task, seed)
     unheld = arrays_of(model)
@@ -210,6 +229,7 @@ def _built(task: Task, seed: int) -> torch.nn.Module:
     model: object = task.build_model(seed)
     check_model(model)
     assert isinstance(model, torch.nn.Module)
+    check_copied(model)
     return model
 
 

@@ -19,6 +19,7 @@ from ..learning.installed import known_tasks
 from ..learning.labels import are_classes, complaint
 from ..learning.loading import needs, not_there, starting_from
 from ..learning.task import Dataset, Task, find_task, finite_rows, loss_for
+from .rows import read_only
 
 MAX_NAMED: Final = 10
 """Rows that are named of each fault; whoever mends these finds the others by asking again."""
@@ -50,7 +51,7 @@ def check_data(config: PartyConfig) -> Iterator[tuple[str, bool]]:
 def _findings(name: str, options: dict[str, Any], *, declared: int) -> tuple[str, bool]:
     try:
         task = find_task(name)
-        rows = task.load_data(options)
+        rows = read_only(task.load_data(options))  # as in training
         finite = finite_rows(rows.features, rows.labels)
     except KeyboardInterrupt:
         raise
@@ -58,6 +59,8 @@ def _findings(name: str, options: dict[str, Any], *, declared: int) -> tuple[str
         missing = "; ".join(not_there(name, options, Path.cwd()))
         return f"cannot be loaded: {_text(error, name)}{missing and f' ({missing})'}", False
     known = f"{len(rows)} rows ({declared} declared)"
+    if not len(rows):
+        return f"{known}: there is nothing to learn from", False
     try:
         counted, classes = _counted(task, rows)
     except KeyboardInterrupt:

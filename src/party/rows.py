@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from glob import has_magic
@@ -20,6 +20,7 @@ from typing import Any, Final
 import numpy as np
 from numpy.typing import NDArray
 
+from ..learning.loading import texts_of
 from ..learning.task import Dataset, Options, Task
 
 MAX_FILES: Final = 10_000
@@ -101,7 +102,7 @@ def stamps_of(options: Options, directory: Path) -> Stamps | None:
     """What tells that a file changed, for each that options name: by path, in directories, by pattern, at any depth.
     None for more than `MAX_FILES`."""
     found: Stamps = {}
-    for text in _texts(options):
+    for _, text in texts_of(options):
         with suppress(OSError, ValueError, RuntimeError):  # no path, or none that can be read
             for path in _paths(directory / Path(text).expanduser()):
                 state = path.stat()
@@ -112,21 +113,13 @@ def stamps_of(options: Options, directory: Path) -> Stamps | None:
     return found
 
 
-def _texts(value: object) -> Iterator[str]:
-    if isinstance(value, str) and value:
-        yield value
-    elif isinstance(value, Mapping | list):
-        for each in value.values() if isinstance(value, Mapping) else value:
-            yield from _texts(each)
-
-
 def _paths(path: Path) -> Iterator[Path]:
     """A file; a directory with all that is in it; what a pattern fits."""
     if path.exists():
         yield path
         if path.is_dir():
             yield from path.rglob("*")
-    elif has_magic(path.name) and "." in path.name:  # a lone * is no pattern of files, as likely as not
+    elif has_magic(str(path)) and "." in path.name:  # a lone * is no pattern of files, as likely as not
         yield from Path(path.anchor).glob(str(path.relative_to(path.anchor)))
 
 

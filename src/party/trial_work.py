@@ -20,7 +20,7 @@ from ..confinement import code, confine
 from ..errors import InvalidInput, NotFoundError, SottoError, StateError, TaskError
 from ..jobs.executors.units import WorkContext
 from ..learning.flatten import flatten, load_tensors
-from ..learning.installed import place_in
+from ..learning.installed import is_place_of, place_in
 from ..learning.model_file import parameters_of
 from ..learning.row_kind import RowKind
 from ..logs import muted, type_and_place
@@ -69,7 +69,8 @@ class _Found(Exception):
         missing = isinstance(error, NotFoundError) and problem is TaskProblem.TASK_IMPORT_FAILED
         ours = known.get("problem") in SENTENCES  # a task may raise such an error itself
         self.problem = TaskProblem.TASK_NOT_INSTALLED if missing else TaskProblem(known["problem"] if ours else problem)
-        self.place = known.get("place", "") if ours else place_in(task, error)
+        place = known.get("place", "") if ours else ""
+        self.place = place if is_place_of(task, place) else "" if ours else place_in(task, error)
         self.said = error.message if isinstance(error, SottoError) else f"{type(error).__name__}: {brief(error, 800)}"
         self.said += f" {error.private}" if isinstance(error, TaskError) else ""
         self.place_alone = type_and_place(error)

@@ -12,7 +12,7 @@ import pytest
 
 from src.errors import TaskError
 from src.learning import installed
-from src.learning.installed import code_digest, place_in, source_files
+from src.learning.installed import code_digest, is_place_of, place_in, source_files
 from src.learning.task import find_task
 
 from .packages import GOOD, install
@@ -128,6 +128,9 @@ def test_a_place_is_a_line_of_the_tasks_own_code(tmp_path: Path, monkeypatch: py
         task.read()  # type: ignore[attr-defined]
     assert place_in("ward", raised.value) == "wards_place.py:5"
     assert place_in("randhie", raised.value) == ""
+    assert is_place_of("ward", "wards_place.py:5")
+    for of_others in ("decoder.py:355", "randhie.py:5", "", "wards_place"):
+        assert not is_place_of("ward", of_others)
 
 
 ENDING = {

@@ -151,7 +151,7 @@ OTHER_DTYPES: dict[str, tuple[NDArray[Any], str]] = {
     "objects": (BITS.astype(object), r"here they are object: .*labels\.astype\(np\.int64\)"),
     "dates": (DATES, r"datetime64\[D\]: turn dates into numbers"),
     "durations": (DATES - DATES[0], r"timedelta64\[D\]: turn durations into numbers"),
-    "complex numbers": (BITS * 1j, "turn them into numbers"),
+    "complex numbers": (BITS * 1j, r"take labels\.real"),
 }
 
 
@@ -182,8 +182,10 @@ SHAPES: dict[str, tuple[Any, Any, str]] = {
     "a tensor of labels": (np.ones((8, 4), np.float32), torch.zeros(8), "NumPy array, not a Tensor"),
     "labels in a column": (np.ones((8, 4), np.float32), BITS[:, None], r"int64 of shape \(8, 1\); take labels\[:, 0\]"),
     "two targets": (
-        np.ones((8, 4), np.float32), np.stack([BITS, BITS], 1), r"of shape \(8, 2\); several targets .* among its feat"
+        np.ones((8, 4), np.float32), np.stack([BITS, BITS], 1), r"of shape \(8, 2\); .*several targets .* among"
     ),
+    "classes that are one-hot": (np.ones((8, 4), np.float32), np.eye(2)[BITS], r"one-hot take labels\.argmax"),
+    "complex features": (np.ones((8, 4), complex), BITS, r"two features each, \.real and \.imag"),
     "a label too few": (np.ones((8, 4), np.float32), BITS[1:], r"shape \(8,\); here labels are int64 of shape \(7,\)"),
 }  # fmt: skip
 

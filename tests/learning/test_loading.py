@@ -35,6 +35,14 @@ def test_a_directory_where_a_file_should_be_is_named(tmp_path: Path) -> None:
     assert said == f"datasets.ward.options.file: {tmp_path}: Is a directory"
 
 
+def test_a_file_that_an_option_names_further_down_is_named(tmp_path: Path) -> None:
+    options = {"sites": {"north": ["data/a.csv", "data/visits.csv"]}}
+    said = failing(lambda _: Path("data/visits.csv").read_text(), options, tmp_path)
+    assert said == f"datasets.ward.options.sites.north[1]: {tmp_path}/data/visits.csv: No such file or directory"
+    other = failing(lambda _: Path("elsewhere.csv").read_text(), options | {"all": "data/*.csv"}, tmp_path)
+    assert other.count("is not there") == 2  # of a pattern nobody knows
+
+
 def missing_module(_: Options) -> None:
     import a_module_that_is_not_there  # type: ignore[import-not-found]  # noqa: F401
 

@@ -72,6 +72,7 @@ MODEL = "    def build_model"
 LABELS = "table[:, 3].astype(np.int64)"
 FLOATS = '    label_dtype = "float32"\n'
 DECLARED = f"    features_shape = (3,)\n{FLOATS}"
+TAKES_ANY = "torch.nn.Sequential(torch.nn.AdaptiveAvgPool1d(3), torch.nn.Linear(3, 1))"
 
 
 @pytest.mark.parametrize(
@@ -91,8 +92,21 @@ DECLARED = f"    features_shape = (3,)\n{FLOATS}"
         ([(MODEL, f"{LOSS}(outputs[:, 0] - outputs.mean() - labels) ** 2\n{MODEL}")], "ROWS_MIXED", "depends"),
         ([(MODEL, FLOATS + MODEL)], "LOSS_MISSING", "give the task a loss of its own"),
         ([(MODEL, DECLARED + MODEL)], "LOSS_MISSING", "give the task a loss of its own"),
+        ([(LINEAR, f"torch.nn.utils.weight_norm({LINEAR})")], "MODEL_NOT_BUILT", "parametrizations.weight_norm"),
+        (
+            [(MODEL, f"    label_dtype = 'category'\n{MODEL}")],
+            "NOT_COMPUTABLE",
+            "label_dtype is 'category', and no dtype",
+        ),
+        ([(MODEL, f"    label_dtype = 'U3'\n{MODEL}")], "NOT_COMPUTABLE", "label_dtype: labels are whole numbers"),
+        (
+            [(MODEL, f"    features_shape, label_dtype = 'three', 'int64'\n{MODEL}")],
+            "NOT_COMPUTABLE",
+            "features_shape is 'three': of one row, a tuple such as (9,)",
+        ),
     ],
 )
+@pytest.mark.filterwarnings("ignore:.torch.nn.utils.weight_norm. is deprecated:FutureWarning")
 def test_what_depends_on_the_code_is_told_by_its_class(
     made: Made, changes: list[tuple[str, str]], problem: str, said: str
 ) -> None:
@@ -111,6 +125,11 @@ def test_what_depends_on_the_code_is_told_by_its_class(
         ([], "1,2,3\n", "IndexError at"),
         ([("table[:, :3]", "table")], "1,2,3,0\n4,5,6,1\n", "features of shape (4,)"),
         ([("table[:, 3].astype(np.int64)", "table[:, 3].astype(str)")], "1,2,3,0\n", "labels are no numbers"),
+        (
+            [(MODEL, f'    features_shape, label_dtype = (4,), "int64"\n{MODEL}'), (LINEAR, TAKES_ANY)],
+            "1,2,3,0\n",
+            "features have shape (3,), and features_shape says (4,)",
+        ),
         ([("        return Dataset(", "        return (")], "1,2,3,0\n", "returns no sotto.learning.task.Dataset"),
         (
             [("        return Dataset(", f"        raise SystemExit({SECRET!r})\n        return (")],

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from importlib.metadata import EntryPoint
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -10,7 +11,7 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
-from src.errors import ConfigError, InvalidInput, NotFoundError
+from src.errors import ConfigError, InvalidInput, NotFoundError, TaskError
 from src.learning import installed
 from src.learning.evaluation import default_metrics, evaluate
 from src.learning.installed import known_tasks
@@ -25,6 +26,8 @@ from src.learning.task import (
     metrics_of,
 )
 from src.learning.tasks.randhie import RandHieTask
+
+from .packages import install
 
 
 def f32(values: list[Any]) -> NDArray[np.float32]:
@@ -82,6 +85,31 @@ def test_a_task_without_hold_out_rows_has_none_and_the_defaults() -> None:
     assert holdout_of(Bare(), {}) is None
     assert loss_of(Bare()) is default_loss
     assert metrics_of(Bare()) is default_metrics
+
+
+def test_a_task_may_return_no_hold_out_rows() -> None:
+    class Nothing(Bare):
+        def load_holdout(self, options: object) -> None:
+            return None
+
+    assert holdout_of(Nothing(), {}) is None
+
+
+def test_a_name_that_several_packages_register_is_no_task_until_one_of_them_goes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Which of them is found hangs on the order of directories, and may be another one at each site."""
+    for name in ("wards_one", "wards_other"):
+        text = "class Task:\n    name = 'ward'\n"
+        place = install(tmp_path / name, {"ward": f"{name}:Task"}, {f"{name}.py": text}, name=name)
+        monkeypatch.syspath_prepend(str(place))
+    with pytest.raises(TaskError) as raised:
+        find_task("ward")
+    assert raised.value.metadata["problem"] == "TASK_IMPORT_FAILED"
+    expected = "several packages have a task of this name: wards_one (wards_one:Task), wards_other (wards_other:Task)"
+    assert expected in raised.value.private
+    (tmp_path / "wards_one" / "wards_one-1.dist-info" / "entry_points.txt").unlink()
+    assert find_task("ward").__class__.__module__ == "wards_other"
 
 
 def test_a_task_that_brings_its_own_keeps_it() -> None:

@@ -283,6 +283,20 @@ OTHER: dict[str, tuple[Build, Any, tuple[int, ...], Any, str]] = {
     "batch normalisation without parameters": (
         lambda: nn.Sequential(nn.Linear(6, 3), nn.BatchNorm1d(3, affine=False)), default_loss, (6,), np.int64, "Group"
     ),
+    "a rectifier that draws its slope": (
+        lambda: after(nn.Linear(6, 3), nn.RReLU(), width=3), default_loss, (6,), np.int64, "layer 1: take LeakyReLU"
+    ),
+    "spectral normalisation, with what to take instead": (
+        lambda: nn.Sequential(nn.utils.parametrizations.spectral_norm(nn.Linear(6, 3)), nn.Linear(3, 1)),
+        default_loss, (6,), np.int64, "spectral normalisation goes on .*: leave it out",
+    ),
+    "codes that are fractions": (
+        lambda: nn.Sequential(nn.Embedding(9, 2), nn.Flatten(), nn.Linear(12, 1)), default_loss, (6,), np.int64,
+        r"Long.*features\.long\(\)",
+    ),
+    "a tensor of another dtype": (
+        made(lambda m, x: m.b(x @ torch.eye(6))), default_loss, (6,), np.int64, r"dtype.*dtype=features\.dtype"
+    ),
     "a loss that fails always": (linear(1), lambda o, y: o @ y, (6,), np.int64, r"cannot be computed.*test_trial\.py"),
     "rows of another width": (lambda: nn.Linear(5, 1), default_loss, (6,), np.int64, r"cannot be computed.*\(6,\)"),
     "no finite loss": (linear(), lambda o, y: default_loss(o, y) * torch.inf, (6,), np.int64, "finite number"),
@@ -342,6 +356,18 @@ def test_no_text_that_a_task_raises_is_taken_for_a_place() -> None:
     with pytest.raises(InvalidInput) as caught:
         tried(linear(), forged)
     assert caught.value.metadata["place"].startswith("test_trial.py:")
+
+
+def test_a_model_that_takes_positive_numbers_alone_is_tried_with_such() -> None:
+    """Amounts, under a logarithm or a root; and what is measured of them, likewise."""
+    amounts = made(lambda m, x: m.b(x.log() + x.sqrt()))
+    tried(amounts)
+    tried(linear(1), lambda o, y: (o[:, 0] - y.log()) ** 2, labels=np.float64)
+    tried(amounts, lambda o, y: (o[:, 0] - y.double().log()) ** 2)
+    with pytest.raises(InvalidInput, match="depends on the rows beside it"):
+        tried(made(lambda m, x: m.b(x.log() - x.log().mean(0))))
+    with pytest.raises(InvalidInput, match="depends on the rows beside it"):
+        tried(amounts, lambda o, y: (o[:, 0] - y.log() + y.log().mean()) ** 2, labels=np.float64)
 
 
 def test_a_loss_that_takes_whole_labels_alone_is_tried_with_fractions_among_the_features() -> None:

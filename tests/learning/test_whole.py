@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
@@ -20,7 +21,7 @@ from src.learning.flatten import flatten, model_to_tensors, to_safetensors
 from src.learning.kept import arrays_of
 from src.learning.model_file import Entry, ModelFile, digest_of, parameters_of, read_model_file
 from src.learning.task import Task
-from src.learning.whole import built, check_model, digest_of_rest, load_model, model_file_of
+from src.learning.whole import built, check_copied, check_model, digest_of_rest, load_model, model_file_of
 
 
 def frozen() -> nn.Module:
@@ -323,6 +324,18 @@ def test_what_cannot_be_trained_is_refused_with_a_sentence(which: str) -> None:
 @pytest.mark.parametrize("which", MODELS)
 def test_what_can_be_trained_is_let_through(which: str) -> None:
     check_model(build(which, 0))
+
+
+@pytest.mark.filterwarnings("ignore:.torch.nn.utils.weight_norm. is deprecated:FutureWarning")
+def test_a_model_that_cannot_be_copied_is_refused_with_what_to_take_instead() -> None:
+    with Path(__file__).open() as file:
+        for model, kind in (
+            (nn.utils.weight_norm(nn.Linear(6, 2)), "RuntimeError"),
+            (Unregistered(file), "TypeError"),
+        ):
+            check_model(model)
+            with pytest.raises(InvalidInput, match=rf"cannot be copied \({kind}\).*parametrizations.weight_norm\)"):
+                check_copied(model)
 
 
 def test_a_file_that_lacks_something_or_has_another_shape_leaves_no_doubt() -> None:

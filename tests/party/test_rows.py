@@ -137,6 +137,7 @@ NAMED: dict[str, Any] = {
     "in a list of a mapping": {"tables": {"of": ["data/none.npz", "data/rows.npz"]}},
     "by its directory": {"folder": "data"},
     "by a pattern": {"files": "data/*.npz"},
+    "by a pattern of directories": {"files": "d*a/rows.npz"},
 }
 
 

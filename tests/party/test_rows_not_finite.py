@@ -219,3 +219,31 @@ def test_the_owner_is_told_why_rows_cannot_be_loaded(
         monkeypatch.setattr(Wards, "load_data", load)
         assert cli.run(["party", "--config", str(ROOT / "config/party.yaml"), "--check-data"]) == 4
         assert capsys.readouterr().out.startswith(f"randhie: cannot be loaded: {text}")
+
+
+def test_the_owner_is_told_that_there_are_no_rows_and_of_a_model_that_writes_into_them(
+    wards: type[Wards], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """In training nobody can write to what was loaded: rows are looked at here as they are held there."""
+    kept: list[Dataset] = []
+
+    def load(self: Wards, options: object) -> Dataset:
+        kept.append(Dataset(np.ones((ROWS * len(kept), COLUMNS), np.float32), np.arange(ROWS * len(kept)) % 2, "x"))
+        return kept[-1]
+
+    real = Wards.loss
+
+    def writes(self: Wards, outputs: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        if kept and len(kept[-1]):
+            kept[-1].features[0] = 0.0
+        return real(self, outputs, labels)
+
+    monkeypatch.setattr(Wards, "load_data", load)
+    monkeypatch.setattr(Wards, "loss", writes)
+    for said in (
+        "0 rows (5000 declared): there is nothing to learn from",
+        "60 rows (5000 declared) cannot be trained on: InvalidInput: ",
+    ):
+        assert cli.run(["party", "--config", str(ROOT / "config/party.yaml"), "--check-data"]) == 4
+        assert capsys.readouterr().out.startswith(f"randhie: {said}")
+    assert kept[-1].features.all()
