@@ -15,10 +15,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console
 
-from src import logs
+from src import cli, logs
 from src.cli.jobs_view import event_line, job_lines, jobs_table, live_view, result_lines, rounds_table
 from src.cli.status import status_lines
 from src.communication.generated import jobs_pb2
+from src.errors import ConfigError, meaning
 from src.terminals import as_shown, make_legible, shows_everything
 from tests.cli.spender import CONFIG, Role
 
@@ -80,6 +81,16 @@ def test_every_command_speaks_in_any_encoding(
     assert row["budgets"][0]["unit"] == "example"
     (history,) = [json.loads(line) for line in said.splitlines() if line.startswith('{"role"') and "found" in line]
     assert any("généreux: ε → ∞" in json.dumps(entry, ensure_ascii=False) for entry in history["entries"])
+
+
+@pytest.mark.parametrize(
+    "command", ["jobs show", "jobs cancel", "jobs watch", "jobs result", "jobs submit --task randhie --name"]
+)
+def test_an_argument_that_is_no_text_is_said_to_be_none(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """As the shell hands over bytes that are not of the locale's encoding."""
+    code = cli.run([*command.split(), "\udcff", "--config", str(ROOT / "config" / "client.yaml")])
+    assert code == meaning(ConfigError("")).exit_code
+    assert capsys.readouterr().err.startswith("sotto: an argument cannot be used: it has '\\udcff', which the locale's")
 
 
 @pytest.mark.parametrize("encoding", ["ascii", "latin-1", "cp1252", "koi8-r", "shift_jis"])

@@ -153,10 +153,12 @@ def run(arguments: Sequence[str]) -> int:
             return UNEXPECTED.exit_code
         _report(lacking, as_json=as_json)
         return meaning(lacking).exit_code
-    except UnicodeEncodeError as error:  # not of what is printed (`terminals`): of a file's name
+    except UnicodeEncodeError as error:  # not of what is printed (`terminals`): of what was typed, or of a file's name
+        part = error.object[error.start : error.end]
+        what = "an argument" if any(part in each for each in arguments) else "a file's name"
+        way_out = "; set PYTHONUTF8=1 in the environment, or a locale with UTF-8" if error.encoding != "utf-8" else ""
         unnamed = ConfigError(
-            f"a file's name cannot be used: it has {shown(error.object[error.start : error.end])}, which the locale's "
-            f"{error.encoding} has not; set PYTHONUTF8=1 in the environment, or a locale with UTF-8"
+            f"{what} cannot be used: it has {shown(part)}, which the locale's {error.encoding} has not{way_out}"
         )
         _report(unnamed, as_json=as_json)
         return meaning(unnamed).exit_code

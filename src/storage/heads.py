@@ -113,8 +113,8 @@ def check_heads(
     again = f" ({MOST_NAMED} of {len(missing)}, and then again)" if len(missing) > MOST_NAMED else ""
     raise LedgerError(
         f"{whose} ledger lacks the entry {last.digest}{others}, which {told_by} knows as its head since round "
-        f"{last.round} of job {last.job_id}: its database was rolled back to an old copy, or is another one. Put the "
-        "newest copy back. "
+        f"{last.round} of job {last.job_id}: its database was rolled back to an old copy, or is another one, that of "
+        "a second machine with the same kit for example. Put the newest copy back, and let one machine use it. "
         "Only if that is lost for good: stop the role and enter, with a limit that leaves room for what was spent "
         f"since, sotto budget set --config … --unit {unit} --subject {subject!r} --max-rounds … --epsilon … "
         f"--reason 'lost: {names}'{again}",
