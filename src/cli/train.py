@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import secrets
@@ -98,7 +99,8 @@ def train(
         _say("MOCK: nothing was trained and nothing charged", quiet=as_json)
     else:
         require("party", "training")
-        artifact, model = _train(plan, node, user, inline=target is None, quiet=as_json)
+        with contextlib.redirect_stdout(sys.stderr):  # a task may print as it likes: there is one object on stdout
+            artifact, model = _train(plan, node, user, inline=target is None, quiet=as_json)
     text = json.dumps(artifact, ensure_ascii=False)
     if target is not None:
         target.write(text, model, secret=not job.private)  # without privacy a model may hold rows

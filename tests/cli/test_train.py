@@ -19,6 +19,8 @@ from sqlalchemy import MetaData
 from src import cli
 from src.cli.train_ledger import DEFAULT_LIMITS, LedgerPurse, default_state_dir
 from src.errors import CATALOGUE, BudgetError, ConfigError, InvalidInput, Refused, SignatureError
+from src.learning.task import Dataset, Options
+from src.learning.tasks.randhie import RandHieTask
 from src.privacy.entries import Entry
 from src.privacy.events import DpSgdSteps, NonPrivate
 from src.privacy.ledger import from_line
@@ -155,6 +157,18 @@ def test_a_mock_trains_nothing_costs_nothing_and_never_passes(home: Path) -> Non
 
 
 # --------------------------------------------------------------------------------------------------------- charges
+
+
+def test_what_a_task_prints_is_no_part_of_the_artifact(train: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = RandHieTask.load_data
+
+    def prints(self: RandHieTask, options: Options) -> Dataset:
+        print("reading rows …")
+        return real(self, options)
+
+    monkeypatch.setattr(RandHieTask, "load_data", prints)
+    code, artifact = train()
+    assert (code, artifact["job_id"]) == (0, "test_123")
 
 
 def test_each_run_of_a_job_is_charged(train: Run, home: Path) -> None:
