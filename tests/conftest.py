@@ -351,7 +351,7 @@ class Federation:
             "task": "randhie",
             "rounds": 1,
             "spare_rounds": 0,
-            "local_training": LocalTraining(steps=5, sampling_rate=0.1, learning_rate=1.5, epsilon=epsilon),
+            "local_training": LocalTraining(steps=5, sampling_rate=0.02, learning_rate=1.5, epsilon=epsilon),
             "party_privacy": PartyPrivacy(clipping_norm=0.5, noise_multiplier=0.2),
             "round_timeout_s": ROUND_TIMEOUT_S,
         }

@@ -36,7 +36,7 @@ def submit(federation: Any, **fields: Any) -> str:
         task="randhie",
         rounds=ROUNDS,
         spare_rounds=0,
-        local_training=jobs_pb2.LocalTraining(steps=3, sampling_rate=0.2, learning_rate=1.0),
+        local_training=jobs_pb2.LocalTraining(steps=3, sampling_rate=0.05, learning_rate=1.0),
         party_privacy=jobs_pb2.PartyPrivacy(
             clipping_norm=START, noise_multiplier=MULTIPLIER, adaptive_clipping=jobs_pb2.AdaptiveClipping()
         ),

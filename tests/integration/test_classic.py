@@ -26,7 +26,7 @@ LONG_S = 200.0
 SETTINGS = {"SOTTO__KEYS__INSECURE_SMALL_MODULUS": "true", "SOTTO__WORKERS__NICE": "0"}
 """What is not as in the files: a key that is made in a moment, and workers that yield to nobody."""
 SPEC = FederatedTrainingSpec(
-    task="randhie", rounds=1, spare_rounds=0, local_training=LocalTraining(steps=5, sampling_rate=0.1, epsilon=3.0)
+    task="randhie", rounds=1, spare_rounds=0, local_training=LocalTraining(steps=5, sampling_rate=0.02, epsilon=3.0)
 )
 
 

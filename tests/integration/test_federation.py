@@ -305,7 +305,7 @@ def test_a_job_that_no_row_of_a_party_can_ever_pay_is_refused_at_submission(runn
 
 def test_a_job_beyond_one_partys_budget_fails_and_names_that_party(running: Any) -> None:
     """At another δ than the budget's, which nobody but the party can compare."""
-    local = LocalTraining(steps=5, sampling_rate=0.1, learning_rate=1.5, epsilon=100.0, delta=1e-6)
+    local = LocalTraining(steps=5, sampling_rate=0.02, learning_rate=1.5, epsilon=100.0, delta=1e-6)
     job_id = running.submit(local_training=local)
     job = running.end(job_id)
     assert job.state == jobs_pb2.FAILED

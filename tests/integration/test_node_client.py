@@ -32,7 +32,7 @@ LONG_S: Final = 300.0
 EVENT: Final = re.compile(r"event (\d+) \S+ (\w+): ")
 SMALL: Final = {
     "spare_rounds": 0,
-    "local_training": {"steps": 5, "sampling_rate": 0.1, "learning_rate": 1.5, "epsilon": 3.0},
+    "local_training": {"steps": 5, "sampling_rate": 0.02, "learning_rate": 1.5, "epsilon": 3.0},
     "party_privacy": {"clipping_norm": 0.5, "noise_multiplier": 0.2},
     "round_timeout_s": 150,
 }

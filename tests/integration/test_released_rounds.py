@@ -111,7 +111,7 @@ def test_a_job_goes_on_from_a_released_round_and_parties_take_part(stopped: Any,
             task="randhie",
             rounds=1,
             spare_rounds=0,
-            local_training=LocalTraining(steps=5, sampling_rate=0.1, learning_rate=1.5, epsilon=3.0),
+            local_training=LocalTraining(steps=5, sampling_rate=0.02, learning_rate=1.5, epsilon=3.0),
             party_privacy=PartyPrivacy(clipping_norm=0.5, noise_multiplier=0.2),
         )
     )
