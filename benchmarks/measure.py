@@ -14,6 +14,8 @@ Figures = dict[str, float]
 REPEATS = 3
 SAMPLE_EVERY = 16
 """Blocks between two looks at the memory of children, each of which costs a millisecond."""
+LEAST_S = 12
+"""How long a speed-up is measured at least, however short its work is: neighbours come and go."""
 PATIENCE_S = 30
 """How long a speed-up is measured again because two cores were not to be had."""
 CORES_HAD = 1.9
@@ -35,6 +37,12 @@ def cpu_s(work: Callable[[], object], *, repeats: int = REPEATS) -> float:
     return min(times)
 
 
+def cpu_in_turn_s(*works: Callable[[], object], repeats: int = REPEATS) -> list[float]:
+    """`cpu_s` of each, run in turn: what slows a machine for a while slows all, and leaves their ratios."""
+    found = [[cpu_s(work, repeats=1) for work in works] for _ in range(repeats)]
+    return [min(times) for times in zip(*found, strict=True)]
+
+
 def _all_cpu_s() -> float:
     usages = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
     return sum(usage.ru_utime + usage.ru_stime for usage in usages)
@@ -47,7 +55,7 @@ def speedup(name: str, one: Callable[[], object], two: Callable[[], object], *, 
     """
     best = {"one": float("inf"), "two": float("inf")}
     cores, done, begun = 0.0, 0, time.perf_counter()
-    while done < repeats or (cores < CORES_HAD and time.perf_counter() - begun < PATIENCE_S):
+    while done < repeats or time.perf_counter() - begun < (LEAST_S if cores >= CORES_HAD else PATIENCE_S):
         done += 1
         for which, work in (("one", one), ("two", two)):
             cpu, start = _all_cpu_s(), time.perf_counter()
