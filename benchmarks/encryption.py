@@ -23,7 +23,7 @@ from src.encryption.scheme import Layout, LayoutRequest, SystemEntropy
 from src.encryption.threshold import partial_decrypt_all
 from src.privacy.noise import tail_bound
 
-from .measure import Figures, cpu_in_turn_s, cpu_s, say, speedup
+from .measure import Figures, cpu_in_turn_s, cpu_s, least_in_turn, say, speedup
 from .peers import heu_us, numpy_us, phe_us, pypaillier_us, tenseal_us
 
 VALUE_BOUND: Final = 2**15 - 1
@@ -47,9 +47,9 @@ REACH: Final[dict[str, tuple[str, float]]] = {
     "add_2048_vs_gmp": ("≤", 1.35),
     "decrypt_2048_vs_phe": ("≥", 75),
     "bytes_per_parameter_2048": ("≤", 5.1),
-    "encrypt_two_cores_speedup": ("≥", 1.8),
-    "partial_two_cores_speedup": ("≥", 1.8),
-    "sum_two_cores_speedup": ("≥", 1.6),
+    "encrypt_two_cores_of_two_alone": ("≥", 0.9),
+    "partial_two_cores_of_two_alone": ("≥", 0.9),
+    "sum_two_cores_of_two_alone": ("≥", 0.8),
     "proof_overhead": ("≤", 1.15),
     "encrypt_1m_extra_mb": ("≤", 300),
     "sum_100_vs_2_extra_mb": ("≤", 5),
@@ -108,12 +108,17 @@ def one_core(bench: Bench) -> Figures:
     layout = bench.layout(PARAMETERS)
     body = bench.protect(PARAMETERS)  # builds the tables
     add_s, gmp_s = cpu_in_turn_s(_add(bench, body, layout), _gmp(bench, body), repeats=ADDITIONS)
-    ours = {
-        "encrypt": cpu_s(lambda: bench.protect(PARAMETERS)) / PARAMETERS * 1e6,
-        "add": add_s / PARAMETERS * 1e6,
-        "decrypt": _decrypt_s(bench) / PARAMETERS * 10 * 1e6,
-        "prepared": min(_prepared_s(bench) for _ in range(3)) / PARAMETERS * 1e6,
-    }
+    ours, phe, heu, pypaillier = least_in_turn(
+        lambda: {
+            "encrypt": cpu_s(lambda: bench.protect(PARAMETERS)) / PARAMETERS * 1e6,
+            "add": cpu_s(_add(bench, body, layout), repeats=ADDITIONS) / PARAMETERS * 1e6,
+            "decrypt": _decrypt_s(bench) / PARAMETERS * 10 * 1e6,
+            "prepared": _prepared_s(bench) / PARAMETERS * 1e6,
+        },
+        lambda: phe_us(bench.p, bench.q),
+        lambda: heu_us(bench.bits, layout.slots_per_ciphertext),
+        lambda: pypaillier_us(bench.bits, layout.slots_per_ciphertext),
+    )
     figures = {f"{name}_2048_us": value for name, value in ours.items()}
     figures |= {
         "bytes_per_parameter_2048": bench.layout(MODEL).body_bytes / MODEL,
@@ -121,19 +126,16 @@ def one_core(bench: Bench) -> Figures:
         "slot_bits_with_noise": _noisy_slot_bits(bench),
         "add_2048_vs_gmp": add_s / gmp_s,
     }
-    phe = phe_us(bench.p, bench.q)
     figures |= {f"phe_{name}_2048_us": value for name, value in phe.items()}
     figures |= {f"{name}_2048_vs_phe": value / ours[name] for name, value in phe.items()}
     if phe:
         figures["encrypt_prepared_2048_vs_phe"] = phe["encrypt"] / ours["prepared"]
-    heu = heu_us(bench.bits, layout.slots_per_ciphertext)
     figures |= {f"heu_{name}_2048_us": value for name, value in heu.items()}
     figures |= {f"{name}_2048_vs_heu_equal_slots": value / ours[name] for name, value in heu.items()}
-    return figures | _beside_pypaillier(bench, layout, ours)
+    return figures | _beside_pypaillier(bench, pypaillier, ours)
 
 
-def _beside_pypaillier(bench: Bench, layout: Layout, ours: Figures) -> Figures:
-    found = pypaillier_us(bench.bits, layout.slots_per_ciphertext)
+def _beside_pypaillier(bench: Bench, found: Figures, ours: Figures) -> Figures:
     figures = {f"pypaillier_{name}_{bench.bits}_us": value for name, value in found.items()}
     return figures | {
         f"{name}_{bench.bits}_vs_pypaillier_packed": value / ours[name] for name, value in found.items() if name in ours
@@ -189,14 +191,17 @@ def _noisy_slot_bits(bench: Bench) -> int:
 def larger_key(bench: Bench) -> Figures:
     """Encrypt and add under a key of 3072 bits."""
     layout, body = bench.layout(PARAMETERS), bench.protect(PARAMETERS)
-    ours = {
-        "encrypt": cpu_s(lambda: bench.protect(PARAMETERS)) / PARAMETERS * 1e6,
-        "add": cpu_s(_add(bench, body, layout), repeats=ADDITIONS) / PARAMETERS * 1e6,
-    }
-    phe = phe_us(bench.p, bench.q)
+    ours, phe, pypaillier = least_in_turn(
+        lambda: {
+            "encrypt": cpu_s(lambda: bench.protect(PARAMETERS)) / PARAMETERS * 1e6,
+            "add": cpu_s(_add(bench, body, layout), repeats=ADDITIONS) / PARAMETERS * 1e6,
+        },
+        lambda: phe_us(bench.p, bench.q),
+        lambda: pypaillier_us(bench.bits, layout.slots_per_ciphertext),
+    )
     figures = {f"{name}_3072_us": value for name, value in ours.items()}
     figures |= {f"{name}_3072_vs_phe": phe[name] / value for name, value in ours.items() if name in phe}
-    figures |= _beside_pypaillier(bench, layout, ours)
+    figures |= _beside_pypaillier(bench, pypaillier, ours)
     return figures | {"bytes_per_parameter_3072": bench.layout(MODEL).body_bytes / MODEL}
 
 
@@ -237,11 +242,11 @@ def _dealt(bench: Bench) -> ThresholdKey:
 
 
 def two_cores(bench: Bench) -> Figures:
-    """The same call with two processes and with one."""
+    """The same call with two processes, with one, and with one in each of two that have nothing to do with it."""
     layout, opened = bench.layout(PARAMETERS), bench.layout(OPENED // 2)
     material = bench.protect(OPENED // 2)
     figures = speedup(
-        "encrypt_two_cores_speedup",
+        "encrypt_two_cores",
         lambda: bench.protect(PARAMETERS * 3, processes=1),
         lambda: bench.protect(PARAMETERS * 3, processes=2),
     )
@@ -250,7 +255,7 @@ def two_cores(bench: Bench) -> Figures:
         scheme = bench.scheme(processes)
         return lambda: scheme.open_share(opened, bench.shares[0], [material], binding=b"bench", entropy=ENTROPY)
 
-    figures |= speedup("partial_two_cores_speedup", share(1), share(2), repeats=2)
+    figures |= speedup("partial_two_cores", share(1), share(2), repeats=2)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "body"
         path.write_bytes(bench.protect(PARAMETERS) * 4)
@@ -262,7 +267,7 @@ def two_cores(bench: Bench) -> Figures:
                 for _ in bench.scheme(processes).fold(wide, bodies):
                     pass
 
-        figures |= speedup("sum_two_cores_speedup", lambda: fold(1), lambda: fold(2))
+        figures |= speedup("sum_two_cores", lambda: fold(1), lambda: fold(2))
     return figures
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import resource
+import multiprocessing
 import sys
 import time
 from collections.abc import Callable, Iterable
@@ -16,10 +16,6 @@ SAMPLE_EVERY = 16
 """Blocks between two looks at the memory of children, each of which costs a millisecond."""
 LEAST_S = 12
 """How long a speed-up is measured at least, however short its work is: neighbours come and go."""
-PATIENCE_S = 30
-"""How long a speed-up is measured again because two cores were not to be had."""
-CORES_HAD = 1.9
-"""A run on two cores that got less than this of them says nothing about the speed-up."""
 
 
 def say(text: str) -> None:
@@ -43,30 +39,41 @@ def cpu_in_turn_s(*works: Callable[[], object], repeats: int = REPEATS) -> list[
     return [min(times) for times in zip(*found, strict=True)]
 
 
-def _all_cpu_s() -> float:
-    usages = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
-    return sum(usage.ru_utime + usage.ru_stime for usage in usages)
+def least_in_turn(*measures: Callable[[], Figures], repeats: int = REPEATS) -> list[Figures]:
+    """The least of each figure of each measurement, likewise in turn."""
+    found = [[measure() for measure in measures] for _ in range(repeats)]
+    return [{name: min(each[name] for each in runs) for name in runs[0]} for runs in zip(*found, strict=True)]
 
 
 def speedup(name: str, one: Callable[[], object], two: Callable[[], object], *, repeats: int = REPEATS) -> Figures:
-    """Wall time of `one` over that of `two`, best of each, run in turn.
+    """What two cores are worth to work on one thing: best of each, run in turn.
 
-    It is tried again while two cores are not to be had, and said in the end that they were not.
+    Returns:
+        `NAME_speedup`: wall time of `one` over that of `two`. `NAME_of_two_alone`: what `two` gets done in a time, over
+        what two processes do that each have `one` to themselves: two cores of many machines share memory, caches or
+        more, so that each is slower than one would be alone, whoever uses them.
     """
-    best = {"one": float("inf"), "two": float("inf")}
-    cores, done, begun = 0.0, 0, time.perf_counter()
-    while done < repeats or time.perf_counter() - begun < (LEAST_S if cores >= CORES_HAD else PATIENCE_S):
+    best = dict.fromkeys(("one", "two", "alone"), float("inf"))
+    done, begun = 0, time.perf_counter()
+    while done < repeats or time.perf_counter() - begun < LEAST_S:
         done += 1
-        for which, work in (("one", one), ("two", two)):
-            cpu, start = _all_cpu_s(), time.perf_counter()
+        for which, work in (("one", one), ("two", two), ("alone", lambda: _side_by_side(one))):
+            start = time.perf_counter()
             work()
-            wall = time.perf_counter() - start
-            if which == "two":
-                cores = max(cores, (_all_cpu_s() - cpu) / wall)
-            best[which] = min(best[which], wall)
-    if cores < CORES_HAD:
-        say(f"{name} is disturbed: it had {cores:.2f} of two cores")
-    return {name: best["one"] / best["two"]}
+            best[which] = min(best[which], time.perf_counter() - start)
+    return {f"{name}_speedup": best["one"] / best["two"], f"{name}_of_two_alone": best["alone"] / 2 / best["two"]}
+
+
+def _side_by_side(work: Callable[[], object]) -> None:
+    """In two processes at a time."""
+    fork = multiprocessing.get_context("fork")
+    processes = [fork.Process(target=work) for _ in range(2)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join()
+        if process.exitcode:
+            raise RuntimeError(f"a process ended with {process.exitcode}")
 
 
 def peak_mb(blocks: Iterable[bytes], *, take: Callable[[bytes], object]) -> float:
