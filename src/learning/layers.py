@@ -14,6 +14,12 @@ _WITHOUT_DROPOUT: Final = "leave it out, or p=0; the noise of DP-SGD keeps a mod
 _OF_ANOTHER_DTYPE: Final = re.compile(
     "scalar type|same dtype|dtypes? .* but (got|found)|must have the same dtype", re.I
 )
+_FIXED_WINDOWS: Final = "take MaxPool or AdaptiveMaxPool, whose windows are fixed"
+_DRAW: Final = {
+    "RReLU": "take LeakyReLU, whose slope is fixed",
+    "FractionalMaxPool2d": _FIXED_WINDOWS,
+    "FractionalMaxPool3d": _FIXED_WINDOWS,
+}
 _CODES: Final = re.compile(r"indices|\bLong\b|index tensor|IntTensor|LongTensor")
 
 
@@ -51,11 +57,10 @@ def without_chance(model: torch.nn.Module) -> str:
 
 def _instead_of_chance(module: torch.nn.Module) -> str:
     """Dropout, what has a dropout of its own (attention, recurrent layers), and others that draw in training."""
-    if isinstance(module, torch.nn.RReLU):
-        return "take LeakyReLU, whose slope is fixed"
-    if isinstance(module, torch.nn.FractionalMaxPool2d | torch.nn.FractionalMaxPool3d):
-        return "take MaxPool or AdaptiveMaxPool, whose windows are fixed"
-    own = "p" if "dropout" in type(module).__name__.lower() else "dropout"
+    kind = type(module).__name__
+    if kind in _DRAW:
+        return _DRAW[kind]
+    own = "p" if "dropout" in kind.lower() else "dropout"
     share = getattr(module, own, None)
     return _WITHOUT_DROPOUT if isinstance(share, float) and share > 0.0 else ""
 

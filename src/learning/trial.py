@@ -188,7 +188,7 @@ class _Trial:
         for kind in _KINDS:
             rows = _public_rows(kind, shape, label_dtype, others=True)
             for row in range(_ROWS):
-                with contextlib.suppress(Exception):  # a label that is none of this task's, say
+                with contextlib.suppress(Exception, SystemExit):  # a label that is none of this task's, say
                     self._of(rows, [row])
         found = changed(before, state_of(model=self._model, loss=self._loss))
         if found:
@@ -371,7 +371,7 @@ def _public_rows(
     kind: str, shape: tuple[int, ...], label_dtype: np.dtype[Any], *, others: bool = False
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Features, float64 of shape (rows, …), and labels, shape (rows,): whole numbers 0 and 1, or any numbers.
-    `others`: rows of other values, and whole numbers up to 5."""
+    `others`: rows of other values, and whole numbers up to 6."""
     values, name = _ROWS * math.prod(shape), "trial/others" if others else "trial/features"
     if kind in ("normal", "whole"):
         features = public_normals(values, name)
