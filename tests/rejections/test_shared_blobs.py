@@ -137,6 +137,7 @@ async def test_a_sum_without_an_update_that_was_delivered_meanwhile_is_not_opene
             pass
     them.gates[stalled].set()
     assert await answer(meeting) == Answer("failure", ("open", "OPENING_REFUSED"))
+    await meeting.a.idle()  # what is asked for while the same work ends would be passed over
     assert them.came("shares") == []
     (row,) = await meeting.a.open_rounds()
     assert (row.stage, row.aggregate_root) == (Stage.DELIVERED, "")
