@@ -26,7 +26,7 @@ demo-check: $(READY)  ## five seeds: the federation learns as much as central DP
 newcomer-check: $(READY)  ## walk README as a newcomer would, in a fresh environment: seconds and commands (ten minutes)
 	@$(BIN)/python scripts/newcomer_check.py $(ARGS)
 
-test: $(READY)  ## the test suite, under ten minutes on two cores
+test: $(READY)  ## the test suite: a quarter of an hour on two cores
 	@$(BIN)/python -m pytest -q -n $(PYTEST_WORKERS) -m "not slow" $(ARGS)
 
 test-all: $(READY)  ## the test suite with the long runs, and examples that no run had before
