@@ -65,7 +65,7 @@ def speedup(name: str, one: Callable[[], object], two: Callable[[], object], *, 
 
 
 def _side_by_side(work: Callable[[], object]) -> None:
-    """In two processes at a time."""
+    """Do the work twice, in two processes at a time."""
     fork = multiprocessing.get_context("fork")
     processes = [fork.Process(target=work) for _ in range(2)]
     for process in processes:

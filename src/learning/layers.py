@@ -24,7 +24,7 @@ _CODES: Final = re.compile(r"indices|\bLong\b|index tensor|IntTensor|LongTensor"
 
 
 def refuse_layers(model: torch.nn.Module) -> None:
-    """By name, what is known to mix rows, or to keep something of them.
+    """Refuse, by name, layers that are known to mix rows, or to keep something of them.
 
     Raises:
         InvalidInput: with the class LAYER_REFUSED; says what to take instead.
@@ -47,7 +47,7 @@ def _refused(text: str) -> InvalidInput:
 
 
 def without_chance(model: torch.nn.Module) -> str:
-    """Which layers of a model that draws do so, and what to take instead; empty where none is known to."""
+    """Name the layers of a model that draw, with what to take instead; empty where none is known to."""
     advice: dict[str, list[str]] = {}
     for name, module in model.named_modules():
         if instead := _instead_of_chance(module):
@@ -56,7 +56,8 @@ def without_chance(model: torch.nn.Module) -> str:
 
 
 def _instead_of_chance(module: torch.nn.Module) -> str:
-    """Dropout, what has a dropout of its own (attention, recurrent layers), and others that draw in training."""
+    """Say what to take instead of dropout, of what has a dropout of its own (attention, recurrent layers), and of what
+    else draws in training; empty for any other layer."""
     kind = type(module).__name__
     if kind in _DRAW:
         return _DRAW[kind]
@@ -66,14 +67,14 @@ def _instead_of_chance(module: torch.nn.Module) -> str:
 
 
 def without_memory(names: list[str]) -> str:
-    """What to do about buffers of these names, which change as rows are computed."""
+    """Say what to do about buffers of these names, which change as rows are computed."""
     if any(name.rpartition(".")[2] in ("_u", "_v") or name.endswith(("weight_u", "weight_v")) for name in names):
         return "spectral normalisation goes on with its vectors at every row: leave it out"
     return "track_running_stats=False, where that is what it is"
 
 
 def another_dtype(error: BaseException) -> str:
-    """What to do where torch says that tensors are of another dtype than an operation takes; else empty."""
+    """Say what to do where torch says that tensors are of another dtype than an operation takes; else empty."""
     said = str(error)
     if not isinstance(error, RuntimeError | TypeError | IndexError):
         return ""

@@ -102,6 +102,8 @@ def load(name: str, task: Task, options: Options, *, directory: str | Path) -> D
 
 def check_loaded(name: str, task: Task, rows: Dataset) -> RowKind:
     """Try model and loss on public rows that look like these; what they look like. Raises TaskError as `check_rows`."""
+    if wrong := wrongly_declared(task):
+        raise _not_ready(name, wrong)
     kind, declared = RowKind.of(rows), declared_by(task)
     if declared is not None and declared.shape != kind.shape:
         raise _not_ready(name, f"a row's features have shape {kind.shape}, and features_shape says {declared.shape}")

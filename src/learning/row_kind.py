@@ -52,7 +52,7 @@ class RowKind:
 
 
 def wrongly_declared(task: Task) -> str:
-    """What is wrong with what a task says of its rows; empty where nothing is."""
+    """Say what is wrong with what a task says of its rows; empty where nothing is."""
     shape, dtype = getattr(task, "features_shape", None), getattr(task, "label_dtype", None)
     if dtype is not None and stated_label_dtype(task) is None:
         return f"label_dtype is {brief(repr(dtype), 80)}, and no dtype: 'int64' for classes, 'float32' for measurements"

@@ -80,6 +80,25 @@ class FourAxes(Pooled):
         return torch.as_tensor(self.layer(rows.reshape(-1, 2, 1, 2)).mean((1, 2)))
 
 
+def the_way_of_public_rows(rows: torch.Tensor) -> bool:
+    return bool(rows.abs().max() < 50)
+
+
+class Otherwise(torch.nn.Module):
+    """Calls its layers in another way for rows that no public one is like."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.middle, self.last = torch.nn.Linear(4, 4), torch.nn.Linear(4, 4), torch.nn.Linear(4, 1)
+
+    def forward(self, rows: torch.Tensor) -> torch.Tensor:
+        middle = torch.tanh(self.middle(torch.tanh(self.first(rows))))
+        return torch.as_tensor(self.last(middle if the_way_of_public_rows(rows) else self.other(rows, middle)))
+
+    def other(self, rows: torch.Tensor, middle: torch.Tensor) -> torch.Tensor:
+        return torch.as_tensor(self.middle(middle))
+
+
 MODELS: dict[str, Build] = {
     "linear": linear,
     "without bias": no_bias,
@@ -87,8 +106,9 @@ MODELS: dict[str, Build] = {
     "three axes": Pooled,
     "four axes": FourAxes,
     "called twice": Twice,
+    "called otherwise for some rows": lambda: seeded(Otherwise()),
 }
-CHAINS = {"linear", "without bias"}
+CHAINS = {"linear", "without bias", "called otherwise for some rows"}
 
 
 def rows_of(features: Any, labels: Any = None) -> Dataset:
@@ -175,25 +195,6 @@ def test_whatever_is_done_to_linear_layers_the_gradient_is_torchs(name: str) -> 
     losses = default_loss(twin(torch.from_numpy(dataset.features).double()), torch.from_numpy(dataset.labels))
     expected = torch.cat([each.reshape(-1) for each in torch.autograd.grad(losses.sum(), parameters)])
     np.testing.assert_allclose(summed(model, dataset, 1e6), expected.numpy(), rtol=1e-5)
-
-
-def the_way_of_public_rows(rows: torch.Tensor) -> bool:
-    return bool(rows.abs().max() < 50)
-
-
-class Otherwise(torch.nn.Module):
-    """Calls its layers in another way for rows that no public one is like."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.first, self.middle, self.last = torch.nn.Linear(4, 4), torch.nn.Linear(4, 4), torch.nn.Linear(4, 1)
-
-    def forward(self, rows: torch.Tensor) -> torch.Tensor:
-        middle = torch.tanh(self.middle(torch.tanh(self.first(rows))))
-        return torch.as_tensor(self.last(middle if the_way_of_public_rows(rows) else self.other(rows, middle)))
-
-    def other(self, rows: torch.Tensor, middle: torch.Tensor) -> torch.Tensor:
-        return torch.as_tensor(self.middle(middle))
 
 
 class OnPairs(Otherwise):

@@ -147,6 +147,16 @@ def test_of_what_may_depend_on_a_row_others_hear_that_the_data_is_not_ready(
     assert SECRET not in private
 
 
+@pytest.mark.parametrize("says", ["label_dtype = 'category'", "features_shape, label_dtype = 'three', 'int64'"])
+def test_what_no_row_is_is_told_where_rows_alone_are_looked_at(made: Made, says: str) -> None:
+    """As `sotto train` does, before it charges."""
+    directory = made((MODEL, f"    {says}\n{MODEL}"))
+    with pytest.raises(TaskError) as raised:
+        check_rows("ward", {"file": "rows.csv"}, directory=str(directory))
+    assert raised.value.metadata["problem"] == "DATA_NOT_READY"
+    assert raised.value.private.startswith(says.partition(" ")[0].rstrip(","))
+
+
 def test_what_a_task_raises_once_it_has_seen_rows_is_quoted_to_nobody(made: Made) -> None:
     """Also by an error of Sotto's own, which it may raise as it likes."""
     kept = ("        return Dataset(", "        Task.seen = table[0, 0]\n        return Dataset(")
